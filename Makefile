@@ -1,0 +1,44 @@
+# Everything runs in virtual environments inside this folder, with the versions pinned in the constraints files.
+#   make demo          install and run the whole method on a small model (two CPU cores, under five minutes)
+#   make test          install and run the tests
+#   make conformance   run PEFT's own test suite against LoRAMoE
+#   make style         format and lint;  make check-style only checks
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PYTEST_ARGS ?= -n 2
+BIN = $(VENV)/bin
+STAMP = $(VENV)/installed-$(notdir $(CONSTRAINTS))
+
+.PHONY: install demo test test-oldest conformance style check-style clean
+
+install: $(STAMP)
+
+# torch first: a bare requirement on it may pull a different build than the pinned one
+$(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/python examples/finetune.py
+
+test: install
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+conformance: install
+	$(BIN)/python tests/conformance/run.py
+
+style: install
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+check-style: install
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+clean:
+	rm -rf .venv .venv-oldest build *.egg-info loramoe-demo .pytest_cache .ruff_cache .hypothesis

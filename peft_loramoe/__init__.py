@@ -1,0 +1,27 @@
+"""Mixtures of LoRA experts with localized balancing (LoRAMoE, arXiv 2312.09979) as a PEFT tuner.
+
+Importing this package registers the tuner type ``LORAMOE`` with PEFT.
+"""
+
+from .config import LoRAMoEConfig
+from .experts import LoRAExperts
+from .layer import LoRAMoELinear
+from .model import LoRAMoEModel
+from .recorder import LayerRouting, balance_loss, balance_terms, routing
+from .registration import register
+from .version import __version__
+
+
+register()
+
+__all__ = [
+    "LayerRouting",
+    "LoRAExperts",
+    "LoRAMoEConfig",
+    "LoRAMoELinear",
+    "LoRAMoEModel",
+    "__version__",
+    "balance_loss",
+    "balance_terms",
+    "routing",
+]

@@ -1,0 +1,83 @@
+"""What a reader of a saved adapter has to know: that it needs this package, and how to load it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+
+
+if TYPE_CHECKING:
+    from .config import LoRAMoEConfig
+
+
+TAGS = ("loramoe", "mixture-of-experts", "peft_loramoe")
+BEGIN, END = "<!-- peft_loramoe: begin -->", "<!-- peft_loramoe: end -->"
+
+TEXT = """\
+## Loading this adapter
+
+This is a LoRAMoE adapter (mixture of LoRA experts). PEFT loads it once `peft_loramoe` is imported; without the import
+it stops with `KeyError: 'LORAMOE'`.
+
+```bash
+pip install peft_loramoe
+```
+
+```python
+{snippet}
+```
+
+## LoRAMoE configuration
+
+```json
+{config}
+```
+"""
+
+
+# transformers' class for each of PEFT's task types.
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+def loading_snippet(adapter: str, config: LoRAMoEConfig) -> str:
+    """The lines of Python that load the adapter in that folder or Hub repository on its base model."""
+    auto_class = AUTO_CLASSES.get(config.task_type, "AutoModel")
+    return (
+        "import peft_loramoe  # registers LORAMOE with PEFT\n"
+        "from peft import PeftModel\n"
+        f"from transformers import {auto_class}\n\n"
+        f'base_model = {auto_class}.from_pretrained("{config.base_model_name_or_path or "BASE_MODEL"}")\n'
+        f'model = PeftModel.from_pretrained(base_model, "{adapter}")'
+    )
+
+
+def write_card(path: str, config: LoRAMoEConfig) -> None:
+    """Add the loading snippet, the configuration and the tags to the model card at `path`; write one if there is none.
+
+    Everything else in the card is kept; saving again replaces what an earlier call added.
+    """
+    if os.path.exists(path):
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+    else:
+        card = ModelCard.from_template(ModelCardData(library_name="peft", base_model=config.base_model_name_or_path))
+    card.data["tags"] = sorted({*(card.data.get("tags") or ()), *TAGS})
+
+    options = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    text = TEXT.format(
+        snippet=loading_snippet("ADAPTER", config),
+        config=json.dumps({key: value for key, value in options.items() if value not in (None, {}, [])}, indent=2),
+    )
+    block = f"{BEGIN}\n{text}{END}\n"
+    rest = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}\n?", "", card.text, flags=re.DOTALL)
+    card.text = f"{rest.rstrip()}\n\n{block}"
+    card.save(path)

@@ -1,0 +1,158 @@
+"""`LoRAMoEModel`: injects `LoRAMoELinear` layers into a base model and keeps account of its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from .config import LoRAMoEConfig
+from .layer import CANNOT_MERGE, LoRAMoELinear
+from .peft_api import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
+from .recorder import Recorder, find_recorder
+from .targets import FEED_FORWARD, default_targets, is_linear
+
+
+class LoRAMoEModel(BaseTuner):
+    """Adds LoRAMoE adapters to a model; what `get_peft_model(model, LoRAMoEConfig(...))` creates.
+
+    Args:
+        model: the base model.
+        peft_config: the adapter's configuration.
+        adapter_name: its name.
+        low_cpu_mem_usage: create the adapter's parameters on the meta device.
+
+    Raises:
+        ValueError: a targeted module is no linear layer, or no module is targeted.
+    """
+
+    prefix = "loramoe_"
+    tuner_layer_cls = LoRAMoELinear
+    target_module_mapping = FEED_FORWARD
+
+    def _prepare_adapter_config(self, peft_config: LoRAMoEConfig, model_config: dict[str, Any]) -> LoRAMoEConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules, peft_config.exclude_modules = default_targets(
+                self.model, model_config, peft_config.exclude_modules
+            )
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: LoRAMoEConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, LoRAMoELinear):
+            target.update_layer(adapter_name, peft_config)
+            return
+        if isinstance(target, BaseTunerLayer):
+            raise ValueError(
+                f"Target module '{current_key}' already carries a {type(target).__module__} adapter. A layer holds adapters of "
+                "one method: unload that adapter, or target other modules."
+            )
+        if not is_linear(target):
+            raise ValueError(
+                f"Target module {target} is not supported: '{current_key}' is no linear layer that the model calls. Use "
+                "target_modules to name nn.Linear, Conv1D or quantised linear layers, or exclude_modules to leave it out."
+            )
+        layer = LoRAMoELinear(target, current_key, self._shared_recorder())
+        layer._active_adapter = self.active_adapters
+        layer.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter waits for set_adapter
+        self._replace_module(parent, target_name, layer, target)
+
+    def _shared_recorder(self) -> Recorder:
+        """The base model's recorder; the first call installs its hooks."""
+        recorder = find_recorder(self.model)
+        if recorder is None:
+            recorder = Recorder(self.peft_config)
+            recorder.install(self.model)
+            recorder.handles.append(self.model.register_load_state_dict_pre_hook(check_adapter_tensors))
+        recorder.configs = self.peft_config
+        return recorder
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(CANNOT_MERGE)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        recorder = find_recorder(self.model)
+        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        if recorder is not None:
+            recorder.remove()
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names`, one for each sample, to the adapted layers for the duration of one call."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [m for m in self.modules() if isinstance(m, (LoRAMoELinear, AuxiliaryTrainingWrapper))]
+        known = {name for m in layers if isinstance(m, LoRAMoELinear) for name in m.loramoe_experts}
+        if unknown := sorted(set(adapter_names) - known - {"__base__"}):
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+        # Beam search repeats every sample, but an encoder runs before it does.
+        num_beams = kwargs.get("num_beams")
+        names = [name for name in adapter_names for _ in range(num_beams if isinstance(num_beams, int) else 1)]
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
+        handles = [
+            layer.register_forward_pre_hook(
+                partial(_pass_adapter_names, adapter_names=adapter_names if layer in in_encoder else names), with_kwargs=True
+            )
+            for layer in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def check_adapter_tensors(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a state dict that holds some, but not exactly all, tensors of an adapter (a pre-hook of `load_state_dict`).
+
+    Raises:
+        RuntimeError: tensors are missing, unexpected or of the wrong shape; the message names them.
+    """
+    container = ".loramoe_experts."
+    found = {key for key in state_dict if container in key and key.startswith(prefix)}
+    if not found:
+        return
+    expected = {prefix + name: p for name, p in model.named_parameters(remove_duplicate=False) if container in name}
+    adapters = {_adapter_of(key, container) for key in found & expected.keys()}
+    wanted = {key for key in expected if _adapter_of(key, container) in adapters}
+    problems = [f"missing: {key}" for key in sorted(wanted - found)]
+    problems += [f"unexpected: {key}" for key in sorted(found - expected.keys())]
+    for key in sorted(found & expected.keys()):
+        shape = tuple(getattr(expected[key], "ds_shape", expected[key].shape))
+        if tuple(state_dict[key].shape) != shape:
+            problems.append(f"size mismatch for {key}: {tuple(state_dict[key].shape)} in the checkpoint, {shape} in the model")
+    if problems:
+        shown = "\n  ".join(problems[:6]) + (f"\n  and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise RuntimeError(
+            "The checkpoint does not fit the LoRAMoE layers of this model. Check that the base model is the one it was trained "
+            "on, and that r, num_experts, expert_groups, null_groups and target_modules in adapter_config.json are as saved.\n"
+            f"  {shown}"
+        )
+
+
+def _adapter_of(key: str, container: str) -> str:
+    return key.rpartition(container)[2].rpartition(".")[0]

@@ -1,0 +1,6 @@
+"""The mixture's arithmetic. `mixture` is what layers use; `reference` is the formula it is tested against."""
+
+from .mixture import mixture
+
+
+__all__ = ["mixture"]

@@ -1,0 +1,22 @@
+"""Every name that this package takes from PEFT's undocumented interface, in one place.
+
+When a new PEFT moves one of them, this import is what fails, and `tests/test_peft_api.py` says which.
+"""
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import _get_in_out_features as get_in_out_features
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+
+
+__all__ = ["AuxiliaryTrainingWrapper", "BaseTuner", "BaseTunerLayer", "get_in_out_features", "get_pattern_key"]
+
+# Methods of BaseTuner that `LoRAMoEModel` overrides or that PEFT is relied on to call.
+BASE_TUNER_HOOKS = (
+    "_check_merge_allowed",
+    "_check_new_adapter_config",
+    "_check_target_module_compatiblity",  # PEFT's spelling
+    "_create_and_replace",
+    "_prepare_adapter_config",
+    "_replace_module",
+    "_unload_and_optionally_merge",
+)

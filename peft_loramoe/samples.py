@@ -1,0 +1,185 @@
+"""Which sample each token of a layer belongs to, which tokens are real, and each sample's task type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+# Inputs whose first dimension is the batch, in the order in which they are asked for it.
+BATCH_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_ids", "pixel_values", "input_features")
+# Linears of a decoder that read the encoder's tokens.
+CROSS_ATTENTION_INPUT = re.compile(r"(EncDecAttention|encoder_attn|crossattention).*\.(k|v|k_proj|v_proj|key|value)$")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples that a layer's T tokens form, in M slots; a slot without real tokens is unused.
+
+    Attributes:
+        ids: the slot of each token, shape (T,), int64.
+        real: False for padding, shape (T,), bool.
+        task_types: shape (M,), int64, -1 for unknown.
+    """
+
+    ids: Tensor
+    real: Tensor
+    task_types: Tensor
+
+
+def task_type_tensor(task_types: Any, num_groups: int, names: Sequence[str] | None) -> Tensor:
+    """Check `task_types` as a user passed them, and turn names into group indices.
+
+    Args:
+        task_types: an integer tensor, shape (batch,) or (batch, seq), or a (nested) list of integers or names.
+        num_groups: number of expert groups; valid types are 0 to num_groups - 1, and -1 for unknown.
+        names: the config's `task_type_names`.
+
+    Returns:
+        int64 tensor, shape (batch,) or (batch, seq).
+
+    Raises:
+        TypeError: not integers or names.
+        ValueError: unknown name, type out of range, or neither one nor two dimensions.
+    """
+    if not isinstance(task_types, Tensor):
+        task_types = torch.as_tensor(_names_to_indices(task_types, names))
+    if task_types.is_floating_point() or task_types.dtype == torch.bool:
+        raise TypeError(f"task_types has dtype {task_types.dtype}; pass integers, -1 for unknown.")
+    if task_types.dim() not in (1, 2):
+        raise ValueError(f"task_types has shape {tuple(task_types.shape)}; pass (batch,) or, per token, (batch, seq).")
+    # Reading values waits for the device, and cannot be compiled.
+    if not torch.compiler.is_compiling():
+        outside = task_types[(task_types < -1) | (task_types >= num_groups)]
+        if outside.numel():
+            raise ValueError(
+                f"task_types contains {outside[0].item()}, but the adapter has {num_groups} expert groups: pass 0 to "
+                f"{num_groups - 1}, or -1 for unknown."
+            )
+    return task_types.long()
+
+
+def _names_to_indices(task_types: Any, names: Sequence[str] | None) -> Any:
+    if isinstance(task_types, (list, tuple)):
+        return [_names_to_indices(entry, names) for entry in task_types]
+    if not isinstance(task_types, str):
+        return task_types
+    if names is None:
+        raise ValueError(f"task_types contains the name '{task_types}', but the config has no task_type_names; set them.")
+    if task_types not in names:
+        raise ValueError(f"task_types contains the unknown name '{task_types}'; task_type_names are {list(names)}.")
+    return list(names).index(task_types)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one call of the model says about its tokens.
+
+    Attributes:
+        inputs: the call's arguments by name.
+        task_types: what the user passed as `task_types`, or None.
+        is_encoder_decoder: whether decoder layers see other tokens than encoder layers.
+    """
+
+    inputs: Mapping[str, Any]
+    task_types: Any
+    is_encoder_decoder: bool
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the batch; 1 if no argument is a tensor."""
+        named = (self.inputs.get(name) for name in BATCH_INPUTS)
+        for value in (*named, *self.inputs.values()):
+            if isinstance(value, Tensor) and value.dim() > 0:
+                return value.shape[0]
+        return 1
+
+    def reads_decoder_tokens(self, layer: str) -> bool:
+        """Whether the layer of that name sees the decoder's tokens."""
+        return self.is_encoder_decoder and "decoder" in layer and not CROSS_ATTENTION_INPUT.search(layer)
+
+    def samples(self, tokens: tuple[int, ...], layer: str, task_types: Tensor | None, device: torch.device) -> Samples:
+        """Map the tokens of one layer to samples.
+
+        A row of the batch is a sample. In a packed row (2-D `position_ids` that start again, or per-token task types)
+        every segment is one: a sample ends where the position does not grow or the task type changes.
+
+        Args:
+            tokens: leading dimensions of the layer's input: (batch, seq), the same flattened, or (batch,) after pooling.
+            layer: name of the layer, for encoder-decoders and for errors.
+            task_types: what `task_type_tensor` returned, or None.
+            device: of the result.
+
+        Raises:
+            ValueError: the tokens cannot be attributed to the rows of the batch, or `task_types` does not fit them.
+        """
+        real = self._real_tokens(tokens, layer).to(device)
+        rows, width = real.shape
+        types = torch.full((rows,), -1, device=device) if task_types is None else task_types.to(device)
+        if types.shape not in ((rows,), (rows, width)):
+            raise ValueError(
+                f"task_types has shape {tuple(types.shape)}; for this batch pass one type per sample, shape ({rows},), or per "
+                f"token, shape ({rows}, {width})."
+            )
+        positions = self.inputs.get("position_ids")
+        has_positions = isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == width
+        starts = torch.zeros(rows, width, dtype=torch.bool, device=device)
+        starts[:, :1] = True
+        if has_positions:
+            starts[:, 1:] |= (positions[:, 1:] <= positions[:, :-1]).to(device)
+        if types.dim() == 2:
+            starts[:, 1:] |= types[:, 1:] != types[:, :-1]
+        # A packed batch holds an unknown number of samples: as many slots as tokens keep shapes independent of the data.
+        slots = rows * width if has_positions or types.dim() == 2 else rows
+        ids = starts.flatten().cumsum(0) - 1
+        token_types = (types if types.dim() == 2 else types[:, None].expand(rows, width)).flatten()
+        return Samples(ids, real.flatten(), types.new_full((slots,), -1).scatter(0, ids, token_types))
+
+    def _real_tokens(self, tokens: tuple[int, ...], layer: str) -> Tensor:
+        """The mask of the layer's tokens, shape (rows, tokens per row), bool."""
+        masks = self._masks(layer)
+        for mask in masks:
+            if tokens == tuple(mask.shape) or tokens == (mask.numel(),):
+                return mask
+        rows = self.rows
+        if tokens[:1] == (rows,):
+            width = prod(tokens[1:])
+            if self.inputs.get("past_key_values") is not None and masks and masks[0].shape[1] > width:
+                return masks[0][:, -width:]  # the mask covers the cached tokens too
+            return torch.ones(rows, width, dtype=torch.bool)  # pooled, or not text: no mask speaks of these tokens
+        raise ValueError(
+            f"The balance term cannot tell to which of the {rows} rows of the batch the {tokens} tokens of layer '{layer}' "
+            "belong. Leave the layer out with exclude_modules, or set balance_loss_weight=0."
+        )
+
+    def _masks(self, layer: str) -> list[Tensor]:
+        """Masks that may fit the layer's tokens, the likeliest first."""
+        encoder = self._mask("attention_mask", "input_ids", "inputs_embeds")
+        if not self.is_encoder_decoder:
+            return [mask for mask in (encoder,) if mask is not None]
+        decoder = self._mask("decoder_attention_mask", "decoder_input_ids", "decoder_inputs_embeds")
+        if self.inputs.get("decoder_attention_mask") is None and isinstance(self.inputs.get("labels"), Tensor):
+            decoder = self.inputs["labels"] != -100  # the decoder reads the labels, shifted by one
+        order = (decoder, encoder) if self.reads_decoder_tokens(layer) else (encoder, decoder)
+        return [mask for mask in order if mask is not None and mask.dim() == 2]
+
+    def _mask(self, name: str, *tokens: str) -> Tensor | None:
+        mask = self.inputs.get(name)
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dim() != 2:
+                shape = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
+                raise ValueError(
+                    f"The balance term cannot read padding from {name} of {shape}; pass shape (batch, seq), or set "
+                    "balance_loss_weight=0."
+                )
+            return mask != 0
+        for source in tokens:
+            if isinstance(value := self.inputs.get(source), Tensor) and value.dim() >= 2:
+                return torch.ones(value.shape[:2], dtype=torch.bool)
+        return None
