@@ -3,7 +3,7 @@
 With importance ``Q[m, n]``, what the router gives expert n over the tokens of sample m, and target ``I[m, n]``, 1 + delta
 where the expert's group matches the sample's task type, 1 - delta where it does not and 1 where the type is unknown:
 
-    Z = Q / I  (corrected)  or  I * Q  (as printed)
+    Z = Q / (I / mean_n I)  (corrected)  or  I * Q  (as printed)
     term = var(Z) / mean(Z)^2  (the authors' code)  or  var(Z) / mean(Z)  (as printed)
 
 The term is smallest where Z is constant, so the corrected form draws Q towards I and the printed one towards 1 / I:
@@ -67,7 +67,9 @@ def balance_term(sums: Tensor, counts: Tensor, targets: Tensor, *, formula: str,
     """
     used = (counts > 0)[:, None]
     Q = sums / counts.clamp(min=1)[:, None] if importance == "mean" else sums
-    Z = Q / targets if target == "corrected" else Q * targets
+    # Divided by its mean, so that samples whose groups differ in size (or whose type is unknown) can agree on one Z: router
+    # probabilities sum to one for all of them.
+    Z = Q / (targets / targets.mean(dim=1, keepdim=True)) if target == "corrected" else Q * targets
     # Samples without tokens are masked instead of removed: no shape depends on the data.
     size = used.sum() * sums.shape[1]
     mean = torch.where(used, Z, 0).sum() / size.clamp(min=1)

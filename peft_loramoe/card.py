@@ -70,7 +70,13 @@ def write_card(path: str, config: LoRAMoEConfig) -> None:
         card = ModelCard.load(path, ignore_metadata_errors=True)
     else:
         card = ModelCard.from_template(ModelCardData(library_name="peft", base_model=config.base_model_name_or_path))
-    card.data["tags"] = sorted({*(card.data.get("tags") or ()), *TAGS})
+    tags = {*(card.data.get("tags") or ()), *TAGS}
+    base_model = card.data.get("base_model")
+    if isinstance(base_model, str) and os.path.isdir(base_model):
+        # The Hub refuses cards that name a local folder.
+        tags -= {f"base_model:adapter:{base_model}"}
+        card.data["base_model"] = None
+    card.data["tags"] = sorted(tags)
 
     options = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     text = TEXT.format(

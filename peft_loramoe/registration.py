@@ -1,10 +1,15 @@
-"""Adds ``LORAMOE`` to PEFT's registry. The only module that touches that registry, and it touches nothing else in PEFT."""
+"""Adds ``LORAMOE`` to PEFT's registry. The only module that changes anything in PEFT."""
 
+import functools
+import os
 import warnings
+from typing import Any
 
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
+from .card import write_card
 from .config import LoRAMoEConfig
 from .model import LoRAMoEModel
 
@@ -30,6 +35,8 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = LoRAMoEConfig
     PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = LoRAMoEModel
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = LoRAMoEModel.prefix
+    if not hasattr(PeftModel.create_or_update_model_card, "__wrapped__"):
+        _keep_model_card()
 
 
 def _peft_type_member() -> PeftType:
@@ -47,3 +54,30 @@ def _peft_type_member() -> PeftType:
     PeftType._member_map_[PEFT_TYPE] = member
     PeftType._value2member_map_[PEFT_TYPE] = member
     return member
+
+
+def _keep_model_card() -> None:
+    """Let the model card of LoRAMoE adapters survive; models without one behave as before.
+
+    `Trainer.push_to_hub` and `PeftModel.push_to_hub` replace the README.md that `save_pretrained` wrote, and PEFT has no hook
+    for what a tuner has to say there: without `import peft_loramoe` a reader of the card could not load the adapter.
+    """
+    update, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
+
+    def loramoe_configs(model: PeftModel) -> list[LoRAMoEConfig]:
+        return [config for config in model.peft_config.values() if isinstance(config, LoRAMoEConfig)]
+
+    @functools.wraps(update)
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        update(self, output_dir)
+        for config in loramoe_configs(self)[:1]:
+            write_card(os.path.join(output_dir, "README.md"), config)
+
+    @functools.wraps(upload)
+    def _upload_modified_files(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        if loramoe_configs(self):
+            self.create_or_update_model_card(working_dir)
+        return upload(self, working_dir, *args, **kwargs)
+
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    PeftModel._upload_modified_files = _upload_modified_files

@@ -1,0 +1,177 @@
+import copy
+import dataclasses
+import json
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftType
+
+from peft_loramoe import LoRAMoEConfig, __version__
+
+
+EVERY_OPTION = dict(
+    r=4,
+    lora_alpha=32,
+    lora_dropout=0.05,
+    use_rslora=True,
+    target_modules=["up_proj", "down_proj"],
+    exclude_modules=["layers.0.mlp.up_proj"],
+    layers_to_transform=[0, 1],
+    layers_pattern="layers",
+    rank_pattern={"up_proj": 2},
+    alpha_pattern={"up_proj": 16},
+    bias="all",
+    modules_to_save=["lm_head"],
+    trainable_token_indices=[1, 2],
+    fan_in_fan_out=True,
+    init_weights="gaussian",
+    num_experts=5,
+    num_experts_pattern={"down_proj": [1, 3]},
+    expert_groups=[2, 3],
+    null_groups=[0],
+    task_type_names=["knowledge", "tasks"],
+    router_temperature=0.5,
+    router_dtype="float64",
+    router_init="normal",
+    top_k=2,
+    balance_loss_weight=0.2,
+    balance_delta=0.3,
+    balance_formula="variance_to_mean",
+    balance_target="printed",
+    balance_importance="sum",
+    balance_detach=True,
+)
+
+
+def test_every_option_is_tried_here():
+    own = set(LoRAMoEConfig.__annotations__) - {"peft_loramoe_version"}
+    assert own == set(EVERY_OPTION)
+
+
+def test_every_value_survives_the_json_file(tmp_path):
+    config = LoRAMoEConfig(**EVERY_OPTION, task_type="CAUSAL_LM", base_model_name_or_path="base", inference_mode=True)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORAMOE"
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is LoRAMoEConfig
+    assert loaded.to_dict() == config.to_dict()
+
+
+def test_the_defaults_survive_the_json_file(tmp_path):
+    LoRAMoEConfig().save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == LoRAMoEConfig()
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_copies_are_equal(clone):
+    config = LoRAMoEConfig(**EVERY_OPTION)
+    assert clone(config) == config
+    assert clone(config).peft_type is PeftType("LORAMOE")
+
+
+def test_unknown_keys_of_a_newer_version_are_dropped_with_a_warning(tmp_path):
+    LoRAMoEConfig(r=3).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "option_of_tomorrow": 1}))
+    with pytest.warns(UserWarning, match="option_of_tomorrow"):
+        assert PeftConfig.from_pretrained(tmp_path).r == 3
+
+
+def test_options_that_lora_has_are_named_and_preset_as_there():
+    lora = {f.name.replace("init_lora_weights", "init_weights"): f for f in dataclasses.fields(LoraConfig)}
+    shared = [f for f in dataclasses.fields(LoRAMoEConfig) if f.name in lora and f.name in LoRAMoEConfig.__annotations__]
+    assert len(shared) == 15
+    for option in shared:
+        assert (option.default, option.default_factory) == (lora[option.name].default, lora[option.name].default_factory)
+
+
+def test_help_of_every_option_is_in_the_docstring():
+    for option in dataclasses.fields(LoRAMoEConfig):
+        if option.name in LoRAMoEConfig.__annotations__:
+            assert f"    {option.name}: {option.metadata['help']}\n" in LoRAMoEConfig.__doc__
+
+
+def test_the_writing_version_is_recorded_and_kept():
+    assert LoRAMoEConfig().peft_loramoe_version == __version__
+    assert LoRAMoEConfig(peft_loramoe_version="0.0.1").peft_loramoe_version == "0.0.1"
+
+
+def test_a_torch_dtype_is_accepted_for_the_router():
+    assert LoRAMoEConfig(router_dtype=torch.float64).router_dtype == "float64"
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern_key", "groups"),
+    [
+        ({}, None, [3, 3]),
+        (dict(num_experts=5, expert_groups=[1, 4]), None, [1, 4]),
+        (dict(num_experts_pattern={"up": 4}), "up", [2, 2]),
+        (dict(num_experts_pattern={"up": [1, 2]}), "up", [1, 2]),
+        (dict(num_experts=3, expert_groups=[3]), None, [3]),
+    ],
+)
+def test_groups(options, pattern_key, groups):
+    assert LoRAMoEConfig(**options).groups_of(pattern_key) == groups
+
+
+@pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 8.0), (True, 16.0)])
+def test_scaling(use_rslora, scaling):
+    assert LoRAMoEConfig(use_rslora=use_rslora).scaling(4, 32) == scaling
+
+
+BAD_VALUES = [
+    (dict(r=0), "r=0 must be at least 1"),
+    (dict(r=-2), "r=-2"),
+    (dict(r=2.0), "r=2.0 must be an integer"),
+    (dict(r=True), "r=True must be an integer"),
+    (dict(lora_alpha="32"), "lora_alpha='32' must be a number"),
+    (dict(lora_dropout=1.0), r"lora_dropout=1.0 must be in \[0, 1\)"),
+    (dict(lora_dropout=-0.1), "lora_dropout=-0.1"),
+    (dict(rank_pattern={"up": 0}), r"rank_pattern\['up'\]=0"),
+    (dict(alpha_pattern={"up": None}), r"alpha_pattern\['up'\]=None must be a number"),
+    (dict(bias="lora_only"), "bias='lora_only' is not one of 'none', 'all', 'loramoe_only'"),
+    (dict(init_weights="pissa"), "init_weights='pissa' is not one of True, False, 'gaussian'"),
+    (dict(init_weights=1), "init_weights=1 is not one of"),
+    (dict(target_modules=".*up", layers_to_transform=[0]), "layers_to_transform.*target_modules='.*up'"),
+    (dict(target_modules=".*up", layers_pattern="h"), "layers_pattern"),
+    (dict(target_modules=["up"], layers_pattern="h"), "`layers_to_transform` must also be specified"),
+    (dict(num_experts=0), "num_experts=0 must be at least 2"),
+    (dict(num_experts=1), "num_experts=1 must be at least 2 .*that is a LoRA"),
+    (dict(num_experts=5), r"num_experts=5 cannot be split into two equal groups; set expert_groups, .*\[3, 2\] or \[5\]"),
+    (dict(num_experts_pattern={"up": 1}), r"num_experts_pattern\['up'\]=1"),
+    (dict(num_experts_pattern={"up": 3}), r"num_experts_pattern\['up'\]=3 cannot be split"),
+    (dict(expert_groups=[3, 2]), r"expert_groups=\[3, 2\] sums to 5, not to num_experts=6"),
+    (
+        dict(expert_groups=[3, 3], num_experts_pattern={"up": 4}),
+        r"sums to 6, not to num_experts_pattern\['up'\]=4; give the sizes there as a list",
+    ),
+    (dict(num_experts_pattern={"up": [1, 1, 1]}), r"num_experts_pattern\['up'\] gives 3 groups.*but there are 2"),
+    (dict(expert_groups=[6, 0]), r"a size in expert_groups=\[6, 0\]=0"),
+    (dict(expert_groups=6), "expert_groups=6 must be a list"),
+    (dict(expert_groups=[]), r"expert_groups=\[\] must be a list"),
+    (dict(num_experts_pattern={"up": [1]}), r"num_experts_pattern\['up'\]=\[1\] has one expert"),
+    (dict(null_groups=[2]), r"null_groups=\[2\] must be indices of the 2 expert groups"),
+    (dict(null_groups=[0, 1]), r"null_groups=\[0, 1\] leaves no group with parameters"),
+    (dict(task_type_names=["a"]), r"task_type_names=\['a'\] must be 2 different names"),
+    (dict(task_type_names=["a", "a"]), "2 different names"),
+    (dict(top_k=7), "top_k=7 is more than the 6 experts of num_experts"),
+    (dict(top_k=5, num_experts_pattern={"up": 4}), r"top_k=5 is more than the 4 experts of num_experts_pattern\['up'\]"),
+    (dict(top_k=0), "top_k=0"),
+    (dict(router_temperature=0.0), "router_temperature=0.0 must be positive"),
+    (dict(router_dtype="float16"), "router_dtype='float16' is not one of"),
+    (dict(router_init="xavier"), "router_init='xavier' is not one of"),
+    (dict(balance_loss_weight=-0.1), "balance_loss_weight=-0.1 must not be negative"),
+    (dict(balance_delta=1.0), r"balance_delta=1.0 must be in \[0, 1\)"),
+    (dict(balance_delta=-0.1), "balance_delta=-0.1"),
+    (dict(balance_formula="cv"), "balance_formula='cv' is not one of"),
+    (dict(balance_target="paper"), "balance_target='paper' is not one of"),
+    (dict(balance_importance="max"), "balance_importance='max' is not one of"),
+    (dict(task_type="POETRY"), "Invalid task type"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_VALUES)
+def test_bad_values_are_refused_with_name_value_and_fix(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        LoRAMoEConfig(**options)

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_loramoe import LoRAMoEConfig, LoRAMoELinear
+from peft_loramoe.recorder import Recorder
+
+
+def make_layer(base=None, adapters=("default",), **options):
+    torch.manual_seed(0)
+    config = LoRAMoEConfig(**{"r": 2, "num_experts": 4, "init_weights": False, **options})
+    layer = LoRAMoELinear(base or nn.Linear(6, 5), "block.up_proj", Recorder(dict.fromkeys(adapters, config)))
+    for name in adapters:
+        layer.update_layer(name, config)
+    layer.set_adapter(list(adapters[:1]))
+    return layer
+
+
+@pytest.mark.parametrize("base", [nn.Linear(6, 5), Conv1D(5, 6)])
+def test_the_mixture_is_added_to_the_base_layers_output(base):
+    layer, x = make_layer(base), torch.randn(2, 3, 6)
+    torch.testing.assert_close(layer(x), base(x) + layer.loramoe_experts["default"](x)[0])
+
+
+def test_deltas_of_several_active_adapters_add():
+    layer, x = make_layer(adapters=("a", "b")), torch.randn(3, 6)
+    layer.set_adapter(["a", "b"])
+    deltas = [layer.loramoe_experts[name](x)[0] for name in "ab"]
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + deltas[0] + deltas[1])
+
+
+def test_disabled_adapters_leave_the_base_layer():
+    layer, x = make_layer(), torch.randn(3, 6)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_the_base_layers_output_is_not_written_into():
+    class Remembers(nn.Linear):
+        def forward(self, x):
+            self.output = super().forward(x)
+            return self.output
+
+    layer, x = make_layer(Remembers(6, 5)), torch.randn(2, 3, 6)
+    layer(x)
+    assert torch.equal(layer.base_layer.output, nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias))
+
+
+def test_one_adapter_for_each_sample():
+    layer, x = make_layer(adapters=("a", "b")).eval(), torch.randn(4, 3, 6)
+    output = layer(x, adapter_names=["b", "__base__", "a", "b"])
+    for row, name in enumerate(["b", None, "a", "b"]):
+        expected = layer.base_layer(x[row])
+        if name:
+            expected = expected + layer.loramoe_experts[name](x[row])[0]
+        torch.testing.assert_close(output[row], expected)
+
+
+def test_as_many_adapter_names_as_samples_are_needed():
+    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same as the number of inputs"):
+        make_layer()(torch.randn(3, 6), adapter_names=["default"])
+
+
+def test_patterns_apply_to_the_layers_name():
+    layer = make_layer(
+        rank_pattern={"up_proj": 3}, alpha_pattern={"block.up_proj": 12}, num_experts_pattern={"up_proj": [1, 4]}
+    )
+    experts = layer.loramoe_experts["default"]
+    assert (experts.r, experts.scaling, experts.num_experts, experts.A.shape) == (3, 4.0, 5, (15, 6))
+
+
+def test_the_output_keeps_the_base_layers_dtype():
+    layer = make_layer(nn.Linear(6, 5).bfloat16())
+    layer.loramoe_experts["default"].float()  # float32 masters on a bfloat16 backbone
+    assert layer(torch.randn(3, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_merging_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="cannot be merged: the router weighs the experts anew for every token"):
+        make_layer().merge()
+
+
+def test_unmerging_warns_that_nothing_is_merged():
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        make_layer().unmerge()

@@ -1,0 +1,68 @@
+import importlib
+import pickle
+import subprocess
+import sys
+
+import pytest
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+import peft_loramoe
+from peft_loramoe import LoRAMoEConfig, LoRAMoEModel, registration
+
+
+def registered():
+    return [mapping[PeftType("LORAMOE")] for mapping in (
+        PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+    )]  # fmt: skip
+
+
+def test_the_tuner_is_registered():
+    assert registered() == [LoRAMoEConfig, LoRAMoEModel, "loramoe_"]
+
+
+def test_the_member_is_a_full_member_of_the_enumeration():
+    member = PeftType("LORAMOE")
+    assert member is PeftType.LORAMOE is PeftType["LORAMOE"]
+    assert member == "LORAMOE" and isinstance(member, str)
+    assert member in list(PeftType) and member in PeftType and "LORAMOE" in PeftType.__members__
+    assert pickle.loads(pickle.dumps(member)) is member
+    assert repr(member) == "<PeftType.LORAMOE: 'LORAMOE'>"
+
+
+def test_registering_again_and_reloading_change_nothing():
+    before, members = registered(), list(PeftType)
+    registration.register()
+    importlib.reload(peft_loramoe)
+    assert registered() == before
+    assert list(PeftType) == members
+
+
+def test_the_rest_of_the_registry_is_untouched():
+    script = (
+        "import peft, peft.mapping as m; before = [dict(x) for x in vars(m).values() if isinstance(x, dict) and x]\n"
+        "import peft_loramoe; after = [dict(x) for x in vars(m).values() if isinstance(x, dict) and x]\n"
+        "extra = [set(b) - set(a) for a, b in zip(before, after)]\n"
+        "changed = [k for a, b in zip(before, after) for k in a if a[k] is not b[k]]\n"
+        "assert not changed and all(e <= {'LORAMOE'} for e in extra), (changed, extra)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_tuner_of_that_name_in_peft_is_replaced_with_a_warning(monkeypatch):
+    foreign = type("LoRAMoEModel", (), {"__module__": "peft.tuners.loramoe"})
+    monkeypatch.setitem(PEFT_TYPE_TO_TUNER_MAPPING, PeftType("LORAMOE"), foreign)
+    with pytest.warns(UserWarning, match="PEFT already knows a tuner 'LORAMOE'"):
+        registration.register()
+    assert registered()[1] is LoRAMoEModel
+
+
+def test_importing_the_package_imports_no_optional_dependency():
+    script = (
+        "import sys, peft, transformers.loss.loss_utils\n"
+        "before = set(sys.modules)  # PEFT itself imports bitsandbytes where it is installed\n"
+        "import peft_loramoe\n"
+        "loaded = {'bitsandbytes', 'triton', 'matplotlib', 'trl', 'datasets'} & (set(sys.modules) - before)\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,35 @@
+"""Tiny random models and adapters that the tests share."""
+
+import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_loramoe import LoRAMoEConfig
+
+
+VOCAB = 64
+
+
+def tiny_llama(seed: int = 0, **options) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    return LlamaForCausalLM(LlamaConfig(**{**config, "num_key_value_heads": 2, "pad_token_id": 0, **options}))
+
+
+def loramoe(model=None, seed: int = 1, **options):
+    """`model` (a tiny Llama by default) with a LoRAMoE adapter whose B is not zero."""
+    model = tiny_llama() if model is None else model
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoRAMoEConfig(**{"r": 2, "init_weights": False, "task_type": "CAUSAL_LM", **options}))
+
+
+def token_batch(rows: int = 3, width: int = 7, seed: int = 2) -> dict[str, torch.Tensor]:
+    """Right-padded token ids: row i has i padding tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(1, VOCAB, (rows, width), generator=generator)
+    attention_mask = (torch.arange(width) < width - torch.arange(rows)[:, None]).long()
+    return {"input_ids": input_ids * attention_mask, "attention_mask": attention_mask}
+
+
+def labelled(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
