@@ -76,8 +76,9 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
 
         Args:
             x: shape (..., in_features).
+            *args: passed to the base layer.
             adapter_names: one adapter for each sample (dimension 0 of `x`); "__base__" for none.
-            args: passed to the base layer, as are further keyword arguments.
+            **kwargs: passed to the base layer.
 
         Returns:
             Shape (..., out_features), in the base layer's output dtype.

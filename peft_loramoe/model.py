@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import LoRAMoEConfig
 from .layer import CANNOT_MERGE, LoRAMoELinear
-from .peft_api import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
+from .peft_api import PEFT_SAVES_BIAS, AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from .recorder import Recorder, find_recorder
 from .targets import FEED_FORWARD, default_targets, is_linear
 
@@ -32,6 +32,18 @@ class LoRAMoEModel(BaseTuner):
     prefix = "loramoe_"
     tuner_layer_cls = LoRAMoELinear
     target_module_mapping = FEED_FORWARD
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model; PEFT before 0.21 calls its `forward` and so passes the recorder's hooks by."""
+        return self.model(*args, **kwargs)
+
+    def _check_new_adapter_config(self, config: LoRAMoEConfig) -> None:
+        if config.bias != "none" and not PEFT_SAVES_BIAS:
+            raise ValueError(
+                f"bias={config.bias!r} needs peft>=0.21: older versions train the biases but do not save them. Upgrade PEFT or "
+                "set bias='none'."
+            )
+        super()._check_new_adapter_config(config)
 
     def _prepare_adapter_config(self, peft_config: LoRAMoEConfig, model_config: dict[str, Any]) -> LoRAMoEConfig:
         if peft_config.target_modules is None:

@@ -8,7 +8,17 @@ from peft.tuners.tuners_utils import _get_in_out_features as get_in_out_features
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 
 
-__all__ = ["AuxiliaryTrainingWrapper", "BaseTuner", "BaseTunerLayer", "get_in_out_features", "get_pattern_key"]
+__all__ = [
+    "PEFT_SAVES_BIAS",
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "get_in_out_features",
+    "get_pattern_key",
+]
+
+# PEFT 0.20 saves the biases of a few methods of its own only.
+PEFT_SAVES_BIAS = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
 
 # Methods of BaseTuner that `LoRAMoEModel` overrides or that PEFT is relied on to call.
 BASE_TUNER_HOOKS = (
