@@ -1,0 +1,138 @@
+"""Several adapters on one model, of this method and beside a plain LoRA."""
+
+import pytest
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_layer_status,
+    get_model_status,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
+from transformers import T5Config, T5ForConditionalGeneration
+
+from peft_loramoe import LoRAMoEConfig, balance_terms
+from tiny import labelled, loramoe, tiny_llama, token_batch
+
+
+def two_adapters(model=None, **options):
+    model = loramoe(model, **options)
+    torch.manual_seed(7)
+    model.add_adapter("second", LoRAMoEConfig(**{"r": 3, "num_experts": 4, "init_weights": False, **options}))
+    return model
+
+
+def tiny_t5():
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=64, decoder_start_token_id=0, dropout_rate=0.0
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def test_status_of_layers_and_model():
+    model = two_adapters()
+    status = get_model_status(model)
+    assert status.peft_types == {"default": "LORAMOE", "second": "LORAMOE"}
+    assert (status.active_adapters, status.available_adapters) == (["default"], ["default", "second"])
+    assert (status.adapter_model_type, status.num_adapter_layers, status.enabled) == ("LoRAMoEModel", 6, True)
+    assert (status.merged_adapters, status.requires_grad) == ([], {"default": True, "second": False})
+    layer = get_layer_status(model)[0]
+    assert layer.module_type == "loramoe.LoRAMoELinear" and layer.devices == {"default": ["cpu"], "second": ["cpu"]}
+
+
+def test_switching_moves_the_gradient():
+    model = two_adapters()
+    model.set_adapter("second")
+    model(**labelled(token_batch()), task_types=[0, 1, 1]).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (".second." in name), name
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_generation_with_an_adapter_for_each_sample(num_beams):
+    model = two_adapters().eval()
+    batch = token_batch(width=4)
+    batch = {"input_ids": batch["input_ids"].flip(1), "attention_mask": batch["attention_mask"].flip(1)}
+    options = dict(max_new_tokens=4, num_beams=num_beams, do_sample=False, eos_token_id=None)
+    expected = [model.generate(**batch, **options)[0]]
+    model.set_adapter("second")
+    expected.append(model.generate(**batch, **options)[1])
+    with model.disable_adapter():
+        expected.append(model.generate(**batch, **options)[2])
+    mixed = model.generate(**batch, **options, adapter_names=["default", "second", "__base__"])
+    assert torch.equal(mixed, torch.stack(expected))
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_encoder_decoders_generate_with_an_adapter_for_each_sample(num_beams):
+    model = two_adapters(tiny_t5(), task_type="SEQ_2_SEQ_LM").eval()
+    batch = token_batch()
+    options = dict(max_new_tokens=4, min_new_tokens=4, num_beams=num_beams, do_sample=False)
+    expected = [model.generate(**batch, **options)[0]]
+    model.set_adapter("second")
+    expected.append(model.generate(**batch, **options)[1])
+    with model.disable_adapter():
+        expected.append(model.generate(**batch, **options)[2])
+    mixed = model.generate(**batch, **options, adapter_names=["default", "second", "__base__"])
+    assert torch.equal(mixed, torch.stack(expected))
+
+
+def test_deleting_the_active_adapter_activates_another():
+    model = two_adapters()
+    with pytest.warns(UserWarning, match="Setting active adapter to second"):
+        model.delete_adapter("default")
+    assert model.active_adapters == ["second"]
+    model(**labelled(token_batch()), task_types=[0, 1, 1])
+    assert list(balance_terms(model)) == ["second"]
+
+
+def test_a_plain_lora_on_other_modules_works_beside_it(tmp_path):
+    base = tiny_llama()
+    torch.manual_seed(3)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    inject_adapter_in_model(lora, base, adapter_name="lora")
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="Already found a `peft_config`"):
+        inject_adapter_in_model(LoRAMoEConfig(r=2, init_weights=False), base, adapter_name="moe")
+    base.train()(**labelled(token_batch()), task_types=[0, 1, 1]).loss.backward()
+    trained = {name for name, p in base.named_parameters() if p.grad is not None}
+    assert all("lora_" in name or "loramoe_" in name for name in trained)
+    assert sum(".lora." in name for name in trained) == 4 and sum(".moe." in name for name in trained) == 18
+    assert len(get_peft_model_state_dict(base, adapter_name="moe")) == 18
+
+
+def test_one_peft_model_holds_adapters_of_one_method():
+    with pytest.raises(ValueError, match="[Cc]annot combine adapters with different peft types"):
+        loramoe().add_adapter("lora", LoraConfig(target_modules=["q_proj"]))
+
+
+def test_only_one_adapter_may_train_biases():
+    model = loramoe(bias="all")
+    with pytest.raises(ValueError, match="supports only 1 adapter with bias"):
+        model.add_adapter("second", LoRAMoEConfig(bias="all"))
+
+
+def test_tied_embeddings_stay_tied():
+    model = loramoe(tiny_llama(tie_word_embeddings=True), trainable_token_indices=[3])
+    base = model.base_model.model
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "trainable_tokens_delta" in name).add_(1.0)
+    assert torch.equal(base.lm_head.weight, base.get_input_embeddings().weight)
+    assert not torch.equal(base.lm_head.weight, tiny_llama(tie_word_embeddings=True).lm_head.weight)
+
+
+def test_mixed_models_are_refused():
+    with pytest.raises(ValueError, match="LORAMOE"):
+        get_peft_model(tiny_llama(), LoRAMoEConfig(), mixed=True)
+
+
+def test_the_adapter_may_be_named_like_its_tensors(tmp_path):
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_llama(), LoRAMoEConfig(r=2, init_weights=False), adapter_name="router")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "router", adapter_name="A")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**token_batch()).logits, model.eval()(**token_batch()).logits)
