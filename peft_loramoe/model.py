@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import LoRAMoEConfig
 from .layer import CANNOT_MERGE, LoRAMoELinear
-from .peft_api import PEFT_SAVES_BIAS, AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
+from .peft_api import PEFT_AT_LEAST_0_21, AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from .recorder import Recorder, find_recorder
 from .targets import FEED_FORWARD, default_targets, is_linear
 
@@ -38,9 +38,15 @@ class LoRAMoEModel(BaseTuner):
         return self.model(*args, **kwargs)
 
     def _check_new_adapter_config(self, config: LoRAMoEConfig) -> None:
-        if config.bias != "none" and not PEFT_SAVES_BIAS:
+        others = sorted({str(c.peft_type.value) for c in self.peft_config.values()} - {"LORAMOE"})
+        if others and not PEFT_AT_LEAST_0_21:
             raise ValueError(
-                f"bias={config.bias!r} needs peft>=0.21: older versions train the biases but do not save them. Upgrade PEFT or "
+                f"The model already has adapters of {', '.join(others)}, and PEFT before 0.21 would freeze them. Upgrade PEFT, or "
+                "unload them."
+            )
+        if config.bias != "none" and not PEFT_AT_LEAST_0_21:
+            raise ValueError(
+                f"bias={config.bias!r} needs peft>=0.21: older versions train the biases but do not save them. Upgrade PEFT, or "
                 "set bias='none'."
             )
         super()._check_new_adapter_config(config)

@@ -9,7 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 
 
 __all__ = [
-    "PEFT_SAVES_BIAS",
+    "PEFT_AT_LEAST_0_21",
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
@@ -17,8 +17,8 @@ __all__ = [
     "get_pattern_key",
 ]
 
-# PEFT 0.20 saves the biases of a few methods of its own only.
-PEFT_SAVES_BIAS = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
+# PEFT 0.20 saves the biases of a few methods of its own only, and freezes adapters of other methods.
+PEFT_AT_LEAST_0_21 = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
 
 # Methods of BaseTuner that `LoRAMoEModel` overrides or that PEFT is relied on to call.
 BASE_TUNER_HOOKS = (

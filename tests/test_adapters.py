@@ -14,6 +14,7 @@ from peft import (
 from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_loramoe import LoRAMoEConfig, balance_terms
+from peft_loramoe.peft_api import PEFT_AT_LEAST_0_21
 from tiny import labelled, loramoe, tiny_llama, token_batch
 
 
@@ -89,7 +90,8 @@ def test_deleting_the_active_adapter_activates_another():
     assert list(balance_terms(model)) == ["second"]
 
 
-def test_a_plain_lora_on_other_modules_works_beside_it(tmp_path):
+@pytest.mark.skipif(not PEFT_AT_LEAST_0_21, reason="PEFT before 0.21 would freeze the LoRA")
+def test_a_plain_lora_on_other_modules_works_beside_it():
     base = tiny_llama()
     torch.manual_seed(3)
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
@@ -104,11 +106,19 @@ def test_a_plain_lora_on_other_modules_works_beside_it(tmp_path):
     assert len(get_peft_model_state_dict(base, adapter_name="moe")) == 18
 
 
+def test_a_plain_lora_beside_it_is_refused_where_peft_would_freeze_it(monkeypatch):
+    monkeypatch.setattr("peft_loramoe.model.PEFT_AT_LEAST_0_21", False)
+    base = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), tiny_llama(), adapter_name="lora")
+    with pytest.raises(ValueError, match=r"already has adapters of LORA, and PEFT before 0\.21 would freeze them"):
+        inject_adapter_in_model(LoRAMoEConfig(), base, adapter_name="moe")
+
+
 def test_one_peft_model_holds_adapters_of_one_method():
     with pytest.raises(ValueError, match="[Cc]annot combine adapters with different peft types"):
         loramoe().add_adapter("lora", LoraConfig(target_modules=["q_proj"]))
 
 
+@pytest.mark.skipif(not PEFT_AT_LEAST_0_21, reason="bias is refused with PEFT before 0.21")
 def test_only_one_adapter_may_train_biases():
     model = loramoe(bias="all")
     with pytest.raises(ValueError, match="supports only 1 adapter with bias"):

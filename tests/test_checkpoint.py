@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures.make_adapter import INPUT_IDS, base_model
 from peft import PeftModel
 from safetensors.torch import load_file
-
-from fixtures.make_adapter import INPUT_IDS, base_model
 
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -2,19 +2,17 @@
 
 import copy
 
-import peft
 import pytest
 import torch
-from packaging.version import Version
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
 from peft_loramoe import LoRAMoEConfig, balance_loss
+from peft_loramoe.peft_api import PEFT_AT_LEAST_0_21
 from tiny import labelled, loramoe, tiny_llama, token_batch
 
 
 TYPES = [0, 1, 1]
-OLD_PEFT = Version(peft.__version__) < Version("0.21")
 
 
 def logits(model):
@@ -36,7 +34,10 @@ def saved(tmp_path_factory):
     "where",
     [
         "cpu",
-        pytest.param("disk", marks=pytest.mark.skipif(OLD_PEFT, reason="PEFT 0.20 loads no adapter on a disk-offloaded model")),
+        pytest.param(
+            "disk",
+            marks=pytest.mark.skipif(not PEFT_AT_LEAST_0_21, reason="PEFT 0.20 loads no adapter on a disk-offloaded model"),
+        ),
     ],
 )
 def test_an_offloaded_base_model(saved, where, tmp_path):

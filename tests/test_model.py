@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from peft_loramoe import LoRAMoEConfig, LoRAMoELinear, balance_loss
-from peft_loramoe.peft_api import PEFT_SAVES_BIAS
+from peft_loramoe.peft_api import PEFT_AT_LEAST_0_21
 from tiny import VOCAB, labelled, loramoe, tiny_llama, token_batch
 
 
@@ -198,12 +198,12 @@ def test_a_layer_holds_adapters_of_one_method():
 
 
 def test_bias_is_refused_where_peft_would_not_save_it(monkeypatch):
-    monkeypatch.setattr("peft_loramoe.model.PEFT_SAVES_BIAS", False)
+    monkeypatch.setattr("peft_loramoe.model.PEFT_AT_LEAST_0_21", False)
     with pytest.raises(ValueError, match=r"bias='all' needs peft>=0.21"):
         loramoe(bias="all")
 
 
-@pytest.mark.skipif(not PEFT_SAVES_BIAS, reason="PEFT before 0.21 does not save biases")
+@pytest.mark.skipif(not PEFT_AT_LEAST_0_21, reason="PEFT before 0.21 does not save biases")
 def test_bias_and_saved_modules_are_trained_and_saved(tmp_path):
     torch.manual_seed(0)
     base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCAB))
