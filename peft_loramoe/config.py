@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .card import write_card
+from .card import loading_snippet, write_card
 from .version import __version__
 
+
+logger = logging.getLogger(__name__)
 
 BIAS = ("none", "all", "loramoe_only")
 INIT_WEIGHTS = (True, False, "gaussian")
@@ -155,6 +158,7 @@ class LoRAMoEConfig(PeftConfig):
         """Write ``adapter_config.json``, and tell the reader of the model card (README.md) how to load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
         write_card(os.path.join(save_directory, "README.md"), self)
+        logger.info("Saved a LoRAMoE adapter. Load it with:\n%s", loading_snippet(str(save_directory), self))
 
     def _check_lora_options(self) -> None:
         _check_positive_int("r", self.r)

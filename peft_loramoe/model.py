@@ -41,13 +41,13 @@ class LoRAMoEModel(BaseTuner):
         others = sorted({str(c.peft_type.value) for c in self.peft_config.values()} - {"LORAMOE"})
         if others and not PEFT_AT_LEAST_0_21:
             raise ValueError(
-                f"The model already has adapters of {', '.join(others)}, and PEFT before 0.21 would freeze them. Upgrade PEFT, or "
-                "unload them."
+                f"The model already has adapters of {', '.join(others)}, and PEFT before 0.21 would freeze them. Upgrade "
+                "PEFT, or unload them."
             )
         if config.bias != "none" and not PEFT_AT_LEAST_0_21:
             raise ValueError(
-                f"bias={config.bias!r} needs peft>=0.21: older versions train the biases but do not save them. Upgrade PEFT, or "
-                "set bias='none'."
+                f"bias={config.bias!r} needs peft>=0.21: older versions train the biases but do not save them. Upgrade PEFT, "
+                "or set bias='none'."
             )
         super()._check_new_adapter_config(config)
 

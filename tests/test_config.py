@@ -58,6 +58,12 @@ def test_every_value_survives_the_json_file(tmp_path):
     assert loaded.to_dict() == config.to_dict()
 
 
+def test_saving_logs_how_to_load(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="peft_loramoe"):
+        LoRAMoEConfig().save_pretrained(tmp_path)
+    assert "import peft_loramoe" in caplog.text and str(tmp_path) in caplog.text
+
+
 def test_the_defaults_survive_the_json_file(tmp_path):
     LoRAMoEConfig().save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path) == LoRAMoEConfig()

@@ -30,16 +30,10 @@ def saved(tmp_path_factory):
     return folder, logits(model)
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        "cpu",
-        pytest.param(
-            "disk",
-            marks=pytest.mark.skipif(not PEFT_AT_LEAST_0_21, reason="PEFT 0.20 loads no adapter on a disk-offloaded model"),
-        ),
-    ],
-)
+disk = pytest.mark.skipif(not PEFT_AT_LEAST_0_21, reason="PEFT 0.20 loads no adapter on a disk-offloaded model")
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("disk", marks=disk)])
 def test_an_offloaded_base_model(saved, where, tmp_path):
     folder, expected = saved
     modules = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
