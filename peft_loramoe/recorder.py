@@ -68,7 +68,9 @@ class Recorder:
         self._records: list[_Record] = []
         self._batch: Batch | None = None
         self._grad_enabled = False
+        # What layers that see the same tokens share.
         self._samples: dict[tuple, Samples] = {}
+        self._targets: dict[tuple, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # What one forward pass recorded belongs to that graph: copies and pickles start empty.
@@ -102,11 +104,11 @@ class Recorder:
             config = self.configs[record.adapter]
             if config.balance_loss_weight > 0:
                 self._refuse_reentrant_checkpointing(record)
-            sums, counts, task_types = self._importance(record, record.probabilities)
+            sums, counts, _ = self._importance(record, record.probabilities)
             terms.setdefault(record.adapter, {})[record.layer] = balance_term(
                 sums,
                 counts,
-                balance_targets(task_types, record.experts.expert_groups, config.balance_delta),
+                self._targets_of(record),
                 formula=config.balance_formula,
                 target=config.balance_target,
                 importance=config.balance_importance,
@@ -165,12 +167,23 @@ class Recorder:
         sums, counts = importance(probabilities.flatten(0, -2), samples.ids, samples.real, len(samples.task_types))
         return sums, counts, samples.task_types
 
+    def _key(self, record: _Record) -> tuple:
+        probabilities, of_decoder = record.probabilities, self._batch.reads_decoder_tokens(record.layer)
+        return record.adapter, probabilities.shape[:-1], probabilities.device, of_decoder
+
+    def _targets_of(self, record: _Record) -> Tensor:
+        groups = record.experts.expert_groups
+        key = (*self._key(record), *groups)
+        if key not in self._targets:
+            delta = self.configs[record.adapter].balance_delta
+            self._targets[key] = balance_targets(self._samples_of(record).task_types, groups, delta)
+        return self._targets[key]
+
     def _samples_of(self, record: _Record) -> Samples:
-        tokens, device = tuple(record.probabilities.shape[:-1]), record.probabilities.device
-        # Layers that see the same tokens share the answer.
-        key = (record.adapter, tokens, device, self._batch.reads_decoder_tokens(record.layer))
+        key = self._key(record)
         if key not in self._samples:
-            samples = self._batch.samples(tokens, record.layer, self._task_types(record.adapter), device)
+            _, tokens, device, _ = key
+            samples = self._batch.samples(tuple(tokens), record.layer, self._task_types(record.adapter), device)
             if not torch.compiler.is_compiling() and not samples.real.any():
                 raise ValueError(
                     "The balance term was asked for in a batch without a real token: attention_mask is zero everywhere. "
