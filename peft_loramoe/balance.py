@@ -46,7 +46,9 @@ def balance_targets(task_types: Tensor, expert_groups: list[int], delta: float) 
     Returns:
         Targets, shape (M, N), float32.
     """
-    group_of_expert = torch.repeat_interleave(torch.tensor(expert_groups)).to(task_types.device)
+    group_of_expert = torch.tensor(
+        [group for group, size in enumerate(expert_groups) for _ in range(size)], device=task_types.device
+    )
     matches = task_types[:, None] == group_of_expert
     return torch.where(task_types[:, None] < 0, 1.0, torch.where(matches, 1.0 + delta, 1.0 - delta))
 
