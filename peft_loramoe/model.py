@@ -98,6 +98,12 @@ class LoRAMoEModel(BaseTuner):
         recorder.configs = self.peft_config
         return recorder
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, LoRAMoELinear):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # unload: PEFT would set the base layer's `weight`, which GPTQ, AWQ and HQQ layers do not have
+            setattr(parent, child_name, new_module)
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)
 

@@ -45,8 +45,7 @@ def is_linear(module: nn.Module) -> bool:
         return False  # nn.MultiheadAttention reads its weight and never calls it
     if isinstance(module, (nn.Linear, Conv1D)):
         return True
-    features = hasattr(module, "in_features") or hasattr(module, "infeatures")
-    return features and any(hasattr(module, name) for name in QUANTIZED_WEIGHTS)
+    return any(hasattr(module, name) for name in QUANTIZED_WEIGHTS)
 
 
 def default_targets(

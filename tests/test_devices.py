@@ -34,7 +34,8 @@ disk = pytest.mark.skipif(not PEFT_AT_LEAST_0_21, reason="PEFT 0.20 loads no ada
 
 
 @pytest.mark.parametrize("where", ["cpu", pytest.param("disk", marks=disk)])
-def test_an_offloaded_base_model(saved, where, tmp_path):
+def test_an_offloaded_base_model(saved, where, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # PEFT writes files of its own below the working directory
     folder, expected = saved
     modules = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
     device_map = {**dict.fromkeys(modules, "cpu"), "model.layers.1": where}

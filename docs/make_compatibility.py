@@ -1,0 +1,146 @@
+"""Writes docs/compatibility.md from test runs.
+
+    python docs/make_compatibility.py --run      run the tests below in this environment, then write the page
+    python docs/make_compatibility.py            write the page from docs/results/*.json
+
+Every run is a file docs/results/compatibility-<peft version>.json; `make compatibility` makes the two that are committed, one in
+the environment of each constraints file.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+
+DOCS = Path(__file__).parent
+RESULTS, PAGE, INTRODUCTION = DOCS / "results", DOCS / "compatibility.md", DOCS / "compatibility_introduction.md"
+# Test file -> heading of its table.
+TABLES = {
+    "test_architectures": "Architectures",
+    "test_quantization": "Quantised backbones",
+    "test_loading": "Loading, and what is refused",
+    "test_adapters": "Several adapters",
+    "test_devices": "Dtypes and devices",
+    "test_compile": "torch.compile",
+    "test_diffusers": "Diffusers",
+}
+LIBRARIES = ("peft", "transformers", "torch", "accelerate", "bitsandbytes", "torchao", "diffusers", "huggingface_hub")
+
+
+def version(library: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def run() -> None:
+    """Run the tests of `TABLES` and write their outcomes with the versions that they ran with."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        files = [f"tests/{name}.py" for name in TABLES]
+        subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *files], cwd=DOCS.parent)
+        cases = [outcome(case) for case in ElementTree.parse(report).iter("testcase")]
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "versions": {library: version(library) for library in LIBRARIES},
+    }
+    path = RESULTS / f"compatibility-{about['versions']['peft']}.json"
+    path.write_text(json.dumps({"about": about, "cases": cases}, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+def outcome(case: ElementTree.Element) -> dict[str, str]:
+    """One test case of a JUnit report as a row."""
+    problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+    row = {"file": case.get("classname").split(".")[-1], "case": case.get("name")}
+    row["outcome"] = "passed" if problem is None else {"skipped": "skipped"}.get(problem.tag, "failed")
+    if problem is not None:
+        row["reason"] = re.sub(r"^.*?: ", "", problem.get("message", "")).splitlines()[0]
+    return row
+
+
+def sentence(name: str) -> tuple[str, str]:
+    """A test's name as words, and the case in its brackets."""
+    test, _, case = name.partition("[")
+    return test.removeprefix("test_").replace("_", " "), case.removesuffix("]")
+
+
+def table(file: str, runs: list[dict]) -> list[str]:
+    """Markdown table of one test file: what was checked, with which cases, and how it went in each run."""
+    rows: dict[str, dict[str, list[tuple[str, str, str]]]] = {}
+    for run_ in runs:
+        for case in run_["cases"]:
+            if case["file"] == file:
+                test, parameter = sentence(case["case"])
+                entry = rows.setdefault(test, {}).setdefault(run_["about"]["versions"]["peft"], [])
+                entry.append((parameter, case["outcome"], case.get("reason", "")))
+    versions = [run_["about"]["versions"]["peft"] for run_ in runs]
+    lines = ["| checked | " + " | ".join(f"peft {v}" for v in versions) + " |", "|---|" + "---|" * len(versions)]
+    for test, by_version in rows.items():
+        lines.append(f"| {test} | " + " | ".join(cell(by_version.get(v, [])) for v in versions) + " |")
+    return lines
+
+
+def cell(cases: list[tuple[str, str, str]]) -> str:
+    """What passed, and the reason of everything that did not."""
+    passed = [parameter for parameter, outcome_, _ in cases if outcome_ == "passed"]
+    text = []
+    if passed:
+        text.append("passed" + (f": {', '.join(passed)}" if any(passed) else ""))
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for parameter, outcome_, reason in cases:
+        if outcome_ != "passed":
+            reasons.setdefault((outcome_, reason), []).append(parameter)
+    text += [f"{outcome_} ({reason})" + (f": {', '.join(p)}" if any(p) else "") for (outcome_, reason), p in reasons.items()]
+    return "; ".join(text).replace("|", "\\|") or "-"
+
+
+def conformance(path: Path) -> list[str]:
+    """The summary of a conformance report."""
+    report = json.loads(path.read_text())
+    lines = [f"### peft {report['versions']['peft']}, transformers {report['versions']['transformers']}", ""]
+    lines += ["| PEFT's test file | passed | skipped | failed |", "|---|---|---|---|"]
+    for file, counts in sorted(report["files"].items()):
+        lines.append(f"| {file} | {counts.get('passed', 0)} | {counts.get('skipped', 0)} | {counts.get('failed', 0)} |")
+    lines += ["", "| skipped | because |", "|---|---|"]
+    lines += [f"| {n} | {reason} |" for reason, n in sorted(report["skips"].items(), key=lambda item: -item[1])]
+    return [*lines, ""]
+
+
+def write_page() -> None:
+    """Write docs/compatibility.md."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("compatibility-*.json"), reverse=True)]
+    lines = [INTRODUCTION.read_text().rstrip(), "", "## Runs", ""]
+    for run_ in runs:
+        about = run_["about"]
+        versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if v)
+        lines.append(f"- {about['date']}, {about['device']}, Python {about['python']}: {versions}")
+    for file, heading in TABLES.items():
+        lines += ["", f"## {heading}", "", f"`tests/{file}.py`", "", *table(file, runs)]
+    lines += ["", "## PEFT's own tests", "", "`make conformance`", ""]
+    for path in sorted(RESULTS.glob("conformance-*.json"), reverse=True):
+        lines += conformance(path)
+    PAGE.write_text("\n".join(lines).rstrip() + "\n")
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="store_true", help="run the tests in this environment first")
+    if parser.parse_args().run:
+        run()
+    write_page()
