@@ -37,6 +37,8 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("loramoe_experts",)
     other_param_names = ()
+    # PEFT's disable_input_dtype_casting sets it. Here it changes nothing: the input is never cast, only the small weights.
+    cast_input_dtype_enabled = True
 
     def __init__(self, base_layer: nn.Module, name: str, recorder: Recorder) -> None:
         super().__init__()
@@ -100,6 +102,9 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
         return result
 
     def _forward_per_sample(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
+        if len(x) != len(adapter_names):  # some models flatten batch and sequence before their feed-forward layers
+            width = self.recorder.tokens_per_row(len(x), self.name) if x.dim() == 2 else None
+            adapter_names = [name for name in adapter_names for _ in range(width or 1)]
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "

@@ -38,7 +38,7 @@ class LoRAMoEModel(BaseTuner):
         return self.model(*args, **kwargs)
 
     def _check_new_adapter_config(self, config: LoRAMoEConfig) -> None:
-        others = sorted({str(c.peft_type.value) for c in self.peft_config.values()} - {"LORAMOE"})
+        others = sorted({c.peft_type for c in self.peft_config.values()} - {"LORAMOE"})
         if others and not PEFT_AT_LEAST_0_21:
             raise ValueError(
                 f"The model already has adapters of {', '.join(others)}, and PEFT before 0.21 would freeze them. Upgrade "
@@ -106,6 +106,17 @@ class LoRAMoEModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a weighted sum of mixtures with routers of their own is no such mixture.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "LoRAMoE adapters cannot be combined into one by add_weighted_adapter: each has a router of its own. To add up "
+            "several, activate them together with set_adapter([...]) on the base_model."
+        )
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         recorder = find_recorder(self.model)

@@ -97,6 +97,10 @@ class Recorder:
         if self._recording:
             self._records.append(_Record(adapter, layer, experts, probabilities))
 
+    def tokens_per_row(self, tokens: int, layer: str) -> int | None:
+        """Tokens in each row of the batch, if a layer that sees `tokens` of them sees the whole batch, flattened."""
+        return self._batch.row_width(tokens, layer) if self._recording else None
+
     def terms(self) -> dict[str, dict[str, Tensor]]:
         """The balance term of each layer, unweighted, by adapter and layer name."""
         terms: dict[str, dict[str, Tensor]] = {}

@@ -141,6 +141,10 @@ class Batch:
         token_types = (types if types.dim() == 2 else types[:, None].expand(rows, width)).flatten()
         return Samples(ids, real.flatten(), types.new_full((slots,), -1).scatter(0, ids, token_types))
 
+    def row_width(self, tokens: int, layer: str) -> int | None:
+        """Tokens per row of the batch if `tokens` is all of them, else None."""
+        return next((mask.shape[1] for mask in self._masks(layer) if mask.numel() == tokens), None)
+
     def _real_tokens(self, tokens: tuple[int, ...], layer: str) -> Tensor:
         """The mask of the layer's tokens, shape (rows, tokens per row), bool."""
         masks = self._masks(layer)

@@ -11,7 +11,7 @@ from peft import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
 )
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 from peft_loramoe import LoRAMoEConfig, balance_terms
 from peft_loramoe.peft_api import PEFT_AT_LEAST_0_21
@@ -146,3 +146,22 @@ def test_the_adapter_may_be_named_like_its_tensors(tmp_path):
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "router", adapter_name="A")
     with torch.no_grad():
         assert torch.equal(loaded.eval()(**token_batch()).logits, model.eval()(**token_batch()).logits)
+
+
+def test_adapters_for_each_sample_of_a_model_that_flattens_the_batch():
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
+    config.word_embed_proj_dim = 16
+    model = two_adapters(OPTForCausalLM(config)).eval()
+    batch = token_batch()
+    with torch.no_grad():
+        default = model(**batch).logits
+        model.set_adapter("second")
+        second = model(**batch).logits
+        mixed = model(**batch, adapter_names=["second", "default", "second"]).logits
+    torch.testing.assert_close(mixed, torch.stack([second[0], default[1], second[2]]))
+
+
+def test_weighted_sums_of_adapters_are_refused():
+    with pytest.raises(ValueError, match="cannot be combined into one by add_weighted_adapter"):
+        two_adapters().add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
