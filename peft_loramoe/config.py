@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from packaging.version import Version
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
@@ -110,6 +112,11 @@ class LoRAMoEConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType("LORAMOE")
         self.peft_loramoe_version = self.peft_loramoe_version or __version__
+        if Version(self.peft_loramoe_version) > Version(__version__):
+            warnings.warn(
+                f"The configuration was written by peft_loramoe {self.peft_loramoe_version}, newer than the installed "
+                f"{__version__}; options that it does not know are ignored. Upgrade with `pip install -U peft_loramoe`."
+            )
         if isinstance(self.router_dtype, torch.dtype):
             self.router_dtype = str(self.router_dtype).removeprefix("torch.")
         for name in ("target_modules", "exclude_modules"):

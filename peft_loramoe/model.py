@@ -13,7 +13,36 @@ from .config import LoRAMoEConfig
 from .layer import CANNOT_MERGE, LoRAMoELinear
 from .peft_api import PEFT_AT_LEAST_0_21, AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from .recorder import Recorder, find_recorder
-from .targets import FEED_FORWARD, default_targets, is_linear
+from .targets import (
+    FEED_FORWARD,
+    WHY_NOT_ROUTED,
+    candidates,
+    check_names,
+    default_targets,
+    is_bypassed,
+    is_linear,
+    is_routed_expert,
+)
+
+
+@contextmanager
+def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+    """Undo what was done to the model's modules if the block fails: no half adapter stays behind."""
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    recorder = find_recorder(model)
+    try:
+        yield
+    except BaseException:
+        added = find_recorder(model)
+        if added is not recorder:
+            added.remove()
+        for module, modules in children:
+            module._modules.clear()
+            module._modules.update(modules)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        raise
 
 
 class LoRAMoEModel(BaseTuner):
@@ -56,7 +85,13 @@ class LoRAMoEModel(BaseTuner):
             peft_config.target_modules, peft_config.exclude_modules = default_targets(
                 self.model, model_config, peft_config.exclude_modules
             )
+        check_names(self.model, peft_config.target_modules)
         return peft_config
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Inject an adapter as PEFT does; if it is refused half-way, the model is as it was before."""
+        with unchanged_on_failure(model):
+            super().inject_adapter(model, *args, **kwargs)
 
     def _create_and_replace(
         self,
@@ -75,6 +110,17 @@ class LoRAMoEModel(BaseTuner):
             raise ValueError(
                 f"Target module '{current_key}' already carries a {type(target).__module__} adapter. A layer holds adapters of "
                 "one method: unload that adapter, or target other modules."
+            )
+        if is_bypassed(parent, target_name):
+            raise ValueError(
+                f"Target module '{current_key}' is incompatible with Mamba: kernels of the mixer read its weight and never "
+                "call it, so an adapter there would have no effect. Leave it out with exclude_modules. Linear layers that can "
+                f"be adapted: {candidates(self.model)}."
+            )
+        if is_routed_expert(self.model, current_key):
+            raise ValueError(
+                f"Target module '{current_key}' is one of the backbone's routed experts, which {WHY_NOT_ROUTED}"
+                rf"{candidates(self.model)}. Where a name fits both, set exclude_modules=r'.*\.experts\..*'."
             )
         if not is_linear(target):
             raise ValueError(

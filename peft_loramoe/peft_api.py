@@ -24,7 +24,6 @@ PEFT_AT_LEAST_0_21 = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
 BASE_TUNER_HOOKS = (
     "_check_merge_allowed",
     "_check_new_adapter_config",
-    "_check_target_module_compatiblity",  # PEFT's spelling
     "_create_and_replace",
     "_prepare_adapter_config",
     "_replace_module",

@@ -15,7 +15,9 @@ from torch import Tensor
 # Inputs whose first dimension is the batch, in the order in which they are asked for it.
 BATCH_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_ids", "pixel_values", "input_features")
 # Linears of a decoder that read the encoder's tokens.
-CROSS_ATTENTION_INPUT = re.compile(r"(EncDecAttention|encoder_attn|crossattention).*\.(k|v|k_proj|v_proj|key|value)$")
+CROSS_ATTENTION_INPUT = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention).*\.(k|v|k_proj|v_proj|key|value)$"
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ class Batch:
 
     def reads_decoder_tokens(self, layer: str) -> bool:
         """Whether the layer of that name sees the decoder's tokens."""
-        return self.is_encoder_decoder and "decoder" in layer and not CROSS_ATTENTION_INPUT.search(layer)
+        in_decoder = "decoder" in layer or "encoder" not in layer  # the head reads the decoder's tokens too
+        return self.is_encoder_decoder and in_decoder and not CROSS_ATTENTION_INPUT.search(layer)
 
     def samples(self, tokens: tuple[int, ...], layer: str, task_types: Tensor | None, device: torch.device) -> Samples:
         """Map the tokens of one layer to samples.
@@ -143,35 +146,33 @@ class Batch:
 
     def row_width(self, tokens: int, layer: str) -> int | None:
         """Tokens per row of the batch if `tokens` is all of them, else None."""
-        return next((mask.shape[1] for mask in self._masks(layer) if mask.numel() == tokens), None)
+        mask = self._mask_of(layer)
+        return mask.shape[1] if mask is not None and mask.numel() == tokens else None
 
     def _real_tokens(self, tokens: tuple[int, ...], layer: str) -> Tensor:
         """The mask of the layer's tokens, shape (rows, tokens per row), bool."""
-        masks = self._masks(layer)
-        for mask in masks:
-            if tokens == tuple(mask.shape) or tokens == (mask.numel(),):
-                return mask
+        mask = self._mask_of(layer)
+        if mask is not None and (_without_ones(tokens) == _without_ones(mask.shape) or tokens == (mask.numel(),)):
+            return mask
         rows = self.rows
         if tokens[:1] == (rows,):
             width = prod(tokens[1:])
-            if self.inputs.get("past_key_values") is not None and masks and masks[0].shape[1] > width:
-                return masks[0][:, -width:]  # the mask covers the cached tokens too
+            if self.inputs.get("past_key_values") is not None and mask is not None and mask.shape[1] > width:
+                return mask[:, -width:]  # the mask covers the cached tokens too
             return torch.ones(rows, width, dtype=torch.bool)  # pooled, or not text: no mask speaks of these tokens
         raise ValueError(
             f"The balance term cannot tell to which of the {rows} rows of the batch the {tokens} tokens of layer '{layer}' "
             "belong. Leave the layer out with exclude_modules, or set balance_loss_weight=0."
         )
 
-    def _masks(self, layer: str) -> list[Tensor]:
-        """Masks that may fit the layer's tokens, the likeliest first."""
-        encoder = self._mask("attention_mask", "input_ids", "inputs_embeds")
-        if not self.is_encoder_decoder:
-            return [mask for mask in (encoder,) if mask is not None]
-        decoder = self._mask("decoder_attention_mask", "decoder_input_ids", "decoder_inputs_embeds")
-        if self.inputs.get("decoder_attention_mask") is None and isinstance(self.inputs.get("labels"), Tensor):
-            decoder = self.inputs["labels"] != -100  # the decoder reads the labels, shifted by one
-        order = (decoder, encoder) if self.reads_decoder_tokens(layer) else (encoder, decoder)
-        return [mask for mask in order if mask is not None and mask.dim() == 2]
+    def _mask_of(self, layer: str) -> Tensor | None:
+        """The mask of the tokens that the layer's stack reads, shape (rows, seq), bool; None if nothing tells."""
+        if not self.reads_decoder_tokens(layer):
+            return self._mask("attention_mask", "input_ids", "inputs_embeds")
+        labels = self.inputs.get("labels")
+        if self.inputs.get("decoder_attention_mask") is None and isinstance(labels, Tensor) and labels.dim() == 2:
+            return labels != -100  # the decoder reads the labels, shifted by one
+        return self._mask("decoder_attention_mask", "decoder_input_ids", "decoder_inputs_embeds")
 
     def _mask(self, name: str, *tokens: str) -> Tensor | None:
         mask = self.inputs.get(name)
@@ -187,3 +188,8 @@ class Batch:
             if isinstance(value := self.inputs.get(source), Tensor) and value.dim() >= 2:
                 return torch.ones(value.shape[:2], dtype=torch.bool)
         return None
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape as (batch, seq): DeepSeek's attention inserts a dimension of one."""
+    return (*shape[:1], *(size for size in shape[1:] if size != 1))

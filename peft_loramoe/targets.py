@@ -39,6 +39,21 @@ EXCLUDED[FEED_FORWARD["vit"]] = EXCLUDED[_BERT]
 QUANTIZED_WEIGHTS = ("qweight", "W_q", "codebooks", "weight_scales")
 
 
+# Modules of a backbone's own experts, beside the router that sends each of them some of the tokens.
+ROUTED_EXPERTS = re.compile(r"(?P<block>|.*\.)experts(\.(expert_)?\d+(\..*)?)?")
+ROUTERS = ("gate", "router")
+WHY_NOT_ROUTED = (
+    "cannot be adapted: each sees only the tokens that the backbone's router sends it, so no balance term can be computed "
+    "there, and transformers 5 keeps them as 3-D parameters instead of linear layers. Linear layers that can be adapted: "
+)
+# Names that feed-forward linears have in one model or another.
+FEED_FORWARD_NAMES = {"gate_up_proj", "w1", "w2", "w3"} | {
+    target.rpartition(".")[2] for targets in FEED_FORWARD.values() for target in targets
+}
+# Linears whose weights the fused kernels of a Mamba mixer read without calling them (dt_proj: on every path).
+FUSED_IN_MAMBA = ("conv1d", "dt_proj", "out_proj", "x_proj")
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a linear layer, dense or quantised, whose output an adapter can add to."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -48,18 +63,66 @@ def is_linear(module: nn.Module) -> bool:
     return any(hasattr(module, name) for name in QUANTIZED_WEIGHTS)
 
 
+def is_routed_expert(model: nn.Module, name: str) -> bool:
+    """Whether the module of that name is, or belongs to, the routed experts of the backbone's own mixture."""
+    match = ROUTED_EXPERTS.fullmatch(name)
+    return match is not None and any(hasattr(model.get_submodule(match["block"][:-1]), router) for router in ROUTERS)
+
+
+def routed_experts(model: nn.Module) -> str:
+    """Names of the modules that hold a backbone's routed experts, with * for indices; empty if it has none."""
+    names = (
+        name for name, _ in model.named_modules() if name.rpartition(".")[2] == "experts" and is_routed_expert(model, name)
+    )
+    return ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))
+
+
+def is_bypassed(parent: nn.Module, name: str) -> bool:
+    """Whether `parent` is a Mamba mixer, whose kernels read the weight of its linear `name` and never call it."""
+    return name in FUSED_IN_MAMBA and all(hasattr(parent, attribute) for attribute in ("A_log", "D", "conv1d"))
+
+
+def candidates(model: nn.Module) -> str:
+    """The linear layers that can be adapted, by the last part of their names, for error messages."""
+    names = set()
+    for key, module in model.named_modules():
+        name = key.removesuffix(".base_layer")
+        parent, _, last = name.rpartition(".")
+        if is_linear(module) and not is_routed_expert(model, name) and not is_bypassed(model.get_submodule(parent), last):
+            names.add(re.sub(r"^(.*\.)?\d+\.", "", name))
+    return ", ".join(sorted(names)) or "none"
+
+
+def check_names(model: nn.Module, target_modules: Any) -> None:
+    """Refuse names of feed-forward linears that the backbone's experts keep as parameters: PEFT would pass over them.
+
+    Raises:
+        ValueError: a listed name is one of a feed-forward linear and fits no module, but the backbone has routed experts.
+    """
+    if isinstance(target_modules, str) or not (experts := routed_experts(model)):
+        return
+    modules = [f".{name}" for name, _ in model.named_modules()]
+    absent = [name for name in target_modules if name.rpartition(".")[2] in FEED_FORWARD_NAMES]
+    if absent := sorted(name for name in absent if not any(module.endswith(f".{name}") for module in modules)):
+        raise ValueError(
+            f"target_modules contains {', '.join(absent)}, but the feed-forward layers of this model are routed experts "
+            f"({experts}), which {WHY_NOT_ROUTED}{candidates(model)}."
+        )
+
+
 def default_targets(
     model: nn.Module, model_config: dict[str, Any], exclude_modules: Any
 ) -> tuple[set[str], set[str] | str | None]:
     """Feed-forward linears of a known architecture.
 
     Args:
-        model: the base model, for the list of candidates in the error.
+        model: the base model.
         model_config: its configuration as a dictionary.
         exclude_modules: the user's `exclude_modules`.
 
     Returns:
-        `target_modules`, and `exclude_modules` extended where a target's name also fits an attention layer.
+        `target_modules`, and `exclude_modules` extended where a target's name also fits an attention layer or a layer of
+        another modality's encoder.
 
     Raises:
         ValueError: the architecture is not in the table; the message lists the model's linear layers.
@@ -68,14 +131,38 @@ def default_targets(
     types = [model_config.get("model_type"), text_config.get("model_type") if isinstance(text_config, dict) else None]
     targets = next((FEED_FORWARD[name] for name in types if name in FEED_FORWARD), None)
     if targets is None:
-        linears = (name for name, module in model.named_modules() if is_linear(module))
-        candidates = sorted({re.sub(r"^(.*\.)?\d+\.", "", name) for name in linears})
+        if experts := routed_experts(model):
+            raise ValueError(
+                "Please specify `target_modules` in `peft_config`: there is no default for model_type "
+                f"'{model_config.get('model_type')}', whose feed-forward layers are routed experts ({experts}). They "
+                f"{WHY_NOT_ROUTED}{candidates(model)}."
+            )
         raise ValueError(
             "Please specify `target_modules` in `peft_config`: there is no default for model_type "
-            f"'{model_config.get('model_type')}'. Linear layers of this model: {', '.join(candidates) or 'none'}."
+            f"'{model_config.get('model_type')}'. Linear layers of this model: {candidates(model)}."
         )
-    if (also := EXCLUDED.get(targets)) is None:
+    also = [rf"(.*\.)?{re.escape(EXCLUDED[targets])}"] if targets in EXCLUDED else []
+    if model_config.get("model_type") not in FEED_FORWARD:  # known by its text model: leave the other encoders alone
+        also += [rf"(.*\.)?{re.escape(encoder)}\..*" for encoder in sorted(_other_encoders(model, model_config))]
+    # PEFT warns about exclusions that exclude nothing.
+    names = [name for name, _ in model.named_modules() if f".{name}".endswith(tuple(f".{target}" for target in targets))]
+    also = [pattern for pattern in also if any(re.fullmatch(pattern, name) for name in names)]
+    if not also:
         return set(targets), exclude_modules
     if isinstance(exclude_modules, str):
-        return set(targets), rf"({exclude_modules})|(.*\.)?{re.escape(also)}"
-    return set(targets), {*(exclude_modules or ()), also}
+        also.append(exclude_modules)
+    else:
+        also += [rf"(.*\.)?{re.escape(name)}" for name in sorted(exclude_modules or ())]
+    return set(targets), "|".join(f"({pattern})" for pattern in also)
+
+
+def _other_encoders(model: nn.Module, model_config: dict[str, Any]) -> set[str]:
+    """Names of the encoders of images or sound in a model that is known by its text model."""
+    others = {
+        value.get("model_type") for key, value in model_config.items() if isinstance(value, dict) and key != "text_config"
+    } - {None}
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "config", None), "model_type", None) in others and not name.startswith(tuple(found)):
+            found.append(f"{name}.")
+    return {name[:-1].rpartition(".")[2] for name in found}
