@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 
 from .config import LoRAMoEConfig
 from .layer import CANNOT_MERGE, LoRAMoELinear
+from .loading import check_adapter_tensors, unchanged_on_failure
 from .peft_api import PEFT_AT_LEAST_0_21, AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from .recorder import Recorder, find_recorder
 from .targets import (
@@ -23,26 +24,6 @@ from .targets import (
     is_linear,
     is_routed_expert,
 )
-
-
-@contextmanager
-def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
-    """Undo what was done to the model's modules if the block fails: no half adapter stays behind."""
-    children = [(module, dict(module._modules)) for module in model.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    recorder = find_recorder(model)
-    try:
-        yield
-    except BaseException:
-        added = find_recorder(model)
-        if added is not recorder:
-            added.remove()
-        for module, modules in children:
-            module._modules.clear()
-            module._modules.update(modules)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
-        raise
 
 
 class LoRAMoEModel(BaseTuner):
@@ -160,8 +141,8 @@ class LoRAMoEModel(BaseTuner):
             ValueError: always.
         """
         raise ValueError(
-            "LoRAMoE adapters cannot be combined into one by add_weighted_adapter: each has a router of its own. To add up "
-            "several, activate them together with set_adapter([...]) on the base_model."
+            "LoRAMoE adapters cannot be combined into one by weights: each has a router of its own. Activate several adapters "
+            "together instead, model.base_model.set_adapter([...]): their contributions add up."
         )
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
@@ -205,35 +186,3 @@ class LoRAMoEModel(BaseTuner):
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:
     return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def check_adapter_tensors(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse a state dict that holds some, but not exactly all, tensors of an adapter (a pre-hook of `load_state_dict`).
-
-    Raises:
-        RuntimeError: tensors are missing, unexpected or of the wrong shape; the message names them.
-    """
-    container = ".loramoe_experts."
-    found = {key for key in state_dict if container in key and key.startswith(prefix)}
-    if not found:
-        return
-    expected = {prefix + name: p for name, p in model.named_parameters(remove_duplicate=False) if container in name}
-    adapters = {_adapter_of(key, container) for key in found & expected.keys()}
-    wanted = {key for key in expected if _adapter_of(key, container) in adapters}
-    problems = [f"missing: {key}" for key in sorted(wanted - found)]
-    problems += [f"unexpected: {key}" for key in sorted(found - expected.keys())]
-    for key in sorted(found & expected.keys()):
-        shape = tuple(getattr(expected[key], "ds_shape", expected[key].shape))
-        if tuple(state_dict[key].shape) != shape:
-            problems.append(f"size mismatch for {key}: {tuple(state_dict[key].shape)} in the checkpoint, {shape} in the model")
-    if problems:
-        shown = "\n  ".join(problems[:6]) + (f"\n  and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise RuntimeError(
-            "The checkpoint does not fit the LoRAMoE layers of this model. Check that the base model is the one it was trained "
-            "on, and that r, num_experts, expert_groups, null_groups and target_modules in adapter_config.json are as saved.\n"
-            f"  {shown}"
-        )
-
-
-def _adapter_of(key: str, container: str) -> str:
-    return key.rpartition(container)[2].rpartition(".")[0]

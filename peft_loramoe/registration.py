@@ -5,12 +5,16 @@ import os
 import warnings
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import PeftType
+from peft.utils import PeftType, hotswap
+from safetensors import SafetensorError
+from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 from .card import write_card
 from .config import LoRAMoEConfig
+from .loading import check_load_result, unchanged_on_failure
 from .model import LoRAMoEModel
 
 
@@ -37,6 +41,7 @@ def register() -> None:
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = LoRAMoEModel.prefix
     if not hasattr(PeftModel.create_or_update_model_card, "__wrapped__"):
         _keep_model_card()
+        _load_all_or_nothing()
 
 
 def _peft_type_member() -> PeftType:
@@ -81,3 +86,50 @@ def _keep_model_card() -> None:
 
     PeftModel.create_or_update_model_card = create_or_update_model_card
     PeftModel._upload_modified_files = _upload_modified_files
+
+
+def _load_all_or_nothing() -> None:
+    """Make a LoRAMoE adapter that cannot be loaded an error that leaves the model as it was; other adapters load as before.
+
+    PEFT and transformers attach an adapter before they read its weights and do not take it off again. A file without any
+    of its tensors is a warning in PEFT, and absent tensors are a line in the log of transformers 5: both go on with random
+    experts.
+    """
+
+    def checked(load: Any) -> Any:
+        @functools.wraps(load)
+        def load_adapter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            source = next((value for value in (*args[:1], kwargs.get("model_id"), kwargs.get("peft_model_id")) if value), "")
+            with unchanged_on_failure(self):
+                try:
+                    result = load(self, *args, **kwargs)
+                except SafetensorError as error:
+                    raise RuntimeError(
+                        f"adapter_model.safetensors of '{source}' cannot be read ({error}): the file is incomplete or damaged. "
+                        "Download it again, or save the adapter again."
+                    ) from error
+                check_load_result(self, result)
+            return result
+
+        return load_adapter
+
+    from_pretrained, check = PeftModel.from_pretrained.__func__, hotswap.check_hotswap_configs_compatible
+
+    @functools.wraps(from_pretrained)
+    def checked_from_pretrained(cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
+        with unchanged_on_failure(model):
+            return from_pretrained(cls, model, *args, **kwargs)
+
+    @functools.wraps(check)
+    def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
+        if isinstance(config0, LoRAMoEConfig) or isinstance(config1, LoRAMoEConfig):
+            raise ValueError(
+                "LoRAMoE adapters cannot be hot-swapped. Load the other adapter beside this one with "
+                "model.load_adapter(folder, adapter_name='other'), switch with model.set_adapter('other'), remove this one with model.delete_adapter."
+            )
+        check(config0, config1)
+
+    PeftModel.load_adapter = checked(PeftModel.load_adapter)
+    PeftModel.from_pretrained = classmethod(checked_from_pretrained)
+    PeftAdapterMixin.load_adapter = checked(PeftAdapterMixin.load_adapter)
+    hotswap.check_hotswap_configs_compatible = check_hotswap_configs_compatible

@@ -160,8 +160,3 @@ def test_adapters_for_each_sample_of_a_model_that_flattens_the_batch():
         second = model(**batch).logits
         mixed = model(**batch, adapter_names=["second", "default", "second"]).logits
     torch.testing.assert_close(mixed, torch.stack([second[0], default[1], second[2]]))
-
-
-def test_weighted_sums_of_adapters_are_refused():
-    with pytest.raises(ValueError, match="cannot be combined into one by add_weighted_adapter"):
-        two_adapters().add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")

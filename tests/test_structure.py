@@ -24,8 +24,9 @@ ROOMS = {
     "peft_api": ((), True),
     "recorder": (("balance", "config", "experts", "samples"), False),
     "layer": (("config", "experts", "peft_api", "recorder"), False),  # config and recorder for annotations only
-    "model": (("config", "layer", "peft_api", "recorder", "targets"), False),
-    "registration": (("card", "config", "model"), True),
+    "loading": (("recorder",), False),
+    "model": (("config", "layer", "loading", "peft_api", "recorder", "targets"), False),
+    "registration": (("card", "config", "loading", "model"), True),
     "__init__": (("config", "experts", "layer", "model", "recorder", "registration", "version"), False),
     "analysis": (("__init__",), False),
 }

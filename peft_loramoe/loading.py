@@ -1,0 +1,104 @@
+"""All or nothing: an adapter whose tensors do not fit is an error that leaves the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .recorder import find_recorder
+
+
+CONTAINER = ".loramoe_experts."
+
+
+def check_adapter_tensors(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a state dict that holds some, but not exactly all, tensors of an adapter (a pre-hook of `load_state_dict`).
+
+    Raises:
+        RuntimeError: tensors are missing, unexpected or of the wrong shape; the message names them.
+    """
+    found = {key for key in state_dict if CONTAINER in key and key.startswith(prefix)}
+    if not found:
+        return
+    expected = {prefix + name: p for name, p in model.named_parameters(remove_duplicate=False) if CONTAINER in name}
+    adapters = {_adapter_of(key) for key in found & expected.keys()}
+    wanted = {key for key in expected if _adapter_of(key) in adapters}
+    problems = [f"missing: {key}" for key in sorted(wanted - found)]
+    problems += [f"unexpected: {key}" for key in sorted(found - expected.keys())]
+    for key in sorted(found & expected.keys()):
+        shape = tuple(getattr(expected[key], "ds_shape", expected[key].shape))
+        if tuple(state_dict[key].shape) != shape:
+            problems.append(f"size mismatch for {key}: {tuple(state_dict[key].shape)} in the checkpoint, {shape} in the model")
+    _refuse(problems)
+    find_recorder(model).loaded |= adapters
+
+
+def check_load_result(model: nn.Module, result: Any) -> None:
+    """Refuse what a `load_adapter` of PEFT or transformers did if LoRAMoE tensors were absent or left over.
+
+    Args:
+        model: the model that was loaded into.
+        result: what `load_adapter` returned: an object with `missing_keys` and `unexpected_keys`, or None (transformers 4).
+
+    Raises:
+        RuntimeError: as `check_adapter_tensors`.
+    """
+    recorder = find_recorder(model)
+    if result is None and recorder is not None:
+        _refuse([f"missing: all tensors of adapter '{name}'" for name in recorder.configs.keys() - recorder.loaded])
+    _refuse(
+        [
+            f"{problem}: {key}"
+            for problem in ("missing", "unexpected")
+            for key in sorted(getattr(result, f"{problem}_keys", None) or ())
+            if CONTAINER in key
+        ]
+    )
+
+
+@contextmanager
+def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+    """Undo what was done to the model for a LoRAMoE adapter if the block fails: no half adapter stays behind."""
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    marks = {name: model.__dict__.get(name) for name in ("peft_config", "_hf_peft_config_loaded")}
+    configs, recorder = dict(getattr(model, "peft_config", None) or {}), find_recorder(model)
+    try:
+        yield
+    except BaseException:
+        added = find_recorder(model)
+        if added is None:
+            raise  # no LoRAMoE: PEFT's business
+        if added is not recorder:
+            added.remove()
+        for module, modules in children:
+            module._modules.clear()
+            module._modules.update(modules)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        if configs:
+            model.peft_config.clear()
+            model.peft_config.update(configs)
+        for name, value in marks.items():
+            if value is None:
+                model.__dict__.pop(name, None)
+            else:
+                model.__dict__[name] = value
+        raise
+
+
+def _adapter_of(key: str) -> str:
+    return key.rpartition(CONTAINER)[2].rpartition(".")[0]
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        shown = "\n  ".join(problems[:6]) + (f"\n  and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise RuntimeError(
+            "The checkpoint does not fit the LoRAMoE layers of this model. Check that the base model is the one it was trained "
+            "on, and that r, num_experts, expert_groups, null_groups and target_modules in adapter_config.json are as saved.\n"
+            f"  {shown}"
+        )
