@@ -125,7 +125,8 @@ def _load_all_or_nothing() -> None:
         if isinstance(config0, LoRAMoEConfig) or isinstance(config1, LoRAMoEConfig):
             raise ValueError(
                 "LoRAMoE adapters cannot be hot-swapped. Load the other adapter beside this one with "
-                "model.load_adapter(folder, adapter_name='other'), switch with model.set_adapter('other'), remove this one with model.delete_adapter."
+                "model.load_adapter(folder, adapter_name='other'), switch with model.set_adapter('other'), and remove this one "
+                "with model.delete_adapter."
             )
         check(config0, config1)
 
