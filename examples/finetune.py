@@ -167,13 +167,13 @@ def build_config(args: argparse.Namespace) -> LoRAMoEConfig:
 def read_records(path: Path, config: LoRAMoEConfig) -> list[dict]:
     """The records of a JSON or JSON lines file, checked, with their task types as indices (-1 for unknown)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text ({error}).") from error
-    records = [(place, check_record(record, place, config)) for place, record in parse_records(text, path)]
+    records = [check_record(record, place, config) for place, record in parse_records(text, path)]
     if not records:
         raise InputError(f"{path}: the file has no records; write one JSON object a line with {', '.join(COLUMNS)}.")
-    return [record for _, record in records]
+    return records
 
 
 def parse_records(text: str, path: Path) -> Iterator[tuple[str, Any]]:
@@ -182,7 +182,7 @@ def parse_records(text: str, path: Path) -> Iterator[tuple[str, Any]]:
         for number, record in enumerate(parse_json(text, path, 1), 1):
             yield f"{path}, record {number}", record
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield f"{path}, line {number}", parse_json(line, path, number)
 
@@ -381,6 +381,7 @@ def train(model: PeftModel, samples: list[dict], collator: Callable, args: argpa
         lr_scheduler_type="cosine",
         warmup_steps=args.warmup_steps,
         bf16=args.bf16,
+        use_cpu=PartialState().device.type == "cpu",
         seed=args.seed,
         logging_steps=0.1,  # of all steps
         save_strategy="no",
@@ -492,7 +493,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's use of transformers, not ours
+    # The new names do not exist in all supported versions of transformers, and PEFT uses the old ones too.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     args = parse_arguments(argv)
     if args.verify:
         return verify(args.verify)

@@ -94,9 +94,9 @@ class LoRAMoEModel(BaseTuner):
             )
         if is_bypassed(parent, target_name):
             raise ValueError(
-                f"Target module '{current_key}' is incompatible with Mamba: kernels of the mixer read its weight and never "
-                "call it, so an adapter there would have no effect. Leave it out with exclude_modules. Linear layers that can "
-                f"be adapted: {candidates(self.model)}."
+                f"Target module '{current_key}' is incompatible with Mamba-based models: kernels of the mixer read its "
+                "weight and never call it, so an adapter there would have no effect. Leave it out with exclude_modules. "
+                f"Linear layers that can be adapted: {candidates(self.model)}."
             )
         if is_routed_expert(self.model, current_key):
             raise ValueError(
