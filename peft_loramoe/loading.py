@@ -91,7 +91,7 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
 
 
 def _adapter_of(key: str) -> str:
-    return key.rpartition(CONTAINER)[2].rpartition(".")[0]
+    return key.split(".")[-2]  # <layer>.loramoe_experts.<adapter>.<parameter>
 
 
 def _refuse(problems: list[str]) -> None:

@@ -172,7 +172,9 @@ class Batch:
         labels = self.inputs.get("labels")
         if self.inputs.get("decoder_attention_mask") is None and isinstance(labels, Tensor) and labels.dim() == 2:
             return labels != -100  # the decoder reads the labels, shifted by one
-        return self._mask("decoder_attention_mask", "decoder_input_ids", "decoder_inputs_embeds")
+        decoder = self._mask("decoder_attention_mask", "decoder_input_ids", "decoder_inputs_embeds")
+        # Given neither, classifiers shift their input to the right for the decoder.
+        return self._mask("attention_mask", "input_ids", "inputs_embeds") if decoder is None else decoder
 
     def _mask(self, name: str, *tokens: str) -> Tensor | None:
         mask = self.inputs.get(name)
