@@ -18,6 +18,7 @@ In the end the adapter is loaded in a new process, which checks that it gives th
 import argparse
 import dataclasses
 import gc
+import importlib.metadata
 import json
 import random
 import subprocess
@@ -488,6 +489,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: the adapter was loaded in a new process to compare its logits:\n{check.stderr.strip()}", file=sys.stderr)
         return 1
     print(f"adapter loaded in a new process: {check.stdout.strip()}")
+    results = {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": str(PartialState().device),
+        "versions": {name: importlib.metadata.version(name) for name in ("peft_loramoe", "peft", "transformers", "torch")},
+        "seconds": round(time.perf_counter() - started),
+        "config": config.to_dict(),
+        "samples": {name: len(samples) for name, samples in evaluation.items()},
+        "accuracy": {"before": before, "after": after},
+        "router_weights": group_weights(statistics),
+        "trainable_parameters": trainable,
+        "parameters": total,
+    }
+    text = json.dumps(results, indent=1, default=sorted)  # sets of module names become lists
+    (args.output_dir / "results.json").write_text(text + "\n", encoding="utf-8")
     print(f"time: {time.perf_counter() - started:.0f} s\n\nTo load the adapter:\n\n{snippet}")
     return 0
 

@@ -397,8 +397,7 @@ def test_the_auto_class_of_another_task_is_refused(folders):
 # names
 
 
-NAMES = ["loramoe_", "loramoe_x", "my_loramoe_adapter", "loramoe", "moe", "o", "A", "router", "base_layer"]
-NAMES.append("loramoe_experts")
+NAMES = ["loramoe_", "loramoe_x", "my_loramoe_adapter", "loramoe", "moe", "o", "A", "router", "base_layer", "loramoe_experts"]
 
 
 @pytest.mark.parametrize("name", NAMES)
