@@ -2,6 +2,7 @@
 #   make demo          install and run the whole method on a small model (two CPU cores, under five minutes)
 #   make test          install and run the tests
 #   make conformance   run PEFT's own test suite against LoRAMoE
+#   make compatibility write docs/compatibility.md
 #   make style         format and lint;  make check-style only checks
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PYTEST_ARGS ?= -n 2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(notdir $(CONSTRAINTS))
 
-.PHONY: install demo test test-oldest conformance style check-style clean
+.PHONY: install demo test test-oldest conformance compatibility run-compatibility style check-style clean
 
 install: $(STAMP)
 
@@ -33,6 +34,16 @@ test-oldest:
 
 conformance: install
 	$(BIN)/python tests/conformance/run.py
+
+# docs/compatibility.md, from runs with both constraints files
+compatibility: install
+	$(MAKE) run-compatibility
+	$(MAKE) run-compatibility VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+run-compatibility: install
+	$(BIN)/python tests/conformance/run.py \
+	  --report docs/results/conformance-$$($(BIN)/python -c "import peft; print(peft.__version__)").txt
+	$(BIN)/python docs/make_compatibility.py --run
 
 style: install
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -1,10 +1,10 @@
 """Writes docs/compatibility.md from test runs.
 
     python docs/make_compatibility.py --run      run the tests below in this environment, then write the page
-    python docs/make_compatibility.py            write the page from docs/results/*.json
+    python docs/make_compatibility.py            write the page from what is in docs/results
 
-Every run is a file docs/results/compatibility-<peft version>.json; `make compatibility` makes the two that are committed, one in
-the environment of each constraints file.
+A run is a file docs/results/compatibility-PEFT_VERSION.json, a report of PEFT's own tests docs/results/conformance-PEFT_VERSION.txt.
+`make compatibility` makes those that are committed, in the environments of the two constraints files.
 """
 
 import argparse
@@ -109,18 +109,6 @@ def cell(cases: list[tuple[str, str, str]]) -> str:
     return "; ".join(text).replace("|", "\\|") or "-"
 
 
-def conformance(path: Path) -> list[str]:
-    """The summary of a conformance report."""
-    report = json.loads(path.read_text())
-    lines = [f"### peft {report['versions']['peft']}, transformers {report['versions']['transformers']}", ""]
-    lines += ["| PEFT's test file | passed | skipped | failed |", "|---|---|---|---|"]
-    for file, counts in sorted(report["files"].items()):
-        lines.append(f"| {file} | {counts.get('passed', 0)} | {counts.get('skipped', 0)} | {counts.get('failed', 0)} |")
-    lines += ["", "| skipped | because |", "|---|---|"]
-    lines += [f"| {n} | {reason} |" for reason, n in sorted(report["skips"].items(), key=lambda item: -item[1])]
-    return [*lines, ""]
-
-
 def write_page() -> None:
     """Write docs/compatibility.md."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("compatibility-*.json"), reverse=True)]
@@ -132,8 +120,8 @@ def write_page() -> None:
     for file, heading in TABLES.items():
         lines += ["", f"## {heading}", "", f"`tests/{file}.py`", "", *table(file, runs)]
     lines += ["", "## PEFT's own tests", "", "`make conformance`", ""]
-    for path in sorted(RESULTS.glob("conformance-*.json"), reverse=True):
-        lines += conformance(path)
+    for path in sorted(RESULTS.glob("conformance-*.txt"), reverse=True):
+        lines += ["```text", path.read_text().rstrip(), "```", ""]
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
     print(f"wrote {PAGE}")
 
