@@ -3,7 +3,7 @@
     python docs/make_compatibility.py --run      run the tests below in this environment, then write the page
     python docs/make_compatibility.py            write the page from what is in docs/results
 
-A run is a file docs/results/compatibility-PEFT_VERSION.json, a report of PEFT's own tests docs/results/conformance-PEFT_VERSION.txt.
+A run is docs/results/compatibility-PEFT_VERSION.json, a report of PEFT's own tests docs/results/conformance-PEFT_VERSION.txt.
 `make compatibility` makes those that are committed, in the environments of the two constraints files.
 """
 

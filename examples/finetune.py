@@ -18,7 +18,6 @@ In the end the adapter is loaded in a new process, which checks that it gives th
 import argparse
 import dataclasses
 import gc
-import importlib.metadata
 import json
 import random
 import subprocess
@@ -32,7 +31,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
@@ -41,6 +42,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments, set_seed
 
+import peft_loramoe
 from peft_loramoe import LoRAMoEConfig
 from peft_loramoe.analysis import group_weights, plot_group_weights, router_statistics
 from peft_loramoe.card import loading_snippet
@@ -478,6 +480,7 @@ def run(args: argparse.Namespace) -> int:
     del model  # the new process may need its memory
     gc.collect()
     torch.cuda.empty_cache()
+    print("loading the adapter in a new process")
     check = subprocess.run([sys.executable, __file__, "--verify", str(args.output_dir)], capture_output=True, text=True)
 
     console = Console()
@@ -492,7 +495,7 @@ def run(args: argparse.Namespace) -> int:
     results = {
         "date": time.strftime("%Y-%m-%d"),
         "device": str(PartialState().device),
-        "versions": {name: importlib.metadata.version(name) for name in ("peft_loramoe", "peft", "transformers", "torch")},
+        "versions": {module.__name__: str(module.__version__) for module in (peft_loramoe, peft, transformers, torch)},
         "seconds": round(time.perf_counter() - started),
         "config": config.to_dict(),
         "samples": {name: len(samples) for name, samples in evaluation.items()},

