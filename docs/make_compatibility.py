@@ -32,6 +32,7 @@ TABLES = {
     "test_compile": "torch.compile",
     "test_diffusers": "Diffusers",
 }
+CASES_SHOWN = 24
 LIBRARIES = ("peft", "transformers", "torch", "accelerate", "bitsandbytes", "torchao", "diffusers", "huggingface_hub")
 
 
@@ -96,17 +97,16 @@ def table(file: str, runs: list[dict]) -> list[str]:
 
 
 def cell(cases: list[tuple[str, str, str]]) -> str:
-    """What passed, and the reason of everything that did not."""
-    passed = [parameter for parameter, outcome_, _ in cases if outcome_ == "passed"]
-    text = []
-    if passed:
-        text.append("passed" + (f": {', '.join(passed)}" if any(passed) else ""))
-    reasons: dict[tuple[str, str], list[str]] = {}
+    """How the cases of one test went, with the reason of everything that did not pass."""
+    groups: dict[tuple[str, str], list[str]] = {}
     for parameter, outcome_, reason in cases:
-        if outcome_ != "passed":
-            reasons.setdefault((outcome_, reason), []).append(parameter)
-    text += [f"{outcome_} ({reason})" + (f": {', '.join(p)}" if any(p) else "") for (outcome_, reason), p in reasons.items()]
-    return "; ".join(text).replace("|", "\\|") or "-"
+        groups.setdefault((outcome_, reason), []).append(parameter)
+    parts = []
+    for (outcome_, reason), parameters in groups.items():
+        named = [parameter for parameter in parameters if parameter and "<" not in parameter]
+        shown = ", ".join(named[:CASES_SHOWN]) + (f" and {len(named) - CASES_SHOWN} more" if len(named) > CASES_SHOWN else "")
+        parts.append(outcome_ + (f" ({reason})" if reason else "") + (f": {shown}" if shown else ""))
+    return "; ".join(parts).replace("|", "\\|") or "-"
 
 
 def write_page() -> None:
