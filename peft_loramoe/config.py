@@ -120,8 +120,12 @@ class LoRAMoEConfig(PeftConfig):
         if isinstance(self.router_dtype, torch.dtype):
             self.router_dtype = str(self.router_dtype).removeprefix("torch.")
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), (list, tuple)):
+            _check_names(name, value := getattr(self, name))
+            if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        for name in ("use_rslora", "fan_in_fan_out", "balance_detach"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name}={value!r} must be True or False.")
         self._check_lora_options()
         self._check_expert_options()
         self._check_balance_options()
@@ -177,6 +181,7 @@ class LoRAMoEConfig(PeftConfig):
             _check_positive_int(f"rank_pattern['{name}']", rank)
         for name, alpha in self.alpha_pattern.items():
             _check_number(f"alpha_pattern['{name}']", alpha)
+        _check_names("modules_to_save", self.modules_to_save)
         _check_choice("bias", self.bias, BIAS)
         _check_choice("init_weights", self.init_weights, INIT_WEIGHTS)
         if isinstance(self.target_modules, str):
@@ -264,6 +269,12 @@ def _check_positive_int(option: str, value: Any, minimum: int = 1) -> None:
     if value < minimum:
         reason = " (with one, the router has no gradient: that is a LoRA)" if minimum == 2 and value == 1 else ""
         raise ValueError(f"{option}={value} must be at least {minimum}{reason}.")
+
+
+def _check_names(option: str, value: Any) -> None:
+    names = [value] if value is None or isinstance(value, str) else value
+    if not isinstance(names, (list, tuple, set)) or not all(name is None or isinstance(name, str) for name in names):
+        raise TypeError(f"{option}={value!r} must be a list of module names or a string.")
 
 
 def _check_number(option: str, value: Any) -> None:

@@ -173,6 +173,11 @@ BAD_VALUES = [
     (dict(balance_formula="cv"), "balance_formula='cv' is not one of"),
     (dict(balance_target="paper"), "balance_target='paper' is not one of"),
     (dict(balance_importance="max"), "balance_importance='max' is not one of"),
+    (dict(target_modules=5), "target_modules=5 must be a list of module names"),
+    (dict(exclude_modules=["up", 1]), "exclude_modules="),
+    (dict(modules_to_save={"lm_head": True}), "modules_to_save="),
+    (dict(use_rslora="yes"), "use_rslora='yes' must be True or False"),
+    (dict(balance_detach=1), "balance_detach=1 must be True or False"),
     (dict(task_type="POETRY"), "Invalid task type"),
 ]
 
