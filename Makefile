@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(notdir $(CONSTRAINTS))
 
-.PHONY: install demo test test-oldest conformance compatibility run-compatibility style check-style clean
+.PHONY: install demo test test-oldest conformance conformance-oldest compatibility run-compatibility style check-style clean
 
 install: $(STAMP)
 
@@ -34,6 +34,9 @@ test-oldest:
 
 conformance: install
 	$(BIN)/python tests/conformance/run.py
+
+conformance-oldest:
+	$(MAKE) conformance VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 # docs/compatibility.md, from runs with both constraints files
 compatibility: install

@@ -54,7 +54,7 @@ class LoRAExperts(nn.Module):
         self.r = r
         self.expert_groups = expert_groups
         self.null_groups = null_groups
-        self.scaling = scaling
+        self.scaling = self.initial_scaling = scaling
         self.dropout = dropout
         self.temperature = temperature
         self.router_dtype = router_dtype

@@ -117,6 +117,29 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
                 result = result.index_add(0, rows, delta.to(result.dtype))
         return result
 
+    @property
+    def scaling(self) -> dict[str, float]:
+        """The current scale of each adapter, by name; changed with `set_scale`, `scale_layer` and `unscale_layer`."""
+        return {name: experts.scaling for name, experts in self.loramoe_experts.items()}
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the scale of an adapter to `scale` times its configured one; a layer without that adapter ignores it."""
+        if adapter in self.loramoe_experts:
+            self.loramoe_experts[adapter].scaling = scale * self.loramoe_experts[adapter].initial_scaling
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the current scale of all active adapters by `scale`."""
+        for experts in self._active_experts():
+            experts.scaling *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the current scale of all active adapters by `scale`; None sets it back to the configured one."""
+        for experts in self._active_experts():
+            experts.scaling = experts.initial_scaling if scale is None else experts.scaling / scale
+
+    def _active_experts(self) -> list[LoRAExperts]:
+        return [self.loramoe_experts[name] for name in self.active_adapters if name in self.loramoe_experts]
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused.
 

@@ -76,6 +76,22 @@ def test_the_output_keeps_the_base_layers_dtype():
     assert layer(torch.randn(3, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_the_scale_can_be_changed_and_set_back():
+    layer, x = make_layer(adapters=("a", "b")), torch.randn(3, 6)
+    base, delta = layer.base_layer(x), layer(x) - layer.base_layer(x)
+    layer.scale_layer(2)
+    layer.scale_layer(3)
+    assert layer.scaling == {"a": 24.0, "b": 4.0}
+    torch.testing.assert_close(layer(x), base + 6 * delta)
+    layer.unscale_layer(2)
+    assert layer.scaling["a"] == 12.0
+    layer.set_scale("a", 0.5)
+    layer.set_scale("nobody", 7)
+    torch.testing.assert_close(layer(x), base + 0.5 * delta)
+    layer.unscale_layer()
+    torch.testing.assert_close(layer(x), base + delta)
+
+
 def test_merging_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="cannot be merged: the router weighs the experts anew for every token"):
         make_layer().merge()

@@ -380,7 +380,6 @@ SKIPS = [
         "wants a p-value over one half, as one sample in two has: that of LoRA's random numbers does",
     ),
     (r"test_initialization", r"TestWeightTying::test_alt", "wants the warning about ensure_weight_tying, an option of LoRA"),
-    (r"test_initialization", r"TestScaling", "set_scale, scale_layer and unscale_layer are methods of LoraLayer"),
     (r"test_helpers", r"TestScalingAdapters", "rescale_adapter_scale is a helper of PEFT for LoraLayer only"),
     (
         r"test_helpers",

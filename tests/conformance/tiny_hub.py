@@ -259,6 +259,7 @@ ID_RULES = [
 SPECIAL_CONFIG = {
     # the tests need more than MIN_TARGET_MODULES_FOR_OPTIMIZATION targeted modules, and 12 layers like the original
     "opt-125m": dict(num_hidden_layers=12),
+    "tiny-random-OPTForCausalLM": dict(num_hidden_layers=5),
     "tiny-LlamaForSequenceClassification-3.2": dict(num_labels=1),
 }
 SPECIAL_CLASS = {"tiny-random-BertModel": "BertForPreTraining"}  # with the head, which must not be random at each load
