@@ -16,6 +16,7 @@ from .card import write_card
 from .config import LoRAMoEConfig
 from .loading import check_load_result, unchanged_on_failure
 from .model import LoRAMoEModel
+from .recorder import find_recorder
 
 
 PEFT_TYPE = "LORAMOE"
@@ -104,6 +105,8 @@ def _load_all_or_nothing() -> None:
                 try:
                     result = load(self, *args, **kwargs)
                 except SafetensorError as error:
+                    if find_recorder(self) is None:
+                        raise  # an adapter of another method
                     raise RuntimeError(
                         f"adapter_model.safetensors of '{source}' cannot be read ({error}): the file is incomplete or damaged. "
                         "Download it again, or save the adapter again."

@@ -18,6 +18,7 @@ from peft import (
     get_peft_model,
 )
 from peft.utils.hotswap import hotswap_adapter
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
@@ -377,6 +378,14 @@ def test_a_lora_adapter_stays_a_lora_adapter(folders):
         outputs.append(logits(model))
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
     assert not torch.allclose(outputs[0], logits(tiny_llama()))
+
+
+def test_a_damaged_adapter_of_another_method_fails_as_without_this_package(folders, tmp_path):
+    shutil.copytree(folders / "lora", tmp_path / "lora")
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(SafetensorError):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")
 
 
 @pytest.mark.parametrize(("first", "second"), [("adapter", "lora"), ("lora", "adapter")])

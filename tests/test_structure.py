@@ -26,7 +26,7 @@ ROOMS = {
     "layer": (("config", "experts", "peft_api", "recorder"), False),  # config and recorder for annotations only
     "loading": (("recorder",), False),
     "model": (("config", "layer", "loading", "peft_api", "recorder", "targets"), False),
-    "registration": (("card", "config", "loading", "model"), True),
+    "registration": (("card", "config", "loading", "model", "recorder"), True),
     "__init__": (("config", "experts", "layer", "model", "recorder", "registration", "version"), False),
     "analysis": (("__init__",), False),
 }
