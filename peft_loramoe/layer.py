@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,9 +119,9 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
         return result
 
     @property
-    def scaling(self) -> dict[str, float]:
-        """The current scale of each adapter, by name; changed with `set_scale`, `scale_layer` and `unscale_layer`."""
-        return {name: experts.scaling for name, experts in self.loramoe_experts.items()}
+    def scaling(self) -> MutableMapping[str, float]:
+        """The current scale of each adapter, by name; may be written to, as in PEFT's LoRA."""
+        return _Scaling(self.loramoe_experts)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scale of an adapter to `scale` times its configured one; a layer without that adapter ignores it."""
@@ -154,3 +155,25 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "loramoe." + super().__repr__()
+
+
+class _Scaling(MutableMapping):
+    """The scales of a layer's adapters: a view of what their experts hold."""
+
+    def __init__(self, experts: nn.ModuleDict) -> None:
+        self._experts = experts
+
+    def __getitem__(self, adapter: str) -> float:
+        return self._experts[adapter].scaling
+
+    def __setitem__(self, adapter: str, scale: float) -> None:
+        self._experts[adapter].scaling = scale
+
+    def __delitem__(self, adapter: str) -> None:
+        raise TypeError(f"The scale of adapter '{adapter}' goes with it: use delete_adapter('{adapter}').")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._experts)
+
+    def __len__(self) -> int:
+        return len(self._experts)

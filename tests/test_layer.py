@@ -90,6 +90,13 @@ def test_the_scale_can_be_changed_and_set_back():
     torch.testing.assert_close(layer(x), base + 0.5 * delta)
     layer.unscale_layer()
     torch.testing.assert_close(layer(x), base + delta)
+    scaling = layer.scaling
+    scaling["a"] = 8.0
+    torch.testing.assert_close(layer(x), base + 2 * delta)
+    with pytest.raises(TypeError, match="use delete_adapter"):
+        del scaling["a"]
+    layer.delete_adapter("b")
+    assert scaling == {"a": 8.0}
 
 
 def test_merging_is_refused_with_the_reason():
