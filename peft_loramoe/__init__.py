@@ -7,7 +7,7 @@ from .config import LoRAMoEConfig
 from .experts import LoRAExperts
 from .layer import LoRAMoELinear
 from .model import LoRAMoEModel
-from .recorder import LayerRouting, balance_loss, balance_terms, routing
+from .recorder import LayerRouting, balance_loss, balance_terms, collect_balance, routing
 from .registration import register
 from .version import __version__
 
@@ -23,5 +23,6 @@ __all__ = [
     "__version__",
     "balance_loss",
     "balance_terms",
+    "collect_balance",
     "routing",
 ]

@@ -106,6 +106,11 @@ class LoRAMoEConfig(PeftConfig):
         "mean",
     )
     balance_detach: bool = _option("The balance term trains the router only, not the layers below it.", False)
+    balance_across_processes: bool = _option(
+        "In training with several processes, compute the balance term over the samples of all of them instead of each "
+        "process's own, so that it does not depend on how the batch is split. One all-gather a forward pass.",
+        False,
+    )
     peft_loramoe_version: str | None = _option("Version that wrote the config; filled in automatically.")
 
     def __post_init__(self) -> None:
@@ -123,7 +128,7 @@ class LoRAMoEConfig(PeftConfig):
             _check_names(name, value := getattr(self, name))
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-        for name in ("use_rslora", "fan_in_fan_out", "balance_detach"):
+        for name in ("use_rslora", "fan_in_fan_out", "balance_detach", "balance_across_processes"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name}={value!r} must be True or False.")
         self._check_lora_options()

@@ -1,14 +1,17 @@
-"""What the layers hand over during one call of the model, and the balance term that it becomes.
+"""What the layers hand over during a call of the model, and the balance term that it becomes.
 
 Two hooks on the base model serve every way of calling it: `PeftModelFor*`, the plain `PeftModel`, `inject_adapter_in_model`
 and transformers' `add_adapter`. The first takes `task_types` out of the arguments and starts recording; the second stops
 and adds the balance term to the loss. Layers that run again in the backward pass (gradient checkpointing) find it stopped.
+The same hooks on the model below the head serve trainers that apply the head themselves.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +20,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from .balance import balance_targets, balance_term, importance
+from .balance import balance_term
+from .collectives import concatenate_over_processes, is_distributed
 from .config import LoRAMoEConfig
 from .experts import LoRAExperts
-from .samples import Batch, Samples, task_type_tensor
+from .forward_pass import ForwardPass, Record
+from .samples import Batch, label_tokens, repeat_for_rows
 
 
 @dataclass(frozen=True)
@@ -31,23 +36,19 @@ class LayerRouting:
         adapter: name of the adapter.
         layer: name of the linear inside the base model.
         importance: sum of the router probabilities over each sample's real tokens, shape (M, N), floating point.
+        entropy: sum of the entropies of the router probabilities over the same tokens, shape (M,), floating point, in nats.
         token_counts: real tokens of each sample, shape (M,), int64; 0 marks an unused slot.
         task_types: shape (M,), int64, -1 for unknown.
+        expert_groups: sizes of the expert groups, N in all.
     """
 
     adapter: str
     layer: str
     importance: Tensor
+    entropy: Tensor
     token_counts: Tensor
     task_types: Tensor
-
-
-@dataclass(frozen=True)
-class _Record:
-    adapter: str
-    layer: str
-    experts: LoRAExperts
-    probabilities: Tensor
+    expert_groups: list[int]
 
 
 class Recorder:
@@ -61,17 +62,16 @@ class Recorder:
         self.configs = configs
         self.handles: list[RemovableHandle] = []  # hooks that leave the base model with the recorder
         self.loaded: set[str] = set()  # adapters whose tensors came from a checkpoint
-        self._warned = False
+        self._warned: set[str] = set()
         self._reset()
 
     def _reset(self) -> None:
-        self._recording = False
-        self._records: list[_Record] = []
-        self._batch: Batch | None = None
-        self._grad_enabled = False
-        # What layers that see the same tokens share.
-        self._samples: dict[tuple, Samples] = {}
-        self._targets: dict[tuple, Tensor] = {}
+        self._recording: nn.Module | None = None  # the module whose call is being recorded
+        self._passes: list[ForwardPass] = []
+        self._terms: dict[str, dict[str, Tensor]] | None = None
+        self._unused = False  # a term that was neither added to a loss nor read
+        self._collecting = False
+        self._collected_types: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What one forward pass recorded belongs to that graph: copies and pickles start empty.
@@ -80,10 +80,16 @@ class Recorder:
         return copy.__dict__
 
     def install(self, model: nn.Module) -> None:
-        """Hook into the base model."""
+        """Hook into the base model, and into the model below its head."""
+        self._hook(model, self._start)
+        below_head = getattr(model, "base_model", None)
+        if isinstance(below_head, nn.Module) and below_head is not model:
+            self._hook(below_head, self._start_below_head)
+
+    def _hook(self, module: nn.Module, start: Callable) -> None:
         self.handles += [
-            model.register_forward_pre_hook(self._start, with_kwargs=True),
-            model.register_forward_hook(self._stop, with_kwargs=True),
+            module.register_forward_pre_hook(start, with_kwargs=True),
+            module.register_forward_hook(self._stop, with_kwargs=True),
         ]
 
     def remove(self) -> None:
@@ -93,32 +99,37 @@ class Recorder:
         self.handles = []
         self._reset()
 
+    @contextmanager
+    def collect(self, task_types: Any = None) -> Iterator[None]:
+        """Take the training passes inside for one batch, whose term is read afterwards instead of added to their losses.
+
+        Passes without gradient (reference models, metrics) are left out.
+
+        Args:
+            task_types: for calls that are not given any; repeated where a call has the rows several times over.
+        """
+        self._reset()
+        self._collecting, self._collected_types = True, task_types
+        try:
+            yield
+        finally:
+            self._collecting, self._collected_types = False, None
+
     def record(self, adapter: str, layer: str, experts: LoRAExperts, probabilities: Tensor) -> None:
         """Called by each adapted layer with its router probabilities, shape (..., N); kept only inside the hooks."""
-        if self._recording:
-            self._records.append(_Record(adapter, layer, experts, probabilities))
+        if self._recording is not None:
+            self._passes[-1].records.append(Record(adapter, layer, experts, probabilities))
 
     def tokens_per_row(self, tokens: int, layer: str) -> int | None:
         """Tokens in each row of the batch, if a layer that sees `tokens` of them sees the whole batch, flattened."""
-        return self._batch.row_width(tokens, layer) if self._recording else None
+        return self._passes[-1].batch.row_width(tokens, layer) if self._recording is not None else None
 
     def terms(self) -> dict[str, dict[str, Tensor]]:
         """The balance term of each layer, unweighted, by adapter and layer name."""
-        terms: dict[str, dict[str, Tensor]] = {}
-        for record in self._records:
-            config = self.configs[record.adapter]
-            if config.balance_loss_weight > 0:
-                self._refuse_reentrant_checkpointing(record)
-            sums, counts, _ = self._importance(record, record.probabilities)
-            terms.setdefault(record.adapter, {})[record.layer] = balance_term(
-                sums,
-                counts,
-                self._targets_of(record),
-                formula=config.balance_formula,
-                target=config.balance_target,
-                importance=config.balance_importance,
-            )
-        return terms
+        self._unused = False
+        if self._terms is None:  # kept, so that one process may read what all of them computed together
+            self._terms = self._compute_terms()
+        return self._terms
 
     def loss(self) -> Tensor:
         """The sum of all terms, each weighted by its adapter's `balance_loss_weight`: a scalar."""
@@ -131,97 +142,122 @@ class Recorder:
 
     def routing(self) -> list[LayerRouting]:
         """What the last forward pass recorded, summed over the tokens of each sample."""
-        return [
-            LayerRouting(record.adapter, record.layer, *self._importance(record, record.probabilities.detach()))
-            for record in self._records
-        ]
+        with torch.no_grad():
+            return [
+                LayerRouting(
+                    record.adapter,
+                    record.layer,
+                    (importance := one.importance(record))[0],
+                    one.entropy(record),
+                    importance[1],
+                    one.task_types(record),
+                    record.experts.expert_groups,
+                )
+                for one in self._passes
+                for record in one.records
+            ]
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        self._reset()
+        if getattr(module, "_is_replica", False):
+            raise ValueError(
+                "The model runs inside nn.DataParallel, whose threads would mix up their batches. Start one process for each "
+                "GPU instead (torchrun, accelerate launch), or make one GPU visible with CUDA_VISIBLE_DEVICES."
+            )
         kwargs = dict(kwargs)
         task_types = kwargs.pop("task_types", None)
+        if not self._collecting:
+            self._warn_of_unused_term(module)
+            self._reset()
+        self._terms = None
         names = inspect.signature(module.forward).parameters if args else ()
-        is_encoder_decoder = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
-        self._batch = Batch({**dict(zip(names, args)), **kwargs}, task_types, bool(is_encoder_decoder))
-        self._grad_enabled = torch.is_grad_enabled()
-        self._recording = True
+        inputs = {**dict(zip(names, args)), **kwargs}
+        is_encoder_decoder = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+        batch = Batch(inputs, task_types, is_encoder_decoder)
+        if task_types is None and self._collected_types is not None:
+            batch = Batch(inputs, repeat_for_rows(self._collected_types, batch.rows), is_encoder_decoder)
+        self._passes.append(ForwardPass(self.configs, batch, module.training))
+        self._recording = module
         return args, kwargs
 
+    def _start_below_head(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return (args, kwargs) if self._recording is not None else self._start(module, args, kwargs)
+
     def _stop(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        self._recording = False
-        active = {record.adapter for record in self._records}
-        if self._batch.task_types is not None:
-            for adapter in active:
-                self._task_types(adapter)
-        balanced = [self.configs[adapter] for adapter in active if self.configs[adapter].balance_loss_weight > 0]
-        if not module.training or not balanced:
+        if module is not self._recording:
             return output
-        if self._batch.task_types is None and not self._warned and any(len(c.groups_of()) > 1 for c in balanced):
-            self._warned = True
-            warnings.warn(
+        self._recording = None
+        last = self._passes[-1]
+        last.check_task_types()
+        balanced = last.balanced
+        if self._collecting and not (last.training and last.grad_enabled and last.records):
+            self._passes.pop()
+        if not last.training or not balanced:
+            return output
+        if last.batch.task_types is None and any(len(self.configs[name].groups_of()) > 1 for name in balanced):
+            self._warn(
                 "balance_loss_weight > 0, but the model was called without task_types: every sample counts as of unknown "
-                "type, so the balance term only spreads the load evenly over the experts. Pass task_types, or set "
-                "balance_loss_weight=0.",
-                stacklevel=2,
+                "type, so the balance term only spreads the load evenly over the experts. Pass task_types (with Trainer or "
+                "TRL: a column task_type and peft_loramoe.training.LoRAMoETrainerMixin), or set balance_loss_weight=0."
             )
-        has_labels = self._batch.inputs.get("labels") is not None
+        if self._collecting:
+            return output
+        self._unused = last.grad_enabled
+        has_labels = last.batch.inputs.get("labels") is not None
         return _add_to_loss(output, lambda: self.loss() * self._share(module), has_labels)
 
-    def _importance(self, record: _Record, probabilities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        samples = self._samples_of(record)
-        sums, counts = importance(probabilities.flatten(0, -2), samples.ids, samples.real, len(samples.task_types))
-        return sums, counts, samples.task_types
-
-    def _key(self, record: _Record) -> tuple:
-        probabilities, of_decoder = record.probabilities, self._batch.reads_decoder_tokens(record.layer)
-        return record.adapter, probabilities.shape[:-1], probabilities.device, of_decoder
-
-    def _targets_of(self, record: _Record) -> Tensor:
-        groups = record.experts.expert_groups
-        key = (*self._key(record), *groups)
-        if key not in self._targets:
-            delta = self.configs[record.adapter].balance_delta
-            self._targets[key] = balance_targets(self._samples_of(record).task_types, groups, delta)
-        return self._targets[key]
-
-    def _samples_of(self, record: _Record) -> Samples:
-        key = self._key(record)
-        if key not in self._samples:
-            _, tokens, device, _ = key
-            samples = self._batch.samples(tuple(tokens), record.layer, self._task_types(record.adapter), device)
-            if not torch.compiler.is_compiling() and not samples.real.any():
-                raise ValueError(
-                    "The balance term was asked for in a batch without a real token: attention_mask is zero everywhere. "
-                    "Leave such batches out, or set balance_loss_weight=0."
-                )
-            self._samples[key] = samples
-        return self._samples[key]
-
-    def _task_types(self, adapter: str) -> Tensor | None:
-        if self._batch.task_types is None:
-            return None
-        config = self.configs[adapter]
-        types = task_type_tensor(self._batch.task_types, len(config.groups_of()), config.task_type_names)
-        if types.shape[0] != self._batch.rows:
-            raise ValueError(f"task_types has shape {tuple(types.shape)}, but the batch has {self._batch.rows} rows.")
-        return types
-
-    def _refuse_reentrant_checkpointing(self, record: _Record) -> None:
-        trained = record.experts.router.requires_grad and self._grad_enabled
-        if trained and not record.probabilities.requires_grad:
-            raise ValueError(
-                f"The router probabilities of layer '{record.layer}' carry no gradient, so the balance term would not train "
-                "the router: the layer ran inside reentrant gradient checkpointing. Use "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}, or set balance_loss_weight=0.'
+    def _compute_terms(self) -> dict[str, dict[str, Tensor]]:
+        # A layer has several records if it is used more than once or in several passes: their samples form one batch.
+        tables: dict[tuple[str, str], list[Tensor]] = {}
+        for one in self._passes:
+            for record in one.records:
+                one.refuse_reentrant_checkpointing(record)
+                sums, counts = one.importance(record)
+                new = [sums, counts[:, None].to(sums.dtype), one.targets(record).to(sums.dtype)]
+                old = tables.get((record.adapter, record.layer))
+                tables[record.adapter, record.layer] = [torch.cat(both) for both in zip(old, new)] if old else new
+        self._gather(tables)
+        terms: dict[str, dict[str, Tensor]] = {}
+        for (adapter, layer), (sums, counts, targets) in tables.items():
+            config = self.configs[adapter]
+            terms.setdefault(adapter, {})[layer] = balance_term(
+                sums,
+                counts.squeeze(-1),
+                targets,
+                formula=config.balance_formula,
+                target=config.balance_target,
+                importance=config.balance_importance,
             )
+        return terms
+
+    def _gather(self, tables: dict[tuple[str, str], list[Tensor]]) -> None:
+        """Add the samples of the other processes where `balance_across_processes` asks for it, in training."""
+        keys = [key for key in tables if self.configs[key[0]].balance_across_processes]
+        if keys and self._passes[-1].training and is_distributed():
+            gathered = iter(concatenate_over_processes([table for key in keys for table in tables[key]]))
+            for key in keys:
+                tables[key] = [next(gathered).to(table.device) for table in tables[key]]
 
     def _share(self, module: nn.Module) -> Tensor | float:
         """This batch's part of the label tokens by which the model normalised its loss (gradient accumulation)."""
-        total, labels = self._batch.inputs.get("num_items_in_batch"), self._batch.inputs.get("labels")
-        if total is None or labels is None:
-            return 1.0
-        shifted = LOSS_MAPPING.get(getattr(module, "loss_type", None)) is ForCausalLMLoss
-        return ((labels[..., 1:] if shifted and not self._batch.is_encoder_decoder else labels) != -100).sum() / total
+        batch = self._passes[-1].batch
+        total = batch.inputs.get("num_items_in_batch")
+        shifted = LOSS_MAPPING.get(getattr(module, "loss_type", None)) is ForCausalLMLoss and not batch.is_encoder_decoder
+        tokens = label_tokens(batch.inputs, shifted)
+        return 1.0 if total is None or tokens is None else tokens / total
+
+    def _warn_of_unused_term(self, module: nn.Module) -> None:
+        if self._unused and module.training and torch.is_grad_enabled():
+            self._warn(
+                "The balance term of the last forward pass reached no loss: the model computed none itself, and "
+                "balance_loss(model) was not read before the next pass. With Trainer or TRL use "
+                "peft_loramoe.training.LoRAMoETrainerMixin; in a loop of your own add balance_loss(model) to the loss, or set "
+                "balance_loss_weight=0."
+            )
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
 
 
 def _add_to_loss(output: Any, term: Any, has_labels: bool) -> Any:
@@ -250,7 +286,7 @@ def balance_loss(model: nn.Module) -> Tensor:
     """The balance term of the last forward pass: the sum over layers, times `balance_loss_weight`.
 
     In training mode `outputs.loss` already contains it. Add it yourself where the loss is computed outside the model, before
-    the next forward pass; it carries gradient.
+    the next forward pass; it carries gradient. After `collect_balance`, it is the term of all passes collected.
 
     Args:
         model: the adapted model, wrapped in whatever way.
@@ -262,6 +298,25 @@ def balance_loss(model: nn.Module) -> Tensor:
         ValueError: the model has no LoRAMoE layers, or the term cannot be computed (the message says why).
     """
     return _recorder_of(model).loss()
+
+
+@contextmanager
+def collect_balance(model: nn.Module, task_types: Any = None) -> Iterator[None]:
+    """Take all training passes inside for one batch; read its term with `balance_loss` afterwards.
+
+    For losses that are computed outside the model, or from several passes (preference and contrastive losses): inside, no
+    `outputs.loss` contains the term. Passes without gradient, such as a reference model's, are left out.
+
+    Args:
+        model: the adapted model, wrapped in whatever way.
+        task_types: for calls that are not given any, as the model takes them; a call that has the batch's rows several times
+            over (first all chosen, then all rejected answers) repeats them.
+
+    Raises:
+        ValueError: the model has no LoRAMoE layers.
+    """
+    with _recorder_of(model).collect(task_types):
+        yield
 
 
 def balance_terms(model: nn.Module) -> dict[str, dict[str, Tensor]]:

@@ -79,6 +79,30 @@ def _names_to_indices(task_types: Any, names: Sequence[str] | None) -> Any:
     return list(names).index(task_types)
 
 
+def repeat_for_rows(task_types: Any, rows: int) -> Any:
+    """The types of a batch whose rows a call has several times over, one after the other (chosen, then rejected answers)."""
+    times, rest = divmod(rows, len(task_types)) if len(task_types) else (1, 0)
+    if times <= 1 or rest:
+        return task_types  # where they do not fit, the check of shapes says so
+    return (
+        task_types.repeat(times, *(1 for _ in task_types.shape[1:])) if isinstance(task_types, Tensor) else task_types * times
+    )
+
+
+def label_tokens(inputs: Mapping[str, Any], shifted: bool) -> Tensor | None:
+    """Number of label tokens that the loss of these inputs counts, a scalar, int64; None without labels.
+
+    Args:
+        inputs: arguments of the model; `shift_labels` are counted as they are, `labels` as `shifted` says.
+        shifted: the loss compares position t with label t + 1, so that the first label of a row does not count.
+    """
+    if isinstance(labels := inputs.get("shift_labels"), Tensor):
+        return (labels != -100).sum()
+    if isinstance(labels := inputs.get("labels"), Tensor):
+        return ((labels[..., 1:] if shifted else labels) != -100).sum()
+    return None
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one call of the model says about its tokens.

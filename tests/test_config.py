@@ -41,6 +41,7 @@ EVERY_OPTION = dict(
     balance_target="printed",
     balance_importance="sum",
     balance_detach=True,
+    balance_across_processes=True,
 )
 
 
@@ -178,6 +179,7 @@ BAD_VALUES = [
     (dict(modules_to_save={"lm_head": True}), "modules_to_save="),
     (dict(use_rslora="yes"), "use_rslora='yes' must be True or False"),
     (dict(balance_detach=1), "balance_detach=1 must be True or False"),
+    (dict(balance_across_processes="yes"), "balance_across_processes='yes' must be True or False"),
     (dict(task_type="POETRY"), "Invalid task type"),
 ]
 

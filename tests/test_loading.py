@@ -20,12 +20,11 @@ from peft import (
 from peft.utils.hotswap import hotswap_adapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, pipeline
 from transformers import __version__ as transformers_version
 
 from peft_loramoe import LoRAMoEConfig, LoRAMoELinear, balance_loss
-from tiny import VOCAB, labelled, loramoe, tiny_llama, token_batch
+from tiny import labelled, loramoe, tiny_llama, tiny_tokenizer, token_batch
 
 
 V5 = int(transformers_version.split(".")[0]) >= 5
@@ -180,15 +179,9 @@ def test_an_adapter_trained_on_bfloat16_on_a_float32_backbone(folders, tmp_path)
 # pipeline
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", padding_side="left")
-
-
 @pytest.mark.parametrize("model", ["PeftModel", "folder", "transformers load_adapter"])
-def test_pipelines_generate_with_the_adapter(model, folders, tokenizer):
+def test_pipelines_generate_with_the_adapter(model, folders):
+    tokenizer = tiny_tokenizer()
     if model == "PeftModel":
         model = PeftModel.from_pretrained(tiny_llama(), folders / "adapter")
     elif model == "folder":

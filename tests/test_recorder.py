@@ -5,9 +5,16 @@ import pytest
 import torch
 from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertConfig,
+    BertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
-from peft_loramoe import LoRAMoEConfig, balance_loss, balance_terms, routing
+from peft_loramoe import LoRAMoEConfig, balance_loss, balance_terms, collect_balance, routing
 from peft_loramoe.balance import balance_targets, balance_term, importance
 from tiny import labelled, loramoe, tiny_llama, token_batch
 
@@ -136,6 +143,17 @@ def test_routing_gives_importance_counts_and_types_of_every_layer():
         assert record.adapter == "default" and not record.importance.requires_grad
         assert record.token_counts.tolist() == [7, 6, 5] and record.task_types.tolist() == [0, 1, -1]
         torch.testing.assert_close(record.importance.sum(-1), record.token_counts.float())
+        assert record.expert_groups == [3, 3]
+
+
+def test_routing_gives_the_entropy_of_the_real_tokens():
+    model, batch = loramoe().eval(), token_batch()
+    seen = capture(model)
+    model(**batch, task_types=TYPES)
+    for record in routing(model):
+        p = seen[record.layer]
+        entropies = -(p * p.log()).sum(-1) * batch["attention_mask"]
+        torch.testing.assert_close(record.entropy, entropies.sum(-1))
 
 
 def test_a_plain_peft_model_and_injected_adapters_balance_too():
@@ -239,6 +257,139 @@ def test_the_term_is_weighted_by_the_share_of_label_tokens(accumulation):
     whole = model(**batch, task_types=TYPES).loss
     share = model(**batch, task_types=TYPES, num_items_in_batch=tokens * accumulation).loss
     torch.testing.assert_close(share, whole / accumulation)
+
+
+def test_labels_shifted_by_the_collator_are_counted_as_they_are():
+    batch, model = labelled(token_batch()), loramoe()
+    shifted = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    arguments = {**batch, "shift_labels": shifted, "task_types": TYPES}
+    tokens = (shifted != -100).sum()
+    whole = model(**arguments, num_items_in_batch=tokens).loss
+    torch.testing.assert_close(model(**arguments, num_items_in_batch=tokens * 4).loss, whole / 4)
+
+
+def test_a_term_that_nobody_reads_gives_one_warning(recwarn):
+    model, batch = loramoe(), token_batch()
+    for _ in range(2):  # read
+        model(**batch, task_types=TYPES)
+        balance_loss(model)
+    with torch.no_grad():
+        for _ in range(2):  # not trained
+            model(**batch, task_types=TYPES)
+    assert not [w for w in recwarn if "balance" in str(w.message)]
+    for _ in range(3):
+        model(**batch, task_types=TYPES)
+    messages = [str(w.message) for w in recwarn if "balance" in str(w.message)]
+    assert len(messages) == 1 and "reached no loss" in messages[0] and "add balance_loss(model)" in messages[0]
+
+
+def test_the_model_below_the_head_records_too():
+    model, batch = loramoe(), token_batch()
+    model(**batch, task_types=TYPES)
+    expected = balance_loss(model)
+    model.base_model.model.model(**batch, task_types=TYPES)
+    torch.testing.assert_close(balance_loss(model), expected)
+
+
+def test_a_call_that_failed_leaves_nothing_behind():
+    model, batch = loramoe(), token_batch()
+    model(**batch, task_types=TYPES)
+    expected = balance_loss(model)
+    with pytest.raises(IndexError):
+        model(**{**batch, "input_ids": batch["input_ids"] + 1000}, task_types=TYPES)
+    model(**batch, task_types=TYPES)
+    torch.testing.assert_close(balance_loss(model), expected)
+    assert len(routing(model)) == 6
+
+
+def test_a_layer_that_runs_several_times_balances_all_of_its_samples():
+    config = AlbertConfig(
+        vocab_size=64, embedding_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model = loramoe(AlbertModel(config), target_modules=["ffn"], task_type=None).eval()
+    batch = token_batch()
+    model(**batch, task_types=TYPES)
+    records = routing(model)
+    assert len(records) == 3 and len({r.layer for r in records}) == 1
+    counts, types = (torch.cat([getattr(r, name) for r in records]) for name in ("token_counts", "task_types"))
+    options = model.peft_config["default"]
+    term = balance_term(
+        torch.cat([r.importance for r in records]),
+        counts,
+        balance_targets(types, options.groups_of(), options.balance_delta),
+        formula="cv_squared",
+        target="corrected",
+        importance="mean",
+    )
+    torch.testing.assert_close(balance_terms(model)["default"][records[0].layer], term)
+
+
+def halves(batch):
+    return [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 1), slice(1, 3))]
+
+
+def test_collected_passes_form_one_batch():
+    model, batch = loramoe(), labelled(token_batch())
+    model(**batch, task_types=TYPES)
+    expected = balance_loss(model)
+    plain = [model.eval()(**half).loss for half in halves(batch)]
+    with collect_balance(model.train()):
+        losses = [model(**half, task_types=types).loss for half, types in zip(halves(batch), (TYPES[:1], TYPES[1:]))]
+        with torch.no_grad():
+            model(**batch, task_types=TYPES)
+    torch.testing.assert_close(losses, plain)
+    torch.testing.assert_close(balance_loss(model), expected)
+    term = balance_loss(model)
+    term.backward()
+    collected = [p.grad for p in model.parameters() if p.grad is not None]
+    model = loramoe()
+    model(**batch, task_types=TYPES)
+    balance_loss(model).backward()
+    torch.testing.assert_close(collected, [p.grad for p in model.parameters() if p.grad is not None])
+
+
+def test_two_passes_with_losses_of_their_own_before_one_backward_pass():
+    batch, gradients = labelled(token_batch()), []
+    for together in (True, False):
+        model = loramoe()
+        if together:
+            sum(model(**half, task_types=t).loss for half, t in zip(halves(batch), (TYPES[:1], TYPES[1:]))).backward()
+        else:
+            for half, types in zip(halves(batch), (TYPES[:1], TYPES[1:])):
+                model(**half, task_types=types).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("types", [[0, 1, -1], TYPES], ids=["list", "tensor"])
+def test_collected_types_are_repeated_for_repeated_rows(types):
+    model, batch = loramoe(), token_batch()
+    twice = {name: value.repeat(2, 1) for name, value in batch.items()}
+    with collect_balance(model, types):
+        model(**twice)
+    assert routing(model)[0].task_types.tolist() == [0, 1, -1, 0, 1, -1]
+
+
+def test_collected_types_that_do_not_fit_are_refused():
+    model = loramoe()
+    with pytest.raises(ValueError, match=r"shape \(2,\), but the batch has 3 rows"), collect_balance(model, [0, 1]):
+        model(**token_batch())
+
+
+def test_after_collecting_the_loss_contains_the_term_again():
+    model, batch = loramoe(), labelled(token_batch())
+    expected = model(**batch, task_types=TYPES).loss
+    with pytest.raises(RuntimeError, match="stop"), collect_balance(model, TYPES):
+        raise RuntimeError("stop")
+    torch.testing.assert_close(model(**batch, task_types=TYPES).loss, expected)
+
+
+def test_data_parallel_replicas_are_refused():
+    model = loramoe()
+    model.base_model.model._is_replica = True  # what torch.nn.parallel.replicate sets on the copy for each GPU
+    with pytest.raises(ValueError, match=r"nn.DataParallel.*torchrun, accelerate launch"):
+        model(**token_batch())
 
 
 def test_one_warning_for_forgotten_task_types(recwarn):

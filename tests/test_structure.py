@@ -22,13 +22,16 @@ ROOMS = {
     "card": (("config",), False),  # config for type annotations only
     "config": (("card", "version"), True),
     "peft_api": ((), True),
-    "recorder": (("balance", "config", "experts", "samples"), False),
+    "collectives": ((), False),
+    "forward_pass": (("balance", "config", "experts", "samples"), False),
+    "recorder": (("balance", "collectives", "config", "experts", "forward_pass", "samples"), False),
     "layer": (("config", "experts", "peft_api", "recorder"), False),  # config and recorder for annotations only
     "loading": (("recorder",), False),
     "model": (("config", "layer", "loading", "peft_api", "recorder", "targets"), False),
     "registration": (("card", "config", "loading", "model", "recorder"), True),
     "__init__": (("config", "experts", "layer", "model", "recorder", "registration", "version"), False),
     "analysis": (("__init__",), False),
+    "training": (("__init__", "samples"), False),
 }
 
 

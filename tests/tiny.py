@@ -2,7 +2,8 @@
 
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_loramoe import LoRAMoEConfig
 
@@ -33,3 +34,10 @@ def token_batch(rows: int = 3, width: int = 7, seed: int = 2) -> dict[str, torch
 
 def labelled(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0 to w63, separated by spaces; w0 pads, w1 ends."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", padding_side="left")
