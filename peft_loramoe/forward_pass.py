@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,9 @@ class ForwardPass:
         self.training = training
         self.grad_enabled = torch.is_grad_enabled()
         self.records: list[Record] = []
-        # What layers that see the same tokens share.
-        self._samples: dict[tuple, Samples] = {}
-        self._targets: dict[tuple, Tensor] = {}
+        # What layers that see the same tokens share, with its key: to hash a shape would make torch.compile take it as fixed.
+        self._samples: list[tuple[tuple, Samples]] = []
+        self._targets: list[tuple[tuple, Tensor]] = []
 
     @property
     def balanced(self) -> list[str]:
@@ -55,11 +56,11 @@ class ForwardPass:
     def targets(self, record: Record) -> Tensor:
         """The balance targets of one record, shape (M, N)."""
         groups = record.experts.expert_groups
-        key = (*self._key(record), *groups)
-        if key not in self._targets:
-            delta = self.configs[record.adapter].balance_delta
-            self._targets[key] = balance_targets(self.task_types(record), groups, delta)
-        return self._targets[key]
+        key = (*self._key(record), groups)
+        if (targets := _find(self._targets, key)) is None:
+            targets = balance_targets(self.task_types(record), groups, self.configs[record.adapter].balance_delta)
+            self._targets.append((key, targets))
+        return targets
 
     def task_types(self, record: Record) -> Tensor:
         """The task type of each sample, shape (M,), int64, -1 for unknown."""
@@ -96,7 +97,7 @@ class ForwardPass:
 
     def _samples_of(self, record: Record) -> Samples:
         key = self._key(record)
-        if key not in self._samples:
+        if (samples := _find(self._samples, key)) is None:
             _, tokens, device, _ = key
             samples = self.batch.samples(tuple(tokens), record.layer, self._row_types(record.adapter), device)
             if not torch.compiler.is_compiling() and not samples.real.any():
@@ -104,8 +105,8 @@ class ForwardPass:
                     "The balance term was asked for in a batch without a real token: attention_mask is zero everywhere. "
                     "Leave such batches out, or set balance_loss_weight=0."
                 )
-            self._samples[key] = samples
-        return self._samples[key]
+            self._samples.append((key, samples))
+        return samples
 
     def _row_types(self, adapter: str) -> Tensor | None:
         if self.batch.task_types is None:
@@ -115,3 +116,7 @@ class ForwardPass:
         if types.shape[0] != self.batch.rows:
             raise ValueError(f"task_types has shape {tuple(types.shape)}, but the batch has {self.batch.rows} rows.")
         return types
+
+
+def _find(entries: list[tuple[tuple, Any]], key: tuple) -> Any:
+    return next((value for known, value in entries if known == key), None)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tiny import labelled, loramoe, token_batch
+from peft_loramoe import balance_loss, collect_balance
+from tiny import labelled, loramoe, tiny_llama, token_batch
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2, "null_groups": [0], "balance_detach": True}], ids=["dense", "sparse"])
@@ -17,3 +18,46 @@ def test_a_compiled_model_is_one_graph_with_the_same_loss_and_gradients(options)
         loss.backward()
         results.append((loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
     torch.testing.assert_close(results[0], results[1])
+
+
+def graphs(model, collected):
+    """How often dynamo compiles a model that is called with batches of many sizes."""
+    count = 0
+
+    def backend(graph, _):
+        nonlocal count
+        count += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    adapted = hasattr(model, "peft_config")
+    for width in range(5, 10):
+        batch, types = labelled(token_batch(width=width)), torch.tensor([0, 1, width % 2])
+        if not adapted:
+            compiled(**batch).loss.backward()
+        elif collected:
+            with collect_balance(model, types):
+                loss = compiled(**batch).loss
+            (loss + balance_loss(model)).backward()
+        else:
+            compiled(**batch, task_types=types).loss.backward()
+    return count
+
+
+@pytest.mark.parametrize("collected", [False, True], ids=["in the model's loss", "collected"])
+def test_a_compiled_model_is_recompiled_as_often_as_without_the_adapter(collected):
+    plain = tiny_llama().train()
+    assert graphs(loramoe(), collected) <= graphs(plain, collected)
+
+
+def test_an_adapted_layer_compiles_without_a_graph_break():
+    layer = loramoe(lora_dropout=0.1).base_model.model.model.layers[0].mlp.up_proj
+    x = torch.randn(2, 5, 32)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    results = []
+    for call in (layer.eval(), compiled):
+        layer.zero_grad()
+        call(x).pow(2).sum().backward()
+        results.append([p.grad.clone() for p in layer.parameters() if p.requires_grad])
+    torch.testing.assert_close(*results)
