@@ -1,0 +1,215 @@
+"""`RouterCallback`: what the routers do while they train, in the trainer's logs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peft_loramoe import LoRAMoELinear, balance_loss, balance_terms, routing
+
+
+NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+UNNUMBERED = "other_layers"
+
+
+class RouterCallback(TrainerCallback):
+    """Logs the routers' state at every step at which the trainer logs.
+
+    The metrics are of the last forward pass of the step (with gradient accumulation, the last micro-batch), over the samples of
+    all processes. Each is a mean over the adapted linears of a block of layers, and, but for the balance term, over the real
+    tokens of one task type in the batch; types that do not occur are left out:
+
+        router/{block}/{type}/entropy           of the router's probabilities, in nats; ln N where routing is uniform
+        router/{block}/{type}/weight_{group}    router probability of an expert group; they sum to 1 over the groups
+        router/{block}/{type}/load_min          mean router probability of the linear's least used expert
+        router/{block}/{type}/load_max          and of its most used one
+        router/{block}/balance_term             unweighted balance term of one linear, mean over the processes
+        router/balance_loss                     weighted sum of all terms: what a loss of this batch alone contains; mean
+                                                over the processes
+
+    A block is named by its first and last layer ("layers_0-7"), after its stack where there are several
+    ("encoder.block_0-3"); linears whose names contain no number are "other_layers". Types and groups have the names of
+    `task_type_names`, or are type_0, group_0, ...; samples without a type are "unknown". If more than one adapter is active,
+    its name comes after "router/".
+
+    Reporters run before other callbacks, so this one cannot add to the logs by itself: the trainer's `log` has to, which is
+    what `LoRAMoETrainerMixin` is for. Between log steps nothing is computed.
+
+    Args:
+        layer_groups: number of blocks that the adapted layers of each stack are divided into.
+
+    Raises:
+        ValueError: `layer_groups` is not a positive integer.
+    """
+
+    def __init__(self, layer_groups: int = 3) -> None:
+        if not isinstance(layer_groups, int) or isinstance(layer_groups, bool) or layer_groups < 1:
+            raise ValueError(f"layer_groups={layer_groups!r} must be a positive integer.")
+        self.layer_groups = layer_groups
+        self._metrics: dict[str, float] = {}
+        self._step_done: int | None = None
+
+    def take(self) -> dict[str, float]:
+        """Hand over the metrics of the current step by name, once: a second call returns an empty dictionary."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Refuse models that have no routers."""
+        if not any(isinstance(module, LoRAMoELinear) for module in model.modules()):
+            raise ValueError(
+                f"{type(model).__name__} has no LoRAMoE layers: attach them with get_peft_model, or leave RouterCallback out."
+            )
+        self._metrics, self._step_done = {}, None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Compute the metrics if the trainer is about to log."""
+        # A step that was logged, or followed by an evaluation, is not logged at the end of the epoch again: the forward pass
+        # that could be read then is another one.
+        if control.should_log and self._step_done != state.global_step:
+            self._step_done = state.global_step
+            with torch.no_grad():
+                self._metrics = _metrics(model, self.layer_groups, args.device)
+
+    on_epoch_end = on_step_end  # logging_strategy="epoch" decides there
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note that the last forward pass is no longer the training step's, and keep evaluation logs clean."""
+        self._metrics, self._step_done = {}, state.global_step
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refuse trainers that log without the metrics.
+
+        Raises:
+            ValueError: nobody took the metrics.
+        """
+        if self.take():
+            raise ValueError(
+                "The trainer logged without taking RouterCallback's metrics, which would be lost. Put the mixin before the "
+                "trainer, `class MyTrainer(LoRAMoETrainerMixin, SFTTrainer)`, or leave the callback out."
+            )
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Sums of one forward pass over all samples of all processes.
+
+    Attributes:
+        rows: adapter and layer -> row, the same on every process.
+        groups: sizes of the expert groups of each row.
+        by_type: shape (rows, types, N + 2): importance of each expert, entropy, tokens; type -1 comes first.
+        terms: shape (rows + 1, 2): balance term and how many processes have one; the last row is the weighted sum.
+    """
+
+    rows: dict[tuple[str, str], int]
+    groups: list[list[int]]
+    by_type: Tensor
+    terms: Tensor
+
+
+def _table(model: nn.Module, device: torch.device) -> _Table:
+    linears = [module for module in model.modules() if isinstance(module, LoRAMoELinear)]
+    groups = {(name, m.name): e.expert_groups for m in linears for name, e in m.loramoe_experts.items()}
+    rows = {key: row for row, key in enumerate(groups)}
+    num_types, num_experts = 1 + max(map(len, groups.values())), max(map(sum, groups.values()))
+    by_type = torch.zeros(len(rows), num_types, num_experts + 2, device=device)
+    terms = torch.zeros(len(rows) + 1, 2, device=device)
+    for layer in routing(model):
+        columns = torch.zeros(len(layer.entropy), num_experts + 2, device=device)
+        columns[:, : layer.importance.shape[1]] = layer.importance
+        columns[:, -2] = layer.entropy
+        columns[:, -1] = layer.token_counts
+        by_type[rows[layer.adapter, layer.layer]].index_add_(0, layer.task_types.to(device) + 1, columns)
+    for adapter, layers in balance_terms(model).items():
+        for layer, term in layers.items():
+            terms[rows[adapter, layer], 0] = term
+            terms[rows[adapter, layer], 1] = 1
+    terms[-1, 0] = balance_loss(model)
+    terms[-1, 1] = 1
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(by_type)
+        dist.all_reduce(terms)
+    return _Table(rows, list(groups.values()), by_type.cpu(), terms.cpu())
+
+
+def _metrics(model: nn.Module, layer_groups: int, device: torch.device) -> dict[str, float]:
+    table = _table(model, device)
+    configs = next(m.peft_config for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict))
+    used = table.by_type[..., -1].sum(-1) > 0
+    active = list(dict.fromkeys(adapter for (adapter, _), row in table.rows.items() if used[row]))
+    values: dict[str, list[float]] = {}
+    for adapter in active:
+        rows = {layer: row for (name, layer), row in table.rows.items() if name == adapter and used[row]}
+        for block, layers in layer_blocks(list(rows), layer_groups).items():
+            prefix = f"router/{adapter}/{block}" if len(active) > 1 else f"router/{block}"
+            for row in (rows[layer] for layer in layers):
+                for name, value in _metrics_of_row(table, row, configs[adapter].task_type_names).items():
+                    values.setdefault(f"{prefix}/{name}", []).append(value)
+    metrics = {name: sum(of_layers) / len(of_layers) for name, of_layers in values.items()}
+    return {**metrics, "router/balance_loss": _ratio(table.terms[-1])} if metrics else {}
+
+
+def _metrics_of_row(table: _Table, row: int, names: list[str] | None) -> dict[str, float]:
+    groups = table.groups[row]
+    group_names = names or [f"group_{group}" for group in range(len(groups))]
+    type_names = names or [f"type_{group}" for group in range(len(groups))]
+    unknown = "unknown" if "unknown" not in type_names else "type_-1"
+    metrics: dict[str, float] = {}
+    for name, sums in zip([unknown, *type_names], table.by_type[row]):
+        if (tokens := sums[-1]) > 0:
+            load = sums[: sum(groups)] / tokens
+            metrics[f"{name}/entropy"] = (sums[-2] / tokens).item()
+            for group, part in zip(group_names, load.split(groups)):
+                metrics[f"{name}/weight_{group}"] = part.sum().item()
+            metrics[f"{name}/load_min"] = load.min().item()
+            metrics[f"{name}/load_max"] = load.max().item()
+    if table.terms[row, 1] > 0:
+        metrics["balance_term"] = _ratio(table.terms[row])
+    return metrics
+
+
+def _ratio(sum_and_count: Tensor) -> float:
+    return (sum_and_count[0] / sum_and_count[1]).item()
+
+
+def layer_blocks(layers: list[str], layer_groups: int) -> dict[str, list[str]]:
+    """Divide layers into contiguous blocks by depth.
+
+    A layer's depth is the first component of its name that is a number, its stack what stands before it. Each stack is divided
+    into blocks of nearly equal numbers of depths, at most as many as it has depths.
+
+    Args:
+        layers: names, in any order.
+        layer_groups: number of blocks of each stack.
+
+    Returns:
+        Name of each block -> the names of its layers. Layers without a number are in one block, the last.
+    """
+    stacks: dict[str, dict[int, list[str]]] = {}
+    unnumbered = []
+    for layer in layers:
+        if match := NUMBER.search(layer):
+            stacks.setdefault(layer[: match.start()], {}).setdefault(int(match[1]), []).append(layer)
+        else:
+            unnumbered.append(layer)
+    blocks: dict[str, list[str]] = {}
+    for stack, by_depth in stacks.items():
+        depths = sorted(by_depth)
+        count = min(layer_groups, len(depths))
+        bounds = [len(depths) * block // count for block in range(count + 1)]
+        for start, end in pairwise(bounds):
+            first, last = depths[start], depths[end - 1]
+            name = f"{stack if len(stacks) > 1 and stack else 'layers'}_{first}" + (f"-{last}" if last > first else "")
+            blocks[name] = [layer for depth in depths[start:end] for layer in by_depth[depth]]
+    return {**blocks, UNNUMBERED: unnumbered} if unnumbered else blocks

@@ -1,0 +1,128 @@
+"""From a data set's column `task_type` to the model's argument `task_types`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_loramoe import LoRAMoEConfig
+from peft_loramoe.samples import BATCH_INPUTS, task_type_tensor
+
+
+COLUMN = "task_type"
+
+
+class TaskTypeCollator:
+    """A data collator around another one: takes the examples' `task_type` and adds `task_types` to the batch.
+
+    An example's `task_type` is an integer (the expert group; -1 is unknown) or one of the config's `task_type_names` (None is
+    unknown). A packed example, several samples one after the other, has a list of them: one for each entry of its
+    `seq_lengths`, or one for each token.
+
+    The batch may be padded on either side, or flattened to one row (padding-free). `task_types` is int64, shape (examples,),
+    or, where a row holds several samples, (rows, tokens). Batches without the column are passed on as they are.
+
+    Args:
+        collator: gets the examples without their `task_type`.
+        config: says what the types may be.
+
+    Raises:
+        TypeError: the column mixes names and integers, or holds anything else.
+        ValueError: some examples lack the column, a type is unknown, or it cannot be told which tokens a type belongs to.
+    """
+
+    def __init__(self, collator: Callable[[list], Any], config: LoRAMoEConfig) -> None:
+        self.collator = collator
+        self.config = config
+        self._warned = False
+
+    def __call__(self, examples: list[Mapping[str, Any]]) -> Any:
+        """Collate the examples of one batch."""
+        given = [example for example in examples if COLUMN in example]
+        if not given:
+            return self.collator(examples)
+        if len(given) < len(examples):
+            raise ValueError(
+                f"{len(examples) - len(given)} of the {len(examples)} examples of a batch have no {COLUMN}; give every example "
+                "one, -1 for unknown."
+            )
+        values = [value.tolist() if hasattr(value, "tolist") else value for value in (e[COLUMN] for e in examples)]
+        _check_kinds(values)
+        types = [self._indices(value) for value in values]
+        batch = self.collator([{key: value for key, value in example.items() if key != COLUMN} for example in examples])
+        batch["task_types"] = self._arrange(types, examples, batch)
+        if not self._warned and (batch["task_types"] < 0).all():
+            self._warned = True
+            warnings.warn(
+                f"Every {COLUMN} of a batch is unknown (-1): there the balance term only spreads the load evenly over the "
+                f"experts. Check the column {COLUMN}, or set balance_loss_weight=0."
+            )
+        return batch
+
+    def _indices(self, value: Any) -> Tensor:
+        """The types of one example: a scalar, or shape (segments or tokens,)."""
+        values = value if isinstance(value, (list, tuple)) else [value]
+        known = [-1 if entry is None else entry for entry in values]
+        types = task_type_tensor([known], len(self.config.groups_of()), self.config.task_type_names)[0]
+        return types if isinstance(value, (list, tuple)) else types[0]
+
+    def _arrange(self, types: list[Tensor], examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> Tensor:
+        tensors = (batch.get(name) for name in (*BATCH_INPUTS, *batch))
+        rows = next((tensor.shape[0] for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim() > 0), len(examples))
+        flattened = rows == 1 and len(examples) > 1
+        if not flattened and all(t.dim() == 0 for t in types):
+            return torch.stack(types)
+        per_token = [_of_tokens(t, example) for t, example in zip(types, examples)]
+        tokens = batch["input_ids"]
+        arranged = torch.full_like(tokens, -1)
+        for row, real in enumerate([torch.cat(per_token)] if flattened else per_token):
+            where = _real_tokens(batch, row)
+            if len(real) > where.sum() or ("attention_mask" in batch and len(real) < where.sum()):
+                raise ValueError(
+                    f"Row {row} of the batch has {int(where.sum())} tokens, but {COLUMN} speaks of {len(real)}: does the "
+                    "collator truncate or flatten? Truncate the data set before."
+                )
+            arranged[row, where.nonzero().flatten()[: len(real)]] = real
+        return arranged
+
+
+def _check_kinds(values: list[Any]) -> None:
+    entries = [entry for value in values for entry in (value if isinstance(value, (list, tuple)) else [value])]
+    kinds = {type(entry) for entry in entries} - {type(None)}
+    if len(kinds) > 1 or not kinds <= {int, str}:
+        raise TypeError(
+            f"{COLUMN} holds values of type {', '.join(sorted(kind.__name__ for kind in kinds))}, such as "
+            f"{', '.join(repr(next(e for e in entries if type(e) is kind)) for kind in kinds)}; write integers only, or names "
+            "only."
+        )
+
+
+def _real_tokens(batch: Mapping[str, Any], row: int) -> Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"][row], dtype=torch.bool) if mask is None else mask[row] != 0
+
+
+def _of_tokens(types: Tensor, example: Mapping[str, Any]) -> Tensor:
+    """The type of each token of one example, shape (tokens,)."""
+    if (input_ids := example.get("input_ids")) is None:
+        raise ValueError(
+            f"The batch joins several samples in a row, but the examples (columns {', '.join(example)}) have no input_ids that "
+            f"tell where a {COLUMN} begins. Tokenize the data set before, or collate without padding_free."
+        )
+    length = len(input_ids)
+    if types.dim() == 0:
+        return types.expand(length)
+    if len(types) == length:
+        return types
+    segments = example.get("seq_lengths")
+    if segments is None or len(segments) != len(types) or sum(segments) != length:
+        found = "no seq_lengths" if segments is None else f"seq_lengths {list(segments)}"
+        raise ValueError(
+            f"A packed example of {length} tokens has {len(types)} values in {COLUMN} and {found}; give one {COLUMN} for each "
+            "entry of seq_lengths, or one for each token."
+        )
+    return types.repeat_interleave(torch.as_tensor(segments))
