@@ -24,7 +24,7 @@ $(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 demo: install
-	$(BIN)/python examples/finetune.py
+	$(BIN)/python examples/demo.py
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -55,4 +55,4 @@ check-style: install
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
 
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info loramoe-demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build *.egg-info loramoe-adapter loramoe-demo .pytest_cache .ruff_cache .hypothesis

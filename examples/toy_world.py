@@ -47,8 +47,10 @@ DOWNSTREAM_TASKS = {
     "Name the largest digit.": lambda digits: [DIGITS[max(digits)]],
 }
 
-# The way the model is asked, in pretraining and in fine-tuning.
-CHAT_TEMPLATE = "{{ bos_token }}Question: {{ messages[0].content }} Answer:"
+# The way the model is asked and answers, in pretraining and in fine-tuning.
+CHAT_TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}{% if message.role == "user" %}Question: {{ message.content }} Answer:{% else %} \
+{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
 PACKED_TOKENS = 64
 
 
@@ -140,16 +142,15 @@ def _skill_text(generator: random.Random) -> str:
 
 
 def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer for which a word has the same tokens wherever it stands, and each digit is a token."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    """A BPE tokenizer for which a word has the same tokens wherever it stands, and digits are words."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    # Words are marked by a character of their own: the ids of an end_of_word_suffix would differ from run to run.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Metaspace()]
     )
-    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    tokenizer.decoder = decoders.Metaspace()
     special_tokens = ["<pad>", "<s>", "</s>", "<unk>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1536, special_tokens=special_tokens, end_of_word_suffix="</w>", show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=1536, special_tokens=special_tokens, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

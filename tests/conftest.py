@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
@@ -13,3 +14,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_the_test_before():
+    """TrainingArguments leaves settings (bf16, torch_compile) in the environment, and accelerate keeps them for the process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]

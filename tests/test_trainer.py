@@ -1,11 +1,9 @@
 """The mixin on real trainers. What a trainer adds to the update must be the term's gradient of a loop written by hand."""
 
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -35,13 +33,6 @@ OPTIONS = dict(
     save_strategy="no",
     disable_tqdm=True,
 )
-
-
-@pytest.fixture(autouse=True)
-def no_settings_of_the_test_before(monkeypatch):
-    """Accelerate keeps what one Trainer sets (torch_compile) for all that follow in the process."""
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def mixed(trainer_class):
