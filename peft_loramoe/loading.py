@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from .recorder import find_recorder
 
 
 CONTAINER = ".loramoe_experts."
+WRAPPERS = re.compile(r"(?<![^.])_(checkpoint_wrapped_module|fsdp_wrapped_module|orig_mod)\.")
 
 
 def check_adapter_tensors(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -20,18 +22,19 @@ def check_adapter_tensors(model: nn.Module, state_dict: Mapping[str, Any], prefi
     Raises:
         RuntimeError: tensors are missing, unexpected or of the wrong shape; the message names them.
     """
-    found = {key for key in state_dict if CONTAINER in key and key.startswith(prefix)}
+    found = {_bare(key): tensor for key, tensor in state_dict.items() if CONTAINER in key and key.startswith(prefix)}
     if not found:
         return
-    expected = {prefix + name: p for name, p in model.named_parameters(remove_duplicate=False) if CONTAINER in name}
-    adapters = {_adapter_of(key) for key in found & expected.keys()}
+    expected = {_bare(prefix + name): p for name, p in model.named_parameters(remove_duplicate=False) if CONTAINER in name}
+    adapters = {_adapter_of(key) for key in found.keys() & expected.keys()}
     wanted = {key for key in expected if _adapter_of(key) in adapters}
-    problems = [f"missing: {key}" for key in sorted(wanted - found)]
-    problems += [f"unexpected: {key}" for key in sorted(found - expected.keys())]
-    for key in sorted(found & expected.keys()):
+    problems = [f"missing: {key}" for key in sorted(wanted - found.keys())]
+    problems += [f"unexpected: {key}" for key in sorted(found.keys() - expected.keys())]
+    for key in sorted(found.keys() & expected.keys()):
         shape = tuple(getattr(expected[key], "ds_shape", expected[key].shape))
-        if tuple(state_dict[key].shape) != shape:
-            problems.append(f"size mismatch for {key}: {tuple(state_dict[key].shape)} in the checkpoint, {shape} in the model")
+        # ZeRO-3 checkpoints hold an empty tensor for each parameter that is partitioned; its values come with the optimizer's.
+        if tuple(found[key].shape) not in (shape, tuple(expected[key].shape)):
+            problems.append(f"size mismatch for {key}: {tuple(found[key].shape)} in the checkpoint, {shape} in the model")
     _refuse(problems)
     find_recorder(model).loaded |= adapters
 
@@ -88,6 +91,11 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
             else:
                 model.__dict__[name] = value
         raise
+
+
+def _bare(name: str) -> str:
+    """The name without what wrappers around modules (activation checkpointing, torch.compile) put into it."""
+    return WRAPPERS.sub("", name)
 
 
 def _adapter_of(key: str) -> str:

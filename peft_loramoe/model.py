@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import LoRAMoEConfig
 from .layer import CANNOT_MERGE, LoRAMoELinear
-from .loading import check_adapter_tensors, unchanged_on_failure
+from .loading import CONTAINER, check_adapter_tensors, unchanged_on_failure
 from .peft_api import PEFT_AT_LEAST_0_21, AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from .recorder import Recorder, find_recorder
 from .targets import (
@@ -130,6 +130,12 @@ class LoRAMoEModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
         else:  # unload: PEFT would set the base layer's `weight`, which GPTQ, AWQ and HQQ layers do not have
             setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """What PEFT saves; it looks for adapted layers by module name, and overlooks those inside wrapped decoder layers."""
+        own = {key: tensor for key, tensor in state_dict.items() if CONTAINER in key}
+        return {**own, **super()._get_adapter_state_dict(*args, state_dict=state_dict, **kwargs)}
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)

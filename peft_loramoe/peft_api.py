@@ -25,6 +25,7 @@ BASE_TUNER_HOOKS = (
     "_check_merge_allowed",
     "_check_new_adapter_config",
     "_create_and_replace",
+    *(("_get_adapter_state_dict",) if PEFT_AT_LEAST_0_21 else ()),
     "_prepare_adapter_config",
     "_replace_module",
     "_unload_and_optionally_merge",

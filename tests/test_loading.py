@@ -16,10 +16,12 @@ from peft import (
     PeftMixedModel,
     PeftModel,
     get_peft_model,
+    get_peft_model_state_dict,
 )
 from peft.utils.hotswap import hotswap_adapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, pipeline
 from transformers import __version__ as transformers_version
 
@@ -572,3 +574,14 @@ def test_without_the_import_every_entry_point_stops_with_the_same_error(folders)
     raised = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     assert len(raised) == 8
     assert raised == {name: ["KeyError", "'LORAMOE'"] for name in raised}
+
+
+def test_layers_wrapped_for_activation_checkpointing_are_saved_and_loaded():
+    model, expected = loramoe(), get_peft_model_state_dict(loramoe())
+    layers = model.base_model.model.model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = checkpoint_wrapper(layer)
+    saved = get_peft_model_state_dict(model)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[key], expected[key]) for key in expected)
+    model.load_state_dict(model.state_dict())

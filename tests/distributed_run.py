@@ -1,0 +1,157 @@
+"""Trains small LoRAMoE adapters with transformers' Trainer, in however many processes the launcher starts.
+
+    accelerate launch --config_file examples/accelerate/zero3.yaml ... tests/distributed_run.py FOLDER CASE...
+
+`tests/test_distributed.py` starts it, and calls `train` itself for the same training in one process. FOLDER/backbone is the
+base model; every case leaves its adapter and what each process saw in a folder of its name.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from peft import get_peft_model
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+
+from peft_loramoe import LoRAMoEConfig, balance_loss, routing
+from tiny import VOCAB
+
+
+STEPS, ROWS = 3, 4  # rows of a step, over all processes
+
+NO_REENTRANT = {"use_reentrant": False}
+# name -> options of LoRAMoEConfig, of TrainingArguments, whether the backbone is quantised
+CASES = {
+    "no term": ({"balance_loss_weight": 0.0}, {}, False),
+    "own term": ({"balance_loss_weight": 0.5}, {}, False),
+    "common term": ({"balance_loss_weight": 0.5, "balance_across_processes": True}, {}, False),
+    "accumulation": ({"balance_loss_weight": 0.5}, {"gradient_accumulation_steps": 2}, False),
+    "checkpointing": (
+        {"balance_loss_weight": 0.5, "balance_across_processes": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": NO_REENTRANT},
+        False,
+    ),
+    # FSDP's own checkpointing, for which accelerate wraps every decoder layer; other engines know nothing of it.
+    "wrapped layers": ({"balance_loss_weight": 0.5, "balance_across_processes": True}, {}, False),
+    "resumed": ({"balance_loss_weight": 0.5}, {}, False),
+    "quantised": ({"balance_loss_weight": 0.5, "null_groups": [0], "top_k": 3}, {}, True),
+    "bfloat16": ({"balance_loss_weight": 0.5}, {"bf16": True}, False),
+}
+RESUMED = ("resumed", "wrapped layers")  # stopped before the last step, and continued from the checkpoint
+
+
+def samples() -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 12, (STEPS * ROWS,), generator=generator).tolist()
+    return [
+        {"input_ids": torch.randint(1, VOCAB, (length,), generator=generator), "task_type": i % 3 - 1}
+        for i, length in enumerate(lengths)
+    ]
+
+
+def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
+    rows = [sample["input_ids"] for sample in batch]
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        "labels": pad_sequence(rows, batch_first=True, padding_value=-100),
+        "task_types": torch.tensor([sample["task_type"] for sample in batch]),
+    }
+
+
+def build_trainer(case: str, folder: Path, output: Path, batches: int, **more) -> Trainer:
+    """A trainer of that case.
+
+    Args:
+        case: a key of CASES.
+        folder: has the base model.
+        output: where the adapter goes.
+        batches: parts into which this process divides its rows of a step, beside what the case asks for.
+        more: further training arguments.
+    """
+    config, options, quantised = CASES[case]
+    batches *= options.get("gradient_accumulation_steps", 1)
+    arguments = {
+        "output_dir": str(output),
+        "per_device_train_batch_size": ROWS // int(os.environ.get("WORLD_SIZE", 1)) // batches,
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "dataloader_pin_memory": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **options,
+        "gradient_accumulation_steps": batches,
+        **more,
+    }
+    # The settings ask for bfloat16, in which no two ways of adding up agree.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if arguments.get("bf16") else "no"
+    os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = str(case == "wrapped layers")
+    arguments = TrainingArguments(**arguments)  # before the model: with ZeRO-3 it has transformers load shards
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        pretend_to_be_gpus()
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "backbone", dtype=torch.float32, quantization_config=quantization if quantised else None
+    )
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoRAMoEConfig(r=2, init_weights=False, task_type="CAUSAL_LM", **config))
+    return Trainer(model=model, args=arguments, train_dataset=samples(), data_collator=collate)
+
+
+def pretend_to_be_gpus() -> None:
+    """accelerate turns FSDP on for processes with accelerators only, and would go on with DDP in silence."""
+    assert PartialState().distributed_type == DistributedType.MULTI_CPU
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def train(case: str, folder: Path, output: Path, batches: int = 1) -> dict:
+    """Train and save the adapter of a case; what this process saw."""
+    resume = None
+    if case in RESUMED:
+        build_trainer(case, folder, output, batches, max_steps=STEPS - 1, save_strategy="steps", save_steps=STEPS - 1).train()
+        resume = str(output / f"checkpoint-{STEPS - 1}")
+    trainer = build_trainer(case, folder, output, batches)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    last = routing(trainer.model)[0]
+    return {
+        "engine": type(trainer.model_wrapped).__name__,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry],
+        "balance": balance_loss(trainer.model).item(),
+        "task_types": last.task_types.tolist(),
+        "token_counts": last.token_counts.tolist(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("cases", nargs="+", choices=CASES)
+    args = parser.parse_args()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        import deepspeed
+
+        # Between processes on one CPU DeepSpeed compiles a reduction of its own, for a minute; gloo has one.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for case in args.cases:
+        seen = train(case, args.folder, args.folder / case)
+        (args.folder / case / f"process-{os.environ['RANK']}.json").write_text(json.dumps(seen))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
