@@ -3,11 +3,9 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import mixture
-from .routing import router_probabilities, select_gates
+from .ops import Options, mixture
 
 
 class LoRAExperts(nn.Module):
@@ -61,9 +59,10 @@ class LoRAExperts(nn.Module):
         self.top_k = top_k
         self.balance_detach = balance_detach
 
-        num_lora_experts = sum(size for group, size in enumerate(expert_groups) if group not in null_groups)
-        self.A = nn.Parameter(torch.empty(num_lora_experts * r, in_features))
-        self.B = nn.Parameter(torch.empty(out_features, num_lora_experts * r))
+        groups = [group for group, size in enumerate(expert_groups) for _ in range(size)]
+        self.lora_experts = [i for i, group in enumerate(groups) if group not in null_groups]
+        self.A = nn.Parameter(torch.empty(len(self.lora_experts) * r, in_features))
+        self.B = nn.Parameter(torch.empty(out_features, len(self.lora_experts) * r))
         self.router = nn.Parameter(torch.empty(sum(expert_groups), in_features))
 
     @property
@@ -101,33 +100,35 @@ class LoRAExperts(nn.Module):
         else:
             nn.init.zeros_(self.router)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the mixture's contribution to the layer's output.
+    def forward(
+        self,
+        x: Tensor,
+        base: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the mixture, and add it to the base layer's output.
 
         Args:
             x: input of the linear layer, shape (..., in_features), floating point.
+            base: output of the base layer, shape (..., out_features); it is not written to.
+            weight: instead, the frozen weight of a base layer that is to be computed here, shape (out_features, in_features).
+            bias: its bias.
 
         Returns:
-            The contribution, shape (..., out_features), in the dtype of `x` (or the autocast dtype), and the router
-            probabilities, shape (..., num_experts), float32 or float64.
+            The sum, or the mixture alone if neither is given, shape (..., out_features), in the dtype of `base`, or else of `x`
+            (or the autocast dtype), and the router probabilities, shape (..., num_experts), float32 or float64.
         """
-        probabilities = self._probabilities(x)
-        gates = self._drop_null(select_gates(probabilities, self.top_k)) * self.scaling
-        dropped = F.dropout(x, self.dropout, training=self.training)
-        output = mixture(dropped, self.A, self.B, gates)
-        if self.balance_detach and probabilities.requires_grad:
-            probabilities = self._probabilities(x.detach())
-        return output, probabilities
-
-    def _probabilities(self, x: Tensor) -> Tensor:
-        return router_probabilities(x, self.router, self.temperature, self.router_dtype)
-
-    def _drop_null(self, gates: Tensor) -> Tensor:
-        """Keep the columns of the experts that have parameters."""
-        if not self.null_groups:
-            return gates
-        columns = gates.split(self.expert_groups, dim=-1)
-        return torch.cat([c for group, c in enumerate(columns) if group not in self.null_groups], dim=-1)
+        options = Options(
+            self.scaling,
+            self.temperature,
+            self.dropout,
+            self.lora_experts,
+            self.top_k,
+            self.router_dtype,
+            self.balance_detach,
+        )
+        return mixture(x, self.A, self.B, self.router, options, dropout=self.training, base=base, weight=weight, bias=bias)
 
     def extra_repr(self) -> str:
         """The mixture's shape, for `print(model)`."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .experts import LoRAExperts
 from .peft_api import BaseTunerLayer, get_in_out_features, get_pattern_key
@@ -22,6 +23,9 @@ CANNOT_MERGE = (
     "LoRAMoE adapters cannot be merged: the router weighs the experts anew for every token, so no single weight matrix "
     "equals the mixture. Keep the adapter attached, or use unload() to get the base model back without it."
 )
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class LoRAMoELinear(nn.Module, BaseTunerLayer):
@@ -47,6 +51,7 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
         self.name = name
         self.recorder = recorder
         self.loramoe_experts = nn.ModuleDict({})
+        self.fixed_gates: dict[str, Tensor] = {}  # adapter -> gates of its experts, while an export to plain LoRA fixes them
         self._disable_adapters = False
         self.merged_adapters = []
         self.in_features, self.out_features = get_in_out_features(self.get_base_layer())
@@ -87,20 +92,46 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
             Shape (..., out_features), in the base layer's output dtype.
 
         Raises:
-            ValueError: `adapter_names` does not have one name for each sample.
+            ValueError: `adapter_names` does not have one name for each sample, or the base layer passes no gradient on.
         """
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return result
-        if adapter_names is not None:
-            return self._forward_per_sample(x, result, adapter_names)
-        for adapter in self.active_adapters:
-            if adapter in self.loramoe_experts:
-                experts = self.loramoe_experts[adapter]
-                delta, probabilities = experts(x)
-                result = result + delta.to(result.dtype)
-                self.recorder.record(adapter, self.name, experts, probabilities)
-        return result
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.loramoe_experts]
+        if adapter_names is not None and not self.disable_adapters:
+            return self._forward_per_sample(x, self.base_layer(x, *args, **kwargs), adapter_names)
+        if active and not args and not kwargs and self._base_is_plain():
+            base, linear = None, {"weight": self.base_layer.weight, "bias": self.base_layer.bias}
+        else:
+            base, linear = self.base_layer(x, *args, **kwargs), {}
+            self._check_gradient(x, base)
+        for adapter in active:
+            experts = self.loramoe_experts[adapter]
+            base, probabilities = experts(x, base, **linear)
+            linear = {}
+            self.recorder.record(adapter, self.name, experts, probabilities)
+        return base
+
+    def _base_is_plain(self) -> bool:
+        """Whether calling the base layer is `F.linear` with frozen weights and nothing else, so that the experts may do it."""
+        layer = self.base_layer
+        return (
+            type(layer) is nn.Linear
+            and not torch.compiler.is_compiling()  # the compiler has fusions of its own for it
+            and nn.Linear.forward.__module__ == nn.Linear.__module__  # not patched
+            and "forward" not in layer.__dict__
+            and not any(getattr(layer, hooks) or getattr(nn.modules.module, f"_global{hooks}") for hooks in HOOKS)
+            and all(
+                # neither a subclass (quantised, sharded) nor partitioned by ZeRO
+                p is None or (type(p) is nn.Parameter and not p.requires_grad and not hasattr(p, "ds_id"))
+                for p in (layer.weight, layer.bias)
+            )
+        )
+
+    def _check_gradient(self, x: Tensor, base: Tensor) -> None:
+        if self.training and x.requires_grad and not base.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"The base layer of '{self.name}', {type(self.base_layer).__name__}, passes no gradient to the layers below, which "
+                "would not be trained. bitsandbytes' 4-bit layers do this on CPUs with AVX512-BF16 once the model was evaluated: "
+                "set support_avx512bf16_for_cpu=False on them before. Other quantised layers may be for inference only."
+            )
 
     def _forward_per_sample(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
         if len(x) != len(adapter_names):  # some models flatten batch and sequence before their feed-forward layers
@@ -117,6 +148,23 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
                 delta, _ = self.loramoe_experts[adapter](x[rows])
                 result = result.index_add(0, rows, delta.to(result.dtype))
         return result
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters and make them trainable, as PEFT does, but for experts that `freeze_experts` freezes."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._keep_frozen()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable or not, as PEFT does, but for experts that `freeze_experts` freezes."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._keep_frozen()
+
+    def _keep_frozen(self) -> None:
+        for adapter, experts in self.loramoe_experts.items():
+            if getattr(self.recorder.configs.get(adapter), "freeze_experts", False):
+                for parameter in (experts.A, experts.B):
+                    if parameter.is_leaf:  # FSDP2's are not always, and PEFT passes those by too
+                        parameter.requires_grad_(False)
 
     @property
     def scaling(self) -> MutableMapping[str, float]:
@@ -140,6 +188,39 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
 
     def _active_experts(self) -> list[LoRAExperts]:
         return [self.loramoe_experts[name] for name in self.active_adapters if name in self.loramoe_experts]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter has a weight of its own: only while `interop.fixed_gates` fixes what its router decides."""
+        return adapter_name in self.fixed_gates
+
+    def fixed_lora(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """The adapter with fixed gates as one LoRA of scale 1.
+
+        Returns:
+            A, shape (E*r, in_features), and B, shape (out_features, E*r), into which gates and scale are multiplied; at least
+            float32.
+
+        Raises:
+            ValueError: the adapter's gates are not fixed.
+        """
+        if adapter_name not in self.fixed_gates:
+            raise ValueError(
+                f"Adapter '{adapter_name}' of layer '{self.name}' has no single weight: its router weighs the experts anew for "
+                "every token. Fix the gates with peft_loramoe.interop.fixed_gates, or call export_lora."
+            )
+        experts = self.loramoe_experts[adapter_name]
+        A, B = (p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in (experts.A, experts.B))
+        gates = self.fixed_gates[adapter_name].to(B) * experts.scaling
+        return A, B * gates.repeat_interleave(experts.r)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What the adapter with fixed gates adds to the base weight, in that weight's layout; asked for by PEFT's conversion.
+
+        Raises:
+            ValueError: the adapter's gates are not fixed.
+        """
+        A, B = self.fixed_lora(adapter_name)
+        return (B @ A).T if isinstance(self.get_base_layer(), Conv1D) else B @ A
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused.

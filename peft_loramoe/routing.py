@@ -1,40 +1,90 @@
-"""From hidden states to gates: the router's logits, probabilities and top-k selection. Knows tensors only."""
+"""From hidden states to gates and back: logits, probabilities, top-k selection, and their gradients. Knows tensors only."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
-def router_probabilities(x: Tensor, router: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    """Softmax router, ``p(x) = softmax(W_g x / temperature)`` (Dou et al. 2024, section 3.2).
+# Tokens whose hidden states are held in the logits' dtype at a time: the activations are large, a copy of them all is not made.
+TOKENS_AT_A_TIME = 4096
+
+
+def router_logits(x: Tensor, router: Tensor, dtype: torch.dtype) -> Tensor:
+    """``W_g x``, accurate to the rounding of `dtype` whatever the dtype of the hidden states.
 
     Args:
-        x: hidden states, shape (..., in_features), any floating dtype.
-        router: ``W_g``, shape (num_experts, in_features).
-        temperature: positive; larger values flatten the distribution.
-        dtype: dtype of the logits. The softmax runs in it, but at least in float32, so float16 activations cannot
-            overflow it.
+        x: hidden states, shape (T, in_features), floating point.
+        router: ``W_g``, shape (N, in_features).
+        dtype: dtype of the products' sums.
 
     Returns:
-        Probabilities, shape (..., num_experts), float32 (float64 if `dtype` or `x` is float64).
+        Shape (T, N), `dtype`.
     """
-    dtype = torch.promote_types(dtype, torch.float64) if x.dtype == torch.float64 else dtype
-    with torch.autocast(x.device.type, enabled=False):
-        logits = F.linear(x.to(dtype), router.to(dtype))
-        return torch.softmax(logits / temperature, dim=-1, dtype=torch.promote_types(dtype, torch.float32))
+    if x.dtype == dtype:
+        return x @ router.to(dtype).t()
+    if x.is_cuda and dtype == torch.float32 and x.dtype == torch.bfloat16 and _mm_has_out_dtype():
+        # The products of two bfloat16 are exact in float32; three bfloat16 hold the 24 bits of a float32.
+        parts, rest = [], router.float()
+        for _ in range(3):
+            parts.append(rest.bfloat16())
+            rest = rest - parts[-1].float()
+        products = torch.mm(x, torch.cat(parts).t(), out_dtype=torch.float32)
+        return products.view(len(x), 3, -1).sum(1)
+    weight = router.to(dtype).t()
+    if torch.compiler.is_compiling() or len(x) <= TOKENS_AT_A_TIME:
+        return x.to(dtype) @ weight
+    return torch.cat([chunk.to(dtype) @ weight for chunk in x.split(TOKENS_AT_A_TIME)])
 
 
-def select_gates(probabilities: Tensor, top_k: int | None) -> Tensor:
+def router_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """Softmax router, ``p = softmax(W_g x / temperature)`` (Dou et al. 2024, section 3.2).
+
+    Args:
+        logits: shape (T, N).
+        temperature: positive; larger values flatten the distribution.
+
+    Returns:
+        Probabilities, shape (T, N), at least float32.
+    """
+    return torch.softmax(logits / temperature, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def select_gates(probabilities: Tensor, experts: list[int], top_k: int | None) -> Tensor:
     """Gates of the experts: the probabilities themselves, or the `top_k` largest of them renormalised to sum to one.
 
     Args:
-        probabilities: shape (..., num_experts).
-        top_k: number of experts each token uses; None means all of them.
+        probabilities: shape (T, N).
+        experts: router outputs whose gates are wanted, ascending; the others are null experts.
+        top_k: number of router outputs each token uses, null experts included; None means all of them.
 
     Returns:
-        Gates, same shape and dtype; with `top_k` all but the chosen entries are zero.
+        Gates, shape (T, len(experts)), same dtype; with `top_k` all but the chosen entries are zero.
     """
-    if top_k is None or top_k == probabilities.shape[-1]:
-        return probabilities
+    if top_k is not None:
+        values, indices = probabilities.topk(top_k, dim=-1)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, indices, values / values.sum(dim=-1, keepdim=True))
+    return probabilities if len(experts) == probabilities.shape[-1] else probabilities[:, experts]
+
+
+def select_gates_backward(grad_gates: Tensor, probabilities: Tensor, experts: list[int], top_k: int | None) -> Tensor:
+    """Gradient of `select_gates` with respect to the probabilities, shape (T, N); the selection itself has none."""
+    grad = grad_gates
+    if len(experts) < probabilities.shape[-1]:
+        grad = torch.zeros_like(probabilities)
+        grad[:, experts] = grad_gates
+    if top_k is None:
+        return grad
     values, indices = probabilities.topk(top_k, dim=-1)
-    return torch.zeros_like(probabilities).scatter(-1, indices, values / values.sum(dim=-1, keepdim=True))
+    total = values.sum(dim=-1, keepdim=True)
+    chosen = grad.gather(-1, indices)
+    chosen = (chosen - (chosen * values).sum(dim=-1, keepdim=True) / total) / total
+    return torch.zeros_like(probabilities).scatter(-1, indices, chosen)
+
+
+def softmax_backward(grad_probabilities: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
+    """Gradient of `router_probabilities` with respect to the logits, shape (T, N)."""
+    product = probabilities * grad_probabilities
+    return (product - probabilities * product.sum(dim=-1, keepdim=True)) / temperature
+
+
+def _mm_has_out_dtype() -> bool:
+    return hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8

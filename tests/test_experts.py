@@ -18,16 +18,22 @@ def make_experts(init_weights=False, **options):
 def test_forward_is_the_gated_sum_of_the_experts():
     experts, x = make_experts().double(), torch.randn(2, 3, 8, dtype=torch.float64)
     output, probabilities = experts(x)
-    gates = torch.softmax(x @ experts.router.T, dim=-1)
-    torch.testing.assert_close(probabilities, gates)
-    torch.testing.assert_close(output, 1.5 * reference.mixture(x, experts.A, experts.B, gates))
+    expected = reference.mixture(x, experts.A, experts.B, experts.router, scaling=1.5)
+    torch.testing.assert_close((output, probabilities), expected)
+
+
+def test_forward_adds_to_the_base_layers_output_or_computes_it():
+    experts, base_layer, x = make_experts().double(), torch.nn.Linear(8, 5).double(), torch.randn(2, 3, 8, dtype=torch.float64)
+    expected = experts(x)[0] + base_layer(x)
+    torch.testing.assert_close(experts(x, base_layer(x))[0], expected)
+    torch.testing.assert_close(experts(x, weight=base_layer.weight, bias=base_layer.bias)[0], expected)
 
 
 def test_null_experts_take_weight_but_have_no_parameters_and_add_nothing():
     experts, x = make_experts(expert_groups=[2, 3, 1], null_groups=[0, 2]).double(), torch.randn(4, 8, dtype=torch.float64)
     assert (experts.num_experts, experts.A.shape, experts.B.shape, experts.router.shape) == (6, (6, 8), (5, 6), (6, 8))
-    output, probabilities = experts(x)
-    torch.testing.assert_close(output, 1.5 * reference.mixture(x, experts.A, experts.B, probabilities[:, 2:5]))
+    expected = reference.mixture(x, experts.A, experts.B, experts.router, scaling=1.5, experts=[2, 3, 4])
+    torch.testing.assert_close(experts(x), expected)
 
 
 def test_top_k_uses_only_the_chosen_experts():

@@ -47,6 +47,79 @@ def test_the_base_layers_output_is_not_written_into():
     assert torch.equal(layer.base_layer.output, nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias))
 
 
+def observed(layer):
+    """Ways of observing or replacing the call of a linear layer, or of training it."""
+
+    class Subclass(nn.Linear):
+        pass
+
+    class WeightSubclass(torch.Tensor):
+        pass
+
+    subclass = Subclass(6, 5)
+    subclass.load_state_dict(layer.state_dict())
+    replaced = nn.Linear(6, 5)
+    replaced.forward = layer.forward
+    hooked = {}
+    for kind in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+        hooked[kind] = nn.Linear(6, 5)
+        getattr(hooked[kind], f"register_{kind}")(lambda *_: None)
+    trained, biased, sharded, wrapped = (nn.Linear(6, 5) for _ in range(4))
+    sharded.weight.ds_id = 0
+    wrapped.weight = nn.Parameter(wrapped.weight.as_subclass(WeightSubclass), requires_grad=False)
+    others = {"subclass": subclass, "replaced": replaced, "sharded": sharded, "wrapped": wrapped, **hooked}
+    for other in others.values():
+        other.requires_grad_(False)
+    biased.weight.requires_grad_(False)
+    return {**others, "trained weight": trained, "trained bias": biased}
+
+
+@pytest.mark.parametrize("how", observed(nn.Linear(6, 5)))
+def test_a_base_layer_that_is_observed_replaced_or_trained_is_called(how):
+    base = observed(nn.Linear(6, 5))[how]
+    layer, x = make_layer(base), torch.randn(3, 6)
+    assert not layer._base_is_plain()
+    torch.testing.assert_close(layer(x), base(x) + layer.loramoe_experts["default"](x)[0])
+
+
+def test_a_base_layer_under_global_hooks_is_called():
+    layer = make_layer(nn.Linear(6, 5).requires_grad_(False))
+    assert layer._base_is_plain()
+    calls = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module))
+    try:
+        layer(torch.randn(3, 6))
+    finally:
+        handle.remove()
+    assert layer.base_layer in calls
+
+
+def test_a_base_layer_under_a_patched_class_is_called(monkeypatch):
+    layer = make_layer(nn.Linear(6, 5).requires_grad_(False))
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: torch.zeros(len(x), 5))
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(layer(x), layer.loramoe_experts["default"](x)[0])
+
+
+def test_a_plain_base_layer_gives_the_same_inside_the_operator():
+    layer, x = make_layer(nn.Linear(6, 5).requires_grad_(False)), torch.randn(2, 3, 6, requires_grad=True)
+    expected = layer.base_layer(x) + layer.loramoe_experts["default"](x)[0]
+    output = layer(x)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(torch.autograd.grad(output.sum(), x), torch.autograd.grad(expected.sum(), x))
+
+
+def test_a_base_layer_that_cuts_the_gradient_is_an_error_in_training():
+    class ForInference(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.detach())
+
+    layer, x = make_layer(ForInference(6, 5).requires_grad_(False)), torch.randn(3, 6, requires_grad=True)
+    with pytest.raises(ValueError, match=r"base layer of 'block.up_proj', ForInference, passes no gradient"):
+        layer(x)
+    layer.eval()(x)
+
+
 def test_one_adapter_for_each_sample():
     layer, x = make_layer(adapters=("a", "b")).eval(), torch.randn(4, 3, 6)
     output = layer(x, adapter_names=["b", "__base__", "a", "b"])

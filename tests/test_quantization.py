@@ -23,9 +23,17 @@ from tiny import VOCAB, labelled, loramoe, tiny_llama, token_batch
 
 def with_config(config: Callable) -> Callable:
     """Quantised by transformers while it loads."""
-    return lambda base, device: AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=config(), dtype=torch.bfloat16, device_map=device
-    )
+
+    def load(base: Path, device: str) -> nn.Module:
+        model = AutoModelForCausalLM.from_pretrained(
+            base, quantization_config=config(), dtype=torch.bfloat16, device_map=device
+        )
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' layers for inference on some CPUs
+                module.support_avx512bf16_for_cpu = False
+        return model
+
+    return load
 
 
 def torchao_int8() -> TorchAoConfig:

@@ -13,12 +13,12 @@ PACKAGE = Path(peft_loramoe.__file__).parent
 # Module (or folder) -> what it may import from this package, and whether it may know PEFT.
 ROOMS = {
     "version": ((), False),
-    "ops": ((), False),
+    "ops": (("routing",), False),
     "routing": ((), False),
     "balance": ((), False),
     "samples": ((), False),
     "targets": ((), False),
-    "experts": (("ops", "routing"), False),
+    "experts": (("ops",), False),
     "card": (("config",), False),  # config for type annotations only
     "config": (("card", "version"), True),
     "peft_api": ((), True),
@@ -32,6 +32,7 @@ ROOMS = {
     "__init__": (("config", "experts", "layer", "model", "recorder", "registration", "version"), False),
     "analysis": (("__init__",), False),
     "training": (("__init__", "samples"), False),
+    "interop": (("__init__", "card", "peft_api"), True),
 }
 
 

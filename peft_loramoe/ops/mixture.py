@@ -1,23 +1,166 @@
-"""The mixture as one LoRA of rank E*r whose rank channels are gated in blocks of r: no loop over experts."""
+"""The mixture as one operator of torch's dispatcher, with a gradient of its own; the one place that picks an implementation.
 
-import torch.nn.functional as F
+What it saves for the backward pass: x, dropout's mask, the rank channels and the probabilities. The rest is computed anew.
+"""
+
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from . import mixture_torch
+from .mixture_torch import Options
 
-def mixture(x: Tensor, A: Tensor, B: Tensor, gates: Tensor) -> Tensor:
-    """``sum_i gates_i(x) * B_i A_i x`` over E experts of rank r; see `ops.reference.mixture` for the formula.
 
-    The matrices are cast to the dtype of `x` (they are small, the activations are large), or to the autocast dtype.
+def mixture(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor,
+    options: Options,
+    *,
+    dropout: bool,
+    base: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``base + scaling * sum_i gate_i(x) * B_i A_i drop(x)``; `ops.reference.mixture` has the formula.
+
+    A and B are cast to the dtype of `x`, or to the autocast dtype (they are small, the activations are large); the router's
+    logits are accurate to their own dtype. The gradient has no gradient: a second backward pass is refused.
 
     Args:
         x: shape (..., in_features).
-        A: stacked down-projections, shape (E*r, in_features); expert i owns rows i*r to (i+1)*r.
-        B: stacked up-projections, shape (out_features, E*r); expert i owns the same columns.
-        gates: weight of each expert, scaling included, shape (..., E).
+        A: shape (E*r, in_features), expert i owns rows i*r to (i+1)*r.
+        B: shape (out_features, E*r), the same columns.
+        router: shape (N, in_features).
+        options: what is fixed for the layer.
+        dropout: whether to drop entries of the experts' input.
+        base: output of the base layer, shape (..., out_features); it is not written to.
+        weight: weight of the base layer, shape (out_features, in_features), if it is to be computed here. It gets no gradient.
+        bias: its bias.
 
     Returns:
-        Shape (..., out_features), dtype of `x` (or the autocast dtype).
+        Output, shape (..., out_features), dtype of `base`, or else of `x` (or the autocast dtype); probabilities, shape
+        (..., N), float32 or float64.
+
+    Raises:
+        RuntimeError: in the backward pass of the gradient (`create_graph=True`).
     """
-    hidden = F.linear(x, A.to(x.dtype))
-    gated = hidden.unflatten(-1, (gates.shape[-1], -1)) * gates.unsqueeze(-1).to(hidden.dtype)
-    return F.linear(gated.flatten(-2), B.to(x.dtype))
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(kind))
+        weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    leading = x.shape[:-1]
+    x = x.reshape(-1, x.shape[-1])
+    base = None if base is None else base.reshape(-1, base.shape[-1])
+    keep = mixture_torch.dropout_mask(x, options.dropout) if dropout and options.dropout > 0 else None
+    inputs = (x, A, B, router, keep, base, weight, bias)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        output, probabilities, _ = _mixture(*inputs, *options)
+    else:  # spares decoding the operator's overhead
+        output, probabilities, _ = _forward(*inputs, *options)
+    return output.view(*leading, output.shape[1]), probabilities.view(*leading, probabilities.shape[1])
+
+
+def _forward(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor,
+    keep: Tensor | None,
+    base: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    temperature: float,
+    dropout: float,
+    experts: list[int],
+    top_k: int | None,
+    router_dtype: torch.dtype,
+    balance_detach: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = Options(scaling, temperature, dropout, experts, top_k, router_dtype, balance_detach)
+    with torch.autocast(x.device.type, enabled=False):
+        return mixture_torch.forward(x, A, B, router, keep, base, weight, bias, options)
+
+
+def _backward(
+    grad_output: Tensor,
+    grad_probabilities: Tensor | None,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor,
+    keep: Tensor | None,
+    weight: Tensor | None,
+    probabilities: Tensor,
+    hidden: Tensor,
+    scaling: float,
+    temperature: float,
+    dropout: float,
+    experts: list[int],
+    top_k: int | None,
+    router_dtype: torch.dtype,
+    balance_detach: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = Options(scaling, temperature, dropout, experts, top_k, router_dtype, balance_detach)
+    with torch.autocast(x.device.type, enabled=False):
+        gradients = mixture_torch.backward(
+            grad_output, grad_probabilities, x, A, B, router, keep, weight, probabilities, hidden, options, needs
+        )
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+_mixture = torch.library.custom_op("peft_loramoe::mixture", _forward, mutates_args=())
+_mixture_backward = torch.library.custom_op("peft_loramoe::mixture_backward", _backward, mutates_args=())
+
+
+@_mixture.register_fake
+def _(
+    x: Tensor, A: Tensor, B: Tensor, router: Tensor, keep: Any, base: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    router_dtype = _[-2]
+    tokens = x.shape[0]
+    precision = torch.promote_types(torch.promote_types(router_dtype, torch.float32), x.dtype)
+    output = (x if base is None else base).new_empty(tokens, B.shape[0])
+    return output, x.new_empty(tokens, router.shape[0], dtype=precision), x.new_empty(tokens, A.shape[0])
+
+
+@_mixture_backward.register_fake
+def _(grad_output: Tensor, grad_probabilities: Any, x: Tensor, A: Tensor, B: Tensor, router: Tensor, *rest: Any) -> tuple:
+    needs = rest[-1]
+    return tuple(torch.empty_like(t) if wanted else x.new_empty(0) for t, wanted in zip((x, A, B, router), needs))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, A, B, router, keep, _base, weight, _bias, *options = inputs
+    _, probabilities, hidden = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(hidden)
+    ctx.save_for_backward(x, A, B, router, keep, weight, probabilities, hidden)
+    ctx.options = options
+
+
+def _differentiate(ctx: Any, grad_output: Tensor | None, grad_probabilities: Tensor | None, _: None) -> tuple:
+    x, _, B, *_ = saved = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    grad_base = grad_output if ctx.needs_input_grad[5] else None
+    if grad_output is None:  # only the probabilities were used
+        grad_output = x.new_zeros(()).expand(x.shape[0], B.shape[0])
+        needs = [needs[0] and not Options(*ctx.options).balance_detach, False, False, needs[3]]
+    gradients = _mixture_backward(grad_output, grad_probabilities, *saved, *ctx.options, needs)
+    gradients = [gradient if needed else None for gradient, needed in zip(gradients, needs)]
+    return (*gradients, None, grad_base, *[None] * (2 + len(ctx.options)))
+
+
+def _refuse(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "The gradient of a LoRAMoE mixture was differentiated once more (create_graph=True), which it does not support. Take "
+        "second derivatives through ops.reference.mixture, or leave the adapted layers out with disable_adapter()."
+    )
+
+
+_mixture.register_autograd(_differentiate, setup_context=_setup_context)
+_mixture_backward.register_autograd(_refuse)
