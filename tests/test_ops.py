@@ -96,10 +96,11 @@ def test_agrees_with_the_formula_in_output_probabilities_and_gradients(case):
     gradients = torch.randn_like(expected), torch.randn_like(expected_probabilities)
     torch.autograd.backward([output, probabilities], [gradients[0].to(dtype), gradients[1].to(probabilities.dtype)])
     torch.autograd.backward([expected, expected_probabilities], list(gradients))
+    # Of a saturated router hardly any gradient is left, but the rounding errors of what cancelled are.
+    floor = 0.1 * max(reference_value.grad.norm() for reference_value in exact_inputs)
     for name, value, reference_value in zip(NAMES, inputs, exact_inputs):
         assert value.grad.dtype == value.dtype
-        # A router of one expert with parameters may have gradients that all but cancel.
-        error = (value.grad.double() - reference_value.grad).norm() / max(reference_value.grad.norm(), x.norm().item() * 1e-2)
+        error = (value.grad.double() - reference_value.grad).norm() / max(reference_value.grad.norm(), floor)
         assert error < 2 * max(TOLERANCE[dtype], TOLERANCE[masters]), name
 
 
