@@ -128,7 +128,7 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
     def _check_gradient(self, x: Tensor, base: Tensor) -> None:
         if self.training and x.requires_grad and not base.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"The base layer of '{self.name}', {type(self.base_layer).__name__}, passes no gradient on, so the layers below "
+                f"The base layer of '{self.name}', {type(self.base_layer).__name__}, passes no gradient on, so what is below "
                 "would not be trained. bitsandbytes' 4-bit layers do this on CPUs with AVX512-BF16 after an evaluation: set "
                 "support_avx512bf16_for_cpu=False on them before it. Other quantised layers may be for inference only."
             )

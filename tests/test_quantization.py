@@ -268,3 +268,30 @@ def test_quantised_layers_that_are_no_nn_linear_are_adapted_and_given_back(layer
     before = set(base_layer.__dict__) | set(base_layer._parameters)
     assert model.unload()[0] is base_layer
     assert set(base_layer.__dict__) | set(base_layer._parameters) == before
+
+
+def test_a_4_bit_layer_is_dequantised_once_each_way_and_no_copy_of_it_is_kept(monkeypatch):
+    bnb = pytest.importorskip("bitsandbytes")
+    linear = bnb.nn.Linear4bit(64, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    linear.support_avx512bf16_for_cpu = False
+    weight = bnb.nn.Params4bit(torch.randn(128, 64), requires_grad=False, quant_type="nf4", compress_statistics=False)
+    linear.weight = weight.to("cpu")
+    model = loramoe(nn.Sequential(linear), target_modules=["0"], task_type=None).train()
+    x = torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True)
+    calls = []
+
+    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "bitsandbytes":
+                calls.append(function.name().removeprefix("bitsandbytes::"))
+            return function(*args, **(kwargs or {}))
+
+    kept = []
+    with Counting(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        output = model(x)
+    in_forward = list(calls)
+    with Counting():
+        output.float().sum().backward()
+    assert len(in_forward) == 1  # the product, which dequantises inside
+    assert calls[1:] == ["dequantize_4bit"]
+    assert max(t.numel() for t in kept if t.is_floating_point()) < 64 * 128
