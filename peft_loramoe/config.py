@@ -88,6 +88,11 @@ class LoRAMoEConfig(PeftConfig):
     router_dtype: str = _option(f"dtype of the router's logits, one of {ROUTER_DTYPES}.", "float32")
     router_init: str = _option(f"Initialisation of the router, one of {ROUTER_INIT}.", "kaiming_uniform")
     top_k: int | None = _option("Experts that each token uses, their gates renormalised to one; None: all (dense).")
+    freeze_experts: bool = _option(
+        "Train the routers only; A and B stay as they are, through switching, saving and loading. For experts that were "
+        "trained before, for example by upcycling. FSDP1 needs use_orig_params=True for it.",
+        False,
+    )
 
     balance_loss_weight: float = _option("Weight (beta) of the balance term in the training loss; 0 turns it off.", 0.1)
     balance_delta: float = _option("How far matched and other experts' target importance differ, in [0, 1).", 0.1)
@@ -128,12 +133,27 @@ class LoRAMoEConfig(PeftConfig):
             _check_names(name, value := getattr(self, name))
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-        for name in ("use_rslora", "fan_in_fan_out", "balance_detach", "balance_across_processes"):
+        for name in ("use_rslora", "fan_in_fan_out", "freeze_experts", "balance_detach", "balance_across_processes"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name}={value!r} must be True or False.")
         self._check_lora_options()
         self._check_expert_options()
         self._check_balance_options()
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuse a configuration of MoE-PEFT, which gives its own layout the same `peft_type` (called by PEFT).
+
+        Raises:
+            ValueError: the configuration has MoE-PEFT's `routing_strategy`.
+        """
+        if "routing_strategy" in kwargs:
+            raise ValueError(
+                f"The configuration was written by MoE-PEFT (it has routing_strategy={kwargs['routing_strategy']!r}), whose "
+                "adapters have another layout. Convert the adapter first: "
+                "peft_loramoe.interop.convert_checkpoint(SOURCE, OUTPUT)."
+            )
+        return super().check_kwargs(**kwargs)
 
     def groups_of(self, pattern_key: str | None = None) -> list[int]:
         """Sizes of the expert groups of a layer.

@@ -32,7 +32,7 @@ ROOMS = {
     "__init__": (("config", "experts", "layer", "model", "recorder", "registration", "version"), False),
     "analysis": (("__init__",), False),
     "training": (("__init__", "samples"), False),
-    "interop": (("__init__", "card", "peft_api"), True),
+    "interop": (("__init__", "card", "peft_api", "routing", "samples"), True),
 }
 
 

@@ -1,0 +1,28 @@
+"""Other people's checkpoints and plain LoRAs in and out; everything here works on adapter folders or loaded models."""
+
+from .convert import convert_checkpoint
+from .export import export_lora, fixed_gates
+from .export_report import LoRAExport, print_report
+from .files import new_folder, read_adapter, write_adapter
+from .restructure import Surgery
+from .surgery import add_experts, list_experts, merge_experts, remove_experts, reorder_experts
+from .upcycle import upcycle
+
+
+__all__ = [
+    "LoRAExport",
+    "Surgery",
+    "add_experts",
+    "convert_checkpoint",
+    "export_lora",
+    "fixed_gates",
+    "list_experts",
+    "merge_experts",
+    "new_folder",
+    "print_report",
+    "read_adapter",
+    "remove_experts",
+    "reorder_experts",
+    "upcycle",
+    "write_adapter",
+]

@@ -1,0 +1,173 @@
+"""Adapters of the LoRAMoE authors' repository (github.com/Ablustrund/LoRAMoE), in and out.
+
+What its code does (peft/tuners/lora.py there): `r` is the rank of one expert; every expert's contribution is weighed by the
+softmax (float32) of `lora_route(x)`, x undropped, and scaled by `lora_alpha / r`; experts draw dropout masks of their own,
+which share one here. `blc_alpha` is delta and `blc_weight` beta; the first half of the experts belongs to task type 1, the
+second to type 0, so types 1 and 0 there are types 0 and 1 here. Its balance term is that of ``balance_formula="cv_squared"``,
+``balance_target="printed"`` and ``balance_importance="sum"``, except that it counts padding as tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from peft_loramoe import LoRAMoEConfig
+
+from .files import PREFIX, experts_by_module, some, stack_experts
+
+
+KEY = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<module>.+)\.lora_(?:(?P<part>[AB])(?P<expert>\d+)|route)\.weight")
+LOOKED_FOR = "the authors' layout: peft_type 'LORA' with `lora_nums`, tensors <module>.lora_A0.weight, .lora_B0, .lora_route"
+REQUIRED = ("r", "lora_alpha", "lora_nums", "target_modules")
+
+# Options that the authors' layout holds, that are of no consequence after training, or that only matter in training.
+HELD = (
+    *("r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "num_experts", "balance_delta", "balance_loss_weight"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("base_model_name_or_path", "task_type", "peft_type", "inference_mode", "revision", "auto_mapping"),
+)
+OF_NO_CONSEQUENCE = ("init_weights", "router_init", "peft_version", "peft_loramoe_version", "task_type_names", "freeze_experts")
+TRAINING = {
+    "balance_formula": "cv_squared",
+    "balance_target": "printed",
+    "balance_importance": "sum",
+    "balance_detach": False,
+    "balance_across_processes": False,
+}
+
+
+def is_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an adapter has the authors' layout."""
+    return config.get("peft_type") == "LORA" and "lora_nums" in config and any(KEY.fullmatch(key) for key in tensors)
+
+
+def from_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoRAMoEConfig, dict[str, Tensor]]:
+    """Convert an adapter of the authors' layout; the tensors are stacked, not changed.
+
+    Args:
+        config: their ``adapter_config.json``.
+        tensors: for each linear ``lora_A{e}.weight`` (r, in), ``lora_B{e}.weight`` (out, r), ``lora_route.weight`` (N, in).
+
+    Returns:
+        The configuration, with the switches that reproduce their training, and the tensors as PEFT names them.
+
+    Raises:
+        ValueError: an option or tensor is missing, has no counterpart here, or experts cannot be stacked.
+    """
+    if missing := [name for name in REQUIRED if config.get(name) is None]:
+        raise ValueError(f"The authors' adapter_config.json has no {', '.join(missing)}; it is incomplete.")
+    for name, plain in (("bias", "none"), ("modules_to_save", None), ("enable_lora", None)):
+        if config.get(name) not in (plain, None):
+            raise ValueError(f"{name}={config[name]!r} has no counterpart here: only the experts and routers can be converted.")
+    if unknown := [key for key in tensors if not KEY.fullmatch(key)]:
+        raise ValueError(f"Tensors that belong to no expert or router cannot be converted: {some(unknown)}.")
+
+    modules: dict[str, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        parts = modules.setdefault(match["module"], {"A": {}, "B": {}, "route": None})
+        if match["part"]:
+            parts[match["part"]][int(match["expert"])] = tensor
+        else:
+            parts["route"] = tensor
+    num_experts = config["lora_nums"]
+    try:
+        converted = LoRAMoEConfig(
+            r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            lora_dropout=config.get("lora_dropout") or 0.0,
+            fan_in_fan_out=config.get("fan_in_fan_out", False),
+            target_modules=_targets(config["target_modules"], list(modules)),
+            num_experts=num_experts,
+            expert_groups=[num_experts] if num_experts % 2 else [num_experts // 2] * 2,
+            balance_delta=config.get("blc_alpha") or 0.0,
+            balance_loss_weight=config.get("blc_weight") or 0.0,
+            base_model_name_or_path=config.get("base_model_name_or_path"),
+            task_type=config.get("task_type"),
+            **TRAINING,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The authors' adapter_config.json cannot be converted: {error} (lora_nums is num_experts here, blc_alpha "
+            "balance_delta, blc_weight balance_loss_weight.)"
+        ) from error
+    stacked = {}
+    for module, parts in modules.items():
+        stacked |= stack_experts(module, parts["A"], parts["B"], parts["route"], num_experts, converted.r)
+    return converted, stacked
+
+
+def to_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Convert an adapter of this package to the authors' layout.
+
+    Warns if their code would go on training with another balance term than the configuration's; outputs are the same.
+
+    Args:
+        config: this package's ``adapter_config.json``.
+        tensors: the adapter's tensors.
+
+    Returns:
+        What belongs into ``adapter_config.json`` and ``adapter_model.bin``.
+
+    Raises:
+        ValueError: the adapter has options or tensors that the authors' code does not know.
+    """
+    ours, default = LoRAMoEConfig.from_peft_type(**config), LoRAMoEConfig()
+    changed = {f.name for f in dataclasses.fields(ours) if getattr(ours, f.name) != getattr(default, f.name)}
+    for name in sorted(changed - {*HELD, *OF_NO_CONSEQUENCE, *TRAINING, "expert_groups"}):
+        raise ValueError(f"{name}={getattr(ours, name)!r} has no counterpart in the authors' code.")
+    modules = experts_by_module(tensors)
+    if len(tensors) > 3 * len(modules):
+        rest = [key for key in tensors if ".loramoe_experts." not in key]
+        raise ValueError(f"The authors' code has no place for the tensors {some(rest)}.")
+    num_experts = ours.num_experts
+    if ours.balance_loss_weight > 0:
+        different = [f"{name}={getattr(ours, name)!r}" for name, value in TRAINING.items() if getattr(ours, name) != value]
+        if num_experts % 2 == 0 and ours.groups_of() != [num_experts // 2] * 2:
+            different.append(f"expert_groups={ours.expert_groups}")
+        if different:
+            warnings.warn(f"The authors' code does not know {', '.join(different)} and would go on training with another "
+                          "balance term. The outputs are the same.")  # fmt: skip
+
+    named = ours.exclude_modules or ours.layers_to_transform is not None  # options that their code does not have
+    targets = list(modules) if named or ours.target_modules is None else ours.target_modules
+    converted = {
+        "base_model_name_or_path": ours.base_model_name_or_path,
+        "bias": "none",
+        "blc_alpha": ours.balance_delta,
+        "blc_weight": ours.balance_loss_weight,
+        "enable_lora": None,
+        "fan_in_fan_out": ours.fan_in_fan_out,
+        "inference_mode": True,
+        "lora_alpha": ours.lora_alpha,
+        "lora_dropout": ours.lora_dropout,
+        "lora_nums": num_experts,
+        "merge_weights": False,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": ours.r,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "task_type": ours.task_type,
+    }
+    separate = {}
+    for module, parts in modules.items():
+        if (sizes := (parts["A"].shape[0], parts["B"].shape[1])) != (total := num_experts * ours.r,) * 2:
+            raise ValueError(f"'{module}' has A and B of rank {sizes}, not num_experts * r = {total}: the file is damaged.")
+        for expert, (A, B) in enumerate(zip(parts["A"].split(ours.r), parts["B"].split(ours.r, dim=1))):
+            separate[f"{PREFIX}{module}.lora_A{expert}.weight"] = A
+            separate[f"{PREFIX}{module}.lora_B{expert}.weight"] = B.contiguous()
+        separate[f"{PREFIX}{module}.lora_route.weight"] = parts["router"]
+    return converted, separate
+
+
+def _targets(targets: list[str] | str, modules: list[str]) -> list[str] | str:
+    """Their names match at the end of a module's name, even in the middle of a word; PEFT's match whole words."""
+    if isinstance(targets, str) or all(any(f".{module}".endswith(f".{name}") for name in targets) for module in modules):
+        return targets
+    return modules

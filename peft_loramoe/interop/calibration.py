@@ -1,0 +1,213 @@
+"""Calibration data: batches that are run through an adapted model, and what its adapted linears read in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from peft_loramoe import LoRAMoEConfig, LoRAMoELinear
+
+from ..routing import select_gates
+from ..samples import Batch, label_tokens, task_type_tensor
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRAMoE adapter of a model: its name, its configuration and the layers that have it, in the model's order."""
+
+    name: str
+    config: LoRAMoEConfig
+    layers: list[LoRAMoELinear]
+
+
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """One batch, on the model's device.
+
+    Attributes:
+        inputs: keyword arguments of the model; labels are the input ids where a causal language model was given none.
+        tokens: what the arguments say of the batch's tokens.
+        task_types: int64, shape (batch,) or (batch, seq), or None.
+        labels: number of label tokens that the model's loss counts; 0 if it computes none.
+    """
+
+    inputs: dict[str, Any]
+    tokens: Batch
+    task_types: Tensor | None
+    labels: int
+
+
+def find_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
+    """The LoRAMoE adapter of that name, or, for None, the only or the active one.
+
+    Raises:
+        ValueError: the model has no such adapter, or several and none is named.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoRAMoELinear)]
+    names = sorted({name for layer in layers for name in layer.loramoe_experts})
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no LoRAMoE layers; load an adapter with PeftModel.from_pretrained first.")
+    if adapter_name is None:
+        active = [name for name in names if name in layers[0].active_adapters]
+        if len(names) > 1 and len(active) != 1:
+            raise ValueError(f"The model has the LoRAMoE adapters {', '.join(names)}; say which with adapter_name.")
+        adapter_name = names[0] if len(names) == 1 else active[0]
+    if adapter_name not in names:
+        raise ValueError(f"adapter_name='{adapter_name}' is no LoRAMoE adapter of this model; it has {', '.join(names)}.")
+    config = model.peft_config[adapter_name]
+    return Adapter(adapter_name, config, [layer for layer in layers if adapter_name in layer.loramoe_experts])
+
+
+def prepare(model: nn.Module, adapter: Adapter, calibration: Iterable[Mapping[str, Any]] | None) -> list[CalibrationBatch]:
+    """Read the calibration data: keyword arguments of the model, and `task_types` as the model takes them.
+
+    Raises:
+        ValueError: there is no batch, or the adapter is not the only active one, so that its inputs would not be its own.
+    """
+    if calibration is None:
+        return []
+    for layer in adapter.layers:
+        if layer.disable_adapters or layer.active_adapters != [adapter.name]:
+            active = "none (disabled)" if layer.disable_adapters else ", ".join(layer.active_adapters)
+            raise ValueError(
+                f"Measuring adapter '{adapter.name}' needs it to be the only active one; active: {active}. Call "
+                f"model.set_adapter('{adapter.name}') first."
+            )
+    device = next(model.parameters()).device
+    batches = [_prepare_batch(model, adapter.config, batch, device) for batch in calibration]
+    if not batches:
+        raise ValueError("calibration holds no batch; pass at least one, or None to go without measurement.")
+    return batches
+
+
+def _prepare_batch(model: nn.Module, config: LoRAMoEConfig, batch: Mapping[str, Any], device: torch.device) -> CalibrationBatch:
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    types = inputs.pop("task_types", None)
+    if types is not None:
+        types = task_type_tensor(types, len(config.groups_of()), config.task_type_names)
+    is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not is_encoder_decoder
+    if causal and inputs.get("labels") is None and inputs.get("input_ids") is not None:
+        mask = inputs.get("attention_mask")
+        ids = inputs["input_ids"]
+        inputs["labels"] = ids if mask is None or mask.dim() != 2 else ids.masked_fill(mask == 0, -100)
+    labels = label_tokens(inputs, shifted=causal)
+    return CalibrationBatch(inputs, Batch(inputs, types, is_encoder_decoder), types, 0 if labels is None else int(labels))
+
+
+def visit_inputs(
+    model: nn.Module,
+    adapter: Adapter,
+    batches: Iterable[CalibrationBatch],
+    visit: Callable[[LoRAMoELinear, Tensor, Tensor], None],
+    description: str | None = None,
+) -> None:
+    """Run the model over batches and show what each adapted linear reads; padding is left out.
+
+    Args:
+        model: the adapted model.
+        adapter: whose layers are watched.
+        batches: what `prepare` returned.
+        visit: called with the layer, its input of T real tokens, shape (T, in_features), at least float32, and the task type
+            of each token, shape (T,), int64, -1 for unknown.
+        description: title of a progress bar; None for no bar.
+    """
+    running: list[CalibrationBatch] = []
+
+    def look(layer: LoRAMoELinear, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["x"]
+        batch = running[0]
+        samples = batch.tokens.samples(tuple(x.shape[:-1]), layer.name, batch.task_types, x.device)
+        x = x.flatten(0, -2)[samples.real]
+        visit(layer, x.to(torch.promote_types(x.dtype, torch.float32)), samples.task_types[samples.ids[samples.real]])
+
+    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in adapter.layers]
+    try:
+        with evaluation(model):
+            for batch in tqdm(batches, desc=description, disable=description is None):
+                running[:] = [batch]
+                model(**batch.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def mean_gates(
+    model: nn.Module,
+    adapter: Adapter,
+    batches: list[CalibrationBatch],
+    task_type: int | None = None,
+    description: str | None = None,
+) -> dict[str, Tensor]:
+    """The mean gates of each layer over the real tokens (of one task type), after top-k selection.
+
+    Args:
+        model: the adapted model.
+        adapter: which of its adapters.
+        batches: what `prepare` returned.
+        task_type: -1 for the tokens of unknown type; None for all.
+        description: title of a progress bar; None for no bar.
+
+    Returns:
+        Layer name -> gates of all router outputs, shape (N,), float32, on the CPU.
+
+    Raises:
+        ValueError: no token of that type reaches some layer.
+    """
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys((layer.name for layer in adapter.layers), 0)
+
+    def visit(layer: LoRAMoELinear, x: Tensor, task_types: Tensor) -> None:
+        experts = layer.loramoe_experts[adapter.name]
+        x = x if task_type is None else x[task_types == task_type]
+        gates = select_gates(experts(x)[1], list(range(experts.num_experts)), experts.top_k)
+        sums[layer.name] = sums.get(layer.name, 0) + gates.sum(0, dtype=torch.float64).cpu()
+        counts[layer.name] += len(x)
+
+    visit_inputs(model, adapter, batches, visit, description)
+    for name, count in counts.items():
+        if not count:
+            of_type = "" if task_type is None else f" of task type {task_type}"
+            raise ValueError(f"calibration has no real token{of_type} that reaches layer '{name}'.")
+    return {name: (total / counts[name]).float() for name, total in sums.items()}
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class OutputError:
+    """Relative error of outputs, by layer: the root of the summed squares of the differences over those of the outputs."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, layer: str, output: Tensor, other: Tensor) -> None:
+        """Compare two outputs of a layer, both of shape (T, out_features)."""
+        error, size = self._sums.get(layer, (0.0, 0.0))
+        error += (output - other).double().square().sum().item()
+        self._sums[layer] = error, size + output.double().square().sum().item()
+
+    def of(self, layer: str | None = None) -> float | None:
+        """The error of one layer, or of all together; None if nothing was compared. A zero output has error 0 or infinity."""
+        sums = list(self._sums.values()) if layer is None else [self._sums[layer]] if layer in self._sums else []
+        error, size = sum(error for error, _ in sums), sum(size for _, size in sums)
+        if not sums:
+            return None
+        return (error / size) ** 0.5 if size else 0.0 if not error else float("inf")

@@ -1,0 +1,110 @@
+"""Adapters that MoE-PEFT (github.com/TUDB-Labs/MoE-PEFT) trained with its routing strategy "loramoe".
+
+What its code does: the feed-forward linears among `target_modules` become mixtures, `r` being the rank of one expert; the
+gate sees x undropped, in float32, and its softmax weighs the experts, which are scaled by `lora_alpha / r` (or its square
+root); there is no balance term. Attention linears among `target_modules` get a plain LoRA. Here that becomes two experts
+with equal weights and a router of zeros, whose mean is that LoRA, and which stay equal in training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_loramoe import LoRAMoEConfig
+
+from .files import some, stack_experts
+
+
+KEY = re.compile(
+    r"(?:loramoe|base_model\.model\.model)\.(?P<module>layers\.\d+\.\w+\.\w+)\."
+    r"(?:moe_gate|(?:experts\.(?P<expert>\d+)\.)?lora_(?P<part>[AB]))\.weight"
+)
+LOOKED_FOR = (
+    "MoE-PEFT's layout: `routing_strategy` 'loramoe', tensors loramoe.layers.0.mlp.<linear>.moe_gate.weight, "
+    ".experts.0.lora_A.weight"
+)
+REQUIRED = ("r", "lora_alpha", "num_experts")
+COPIES = 2  # of a plain LoRA; a layer has at least two experts
+
+
+def is_moe_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an adapter has MoE-PEFT's layout."""
+    return config.get("routing_strategy") == "loramoe" and any(
+        KEY.fullmatch(key) and key.endswith(".moe_gate.weight") for key in tensors
+    )
+
+
+def from_moe_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoRAMoEConfig, dict[str, Tensor]]:
+    """Convert an adapter of MoE-PEFT's layout; the tensors are stacked, not changed.
+
+    The module names become those of transformers' decoders, ``model.layers...`` (Llama, Mistral, Gemma, Qwen, Phi).
+
+    Args:
+        config: its ``adapter_config.json``.
+        tensors: for each linear ``moe_gate.weight`` (N, in) and, for each expert, ``lora_A.weight`` (r, in) and
+            ``lora_B.weight`` (out, r).
+
+    Returns:
+        The configuration, without balancing, and the tensors as PEFT names them.
+
+    Raises:
+        ValueError: an option or tensor is missing, has no counterpart here, or experts cannot be stacked.
+    """
+    if missing := [name for name in REQUIRED if config.get(name) is None]:
+        raise ValueError(f"MoE-PEFT's adapter_config.json has no {', '.join(missing)}; it is incomplete.")
+    if unknown := [key for key in tensors if not KEY.fullmatch(key)]:
+        raise ValueError(f"Tensors that belong to no expert or gate cannot be converted: {some(unknown)}.")
+
+    modules: dict[str, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        parts = modules.setdefault(f"model.{match['module']}", {"A": {}, "B": {}, "gate": None, "plain": {}})
+        if match["expert"]:
+            parts[match["part"]][int(match["expert"])] = tensor
+        elif match["part"]:
+            parts["plain"][match["part"]] = tensor
+        else:
+            parts["gate"] = tensor
+    if foreign := [module for module in modules if "4h" in module]:
+        raise ValueError(f"ChatGLM's modules have other names in transformers; {some(foreign)} cannot be converted.")
+    plain = {_name(module) for module, parts in modules.items() if parts["plain"]}
+    mixtures = {_name(module) for module, parts in modules.items() if parts["A"] or parts["B"] or parts["gate"] is not None}
+    if both := plain & mixtures:
+        raise ValueError(f"The linears {some(both)} have experts in some layers and a plain LoRA in others.")
+    if plain and config.get("use_dora"):  # in mixtures MoE-PEFT ignores it
+        raise ValueError(f"use_dora=True has no counterpart here; it is in effect for the plain LoRA of {some(plain)}.")
+
+    try:
+        converted = LoRAMoEConfig(
+            r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            lora_dropout=config.get("lora_dropout") or 0.0,
+            use_rslora=config.get("use_rslora", False),
+            target_modules=sorted(plain | mixtures),
+            num_experts=config["num_experts"],
+            expert_groups=[config["num_experts"]],
+            num_experts_pattern={name: [COPIES] for name in sorted(plain)},
+            balance_loss_weight=0.0,
+            base_model_name_or_path=config.get("base_model_name_or_path"),
+            task_type=config.get("task_type"),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"MoE-PEFT's adapter_config.json cannot be converted: {error}") from error
+    stacked = {}
+    for module, parts in modules.items():
+        A, B, gate, num_experts = parts["A"], parts["B"], parts["gate"], converted.num_experts
+        if parts["plain"]:
+            num_experts = COPIES
+            A, B = ({i: parts["plain"][P] for i in range(COPIES) if P in parts["plain"]} for P in "AB")
+            gate = torch.zeros(COPIES, A[0].shape[-1]) if A else None
+        stacked |= stack_experts(module, A, B, gate, num_experts, converted.r)
+    return converted, stacked
+
+
+def _name(module: str) -> str:
+    return module.rpartition(".")[2]

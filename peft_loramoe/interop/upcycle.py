@@ -1,0 +1,289 @@
+"""Plain LoRA adapters become the experts of a mixture."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from peft_loramoe import LoRAMoEConfig
+
+from ..peft_api import get_pattern_key
+from .files import PREFIX, expert_keys, new_folder, read_adapter, some, write_adapter
+
+
+METHODS = ("replicate", "split")
+LAYER_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# Options of a LoRA that are taken over, or do not change what it computes; every other one has to be at its default.
+UNDERSTOOD = {
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "fan_in_fan_out", *LAYER_OPTIONS),
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
+    *("megatron_core", "qalora_group_size", "ensure_weight_tying", "eva_config", "init_lora_weights", "runtime_config"),
+}
+# The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, ...) change the base model's weights too.
+HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+DECIDED = (
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "num_experts", "num_experts_pattern", *LAYER_OPTIONS),
+    *("init_weights", "bias", "modules_to_save", "trainable_token_indices", "inference_mode", "peft_type"),
+)
+ROUTERS = {
+    "zeros": nn.init.zeros_,
+    "normal": lambda router: nn.init.normal_(router, std=0.02),
+    "kaiming_uniform": lambda router: nn.init.kaiming_uniform_(router, a=math.sqrt(5)),
+}
+
+
+class Lora(NamedTuple):
+    """A plain LoRA: its name for messages, its configuration and, for each linear, A (r, in) and B (out, r), scaled."""
+
+    name: str
+    config: dict[str, Any]
+    weights: dict[str, tuple[Tensor, Tensor]]
+
+
+def upcycle(
+    sources: Sequence[str | Path] | str | Path,
+    output: str | Path,
+    *,
+    model: PeftModel | None = None,
+    num_experts: int | None = None,
+    method: str = "replicate",
+    **options: Any,
+) -> LoRAMoEConfig:
+    """Write a LoRAMoE adapter whose experts are plain LoRA adapters of PEFT.
+
+    *Several sources*: one expert each, in their order. A router that picks one expert gives exactly that LoRA. The routers
+    start at zero (`router_init="zeros"`), so every gate is 1/N and the start is the mean of the LoRAs, not their sum: each
+    has 1/N of its effect until the routers are trained. `router_init="kaiming_uniform"` or `"normal"` start with random
+    gates around that.
+
+    *One source and `num_experts`*: the start is exactly that LoRA. `method="replicate"` gives every expert a copy; any gates
+    will do, so the routers start at random ("kaiming_uniform") - between equal experts a router of zeros would get no
+    gradient, and the copies would stay equal for ever. `method="split"` gives every expert a block of the LoRA's rank channels,
+    multiplied by the number of experts to make up for gates of 1/N; its routers start at zero.
+
+    The mixture has one rank and one scaling for each layer, and LoRAs have their own. So each LoRA's scaling is multiplied into
+    its B, `lora_alpha` equals `r` (scaling 1), and smaller ranks are filled up with zero columns of B, which add nothing, and
+    rows of A that are initialised like those of a new LoRA, so that they can learn. Tensors are float32.
+
+    Args:
+        sources: folders or Hub ids; with `model`, names of adapters on it. One or several.
+        output: the folder to write; it must not exist.
+        model: a model with the adapters loaded.
+        num_experts: number of experts, null ones left out. Needed for one source; for several it is their number.
+        method: what to do with one source, "replicate" or "split".
+        **options: options of LoRAMoEConfig that the sources do not decide, for example `expert_groups` (default: one group),
+            `null_groups` (their experts come in addition), `freeze_experts`, `router_init`, `balance_loss_weight`.
+            `lora_dropout`, `task_type` and `base_model_name_or_path` are taken from the sources unless they differ.
+
+    Returns:
+        The configuration that was written.
+
+    Raises:
+        FileExistsError, FileNotFoundError: see `read_adapter` and `new_folder`.
+        TypeError: an option is unknown or decided by the sources.
+        ValueError: a source is no plain LoRA or has something that the experts cannot represent; sources have different target
+            modules or options that must agree; or the options do not fit together. Nothing is written then.
+    """
+    names = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    _check_options(names, num_experts, method, options)
+    with new_folder(output) as folder:
+        loras = [
+            _lora_of_model(model, str(name)) if model is not None else _lora(str(name), *read_adapter(name)) for name in names
+        ]
+        _check_same_modules(loras)
+        config = _config(loras, num_experts, method, options)
+        groups, null = config.groups_of(), config.null_groups or []
+        total, count = sum(groups), sum(size for group, size in enumerate(groups) if group not in null)
+        tensors = {}
+        for module in loras[0].weights:
+            experts = [lora.weights[module] for lora in loras]
+            if len(loras) == 1:
+                experts = _of_one(module, *experts[0], count, total, method)
+            router = ROUTERS[config.router_init](torch.empty(total, experts[0][0].shape[1]))
+            tensors |= expert_keys(module, *_stack(experts), router)
+        _set_ranks(
+            config, {module: tensors[f"{PREFIX}{module}.loramoe_experts.A"].shape[0] // count for module in loras[0].weights}
+        )
+        write_adapter(folder, config, tensors)
+    return config
+
+
+def _check_options(names: list[str | Path], num_experts: int | None, method: str, options: Mapping[str, Any]) -> None:
+    if not names:
+        raise ValueError("sources is empty; name at least one LoRA adapter.")
+    known = {field.name for field in dataclasses.fields(LoRAMoEConfig)}
+    for name in options:
+        if name in DECIDED:
+            raise TypeError(f"{name} cannot be given: it follows from the sources.")
+        if name not in known:
+            raise TypeError(f"{name} is no option of LoRAMoEConfig.")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}.")
+    if len(names) > 1:
+        if num_experts not in (None, len(names)):
+            raise ValueError(f"num_experts={num_experts}, but there are {len(names)} sources, and each becomes one expert.")
+        return
+    if num_experts is None:
+        raise ValueError("One source needs num_experts: into how many experts is it to be replicated or split?")
+    if not isinstance(num_experts, int) or num_experts < 2:
+        raise ValueError(f"num_experts={num_experts!r} must be an integer, at least 2.")
+    router = options.get("router_init")
+    if method == "split" and (router not in (None, "zeros") or options.get("top_k") is not None):
+        raise ValueError(
+            "method='split' starts as the LoRA only if all experts have the same gate: leave router_init and top_k out."
+        )
+    if method == "replicate" and router == "zeros":
+        raise ValueError("method='replicate' with router_init='zeros' gives experts that would stay equal for ever, and "
+                         "routers without gradient: choose another router_init, or method='split'.")  # fmt: skip
+    if method == "replicate" and options.get("null_groups"):
+        raise ValueError("method='replicate' with null_groups does not start as the LoRA, since the null experts' gates are "
+                         "not known in advance: use method='split', or leave null_groups out.")  # fmt: skip
+
+
+def _lora_of_model(model: PeftModel, name: str) -> Lora:
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"model must be a PeftModel, not {type(model).__name__}.")
+    if name not in model.peft_config:
+        raise ValueError(f"The model has no adapter '{name}'; it has {some(model.peft_config)}.")
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return _lora(name, model.peft_config[name].to_dict(), tensors)
+
+
+def _lora(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Lora:
+    """Check that an adapter is nothing but A and B matrices of linears, and multiply the scaling into B."""
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA" or "lora_nums" in config:
+        what = "the layout of the LoRAMoE authors" if peft_type == "LORA" else f"peft_type={peft_type!r}"
+        raise ValueError(f"'{name}' is no plain LoRA: it has {what}.")
+    _check_understood(name, config)
+    parts: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        module, _, end = key.removeprefix(PREFIX).rpartition(".lora_")
+        if end in ("A.weight", "B.weight") and tensor.dim() == 2:
+            parts.setdefault(module, {})[end[0]] = tensor.detach().to("cpu", torch.float32)
+        else:
+            unknown.append(key)
+    if unknown:
+        raise ValueError(
+            f"'{name}' has tensors that experts cannot represent: {some(unknown)}. Experts are A and B matrices of linears."
+        )
+    if not parts:
+        raise ValueError(f"'{name}' has no tensor at all.")
+    weights = {}
+    for module, part in parts.items():
+        if part.keys() != {"A", "B"} or part["A"].shape[0] != part["B"].shape[1]:
+            shapes = {key: tuple(tensor.shape) for key, tensor in part.items()}
+            raise ValueError(f"'{name}' has no A and B of the same rank for '{module}': {shapes}.")
+        weights[module] = part["A"], part["B"] * _scaling(name, config, module, part["A"].shape[0])
+    return Lora(name, config, dict(sorted(weights.items())))
+
+
+def _check_understood(name: str, config: Mapping[str, Any]) -> None:
+    defaults = LoraConfig().to_dict()
+    for option, value in config.items():
+        if option not in UNDERSTOOD and value and value != defaults.get(option):
+            raise ValueError(f"'{name}' has {option}={value!r}, which experts cannot represent.")
+    if (init := config.get("init_lora_weights")) not in HARMLESS_INITS:
+        raise ValueError(
+            f"'{name}' has init_lora_weights={init!r}, for which PEFT changes the base model's weights, too. Save it with "
+            "path_initial_model_for_weight_conversion first; that makes it a plain LoRA for the unchanged base model."
+        )
+
+
+def _scaling(name: str, config: Mapping[str, Any], module: str, rank: int) -> float:
+    def option(pattern: str, default: str) -> Any:
+        entries = config.get(pattern) or {}
+        return entries.get(get_pattern_key(entries, module), config.get(default))
+
+    r, alpha = option("rank_pattern", "r"), option("alpha_pattern", "lora_alpha")
+    if r != rank or alpha is None:
+        raise ValueError(
+            f"'{name}' has tensors of rank {rank} for '{module}', but its configuration says r={r}, lora_alpha={alpha}."
+        )
+    return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+
+
+def _check_same_modules(loras: list[Lora]) -> None:
+    first = loras[0]
+    for lora in loras[1:]:
+        if lora.weights.keys() != first.weights.keys():
+            raise ValueError(
+                "The LoRAs have different target modules, so they cannot be experts of the same layers: only "
+                f"'{first.name}' has {some(first.weights.keys() - lora.weights.keys())}; only '{lora.name}' has "
+                f"{some(lora.weights.keys() - first.weights.keys())}."
+            )
+        for module, (A, B) in lora.weights.items():
+            here, there = (A.shape[1], B.shape[0]), (first.weights[module][0].shape[1], first.weights[module][1].shape[0])
+            if here != there:
+                raise ValueError(
+                    f"The LoRAs belong to different base models: '{module}' has the input and output sizes {there} in "
+                    f"'{first.name}' and {here} in '{lora.name}'."
+                )
+
+
+def _config(loras: list[Lora], num_experts: int | None, method: str, options: dict[str, Any]) -> LoRAMoEConfig:
+    one = len(loras) == 1
+    experts = num_experts if one else len(loras)
+    groups, null = options.get("expert_groups") or [experts], options.get("null_groups") or []
+    if (found := sum(size for group, size in enumerate(groups) if group not in null)) != experts:
+        raise ValueError(
+            f"expert_groups={groups} with null_groups={null} has {found} experts that are not null, not {experts}."
+        )
+    common = {}
+    for option in ("lora_dropout", "task_type", "base_model_name_or_path", "fan_in_fan_out"):
+        values = {lora.name: lora.config.get(option) for lora in loras}
+        if option not in options and len(set(values.values())) > 1:
+            raise ValueError(f"The LoRAs differ in {option}: {values}. Say which is meant: {option}=...")
+        if (value := next(iter(values.values()))) is not None:
+            common[option] = value
+    router = "kaiming_uniform" if one and method == "replicate" else "zeros"
+    decided = {"num_experts": sum(groups), "expert_groups": groups, **_targets(loras)}
+    return LoRAMoEConfig(**{"router_init": router, **common, **options, **decided})
+
+
+def _targets(loras: list[Lora]) -> dict[str, Any]:
+    """The sources' own options where they agree, since a list of all modules is long."""
+    options = [
+        {name: sorted(v) if isinstance(v := lora.config.get(name), (set, list, tuple)) else v for name in LAYER_OPTIONS}
+        for lora in loras
+    ]
+    first = options[0]
+    if all(one == first for one in options) and first["target_modules"] not in (None, "all-linear"):
+        return first
+    return {"target_modules": list(loras[0].weights)}
+
+
+def _of_one(module: str, A: Tensor, B: Tensor, count: int, total: int, method: str) -> list[tuple[Tensor, Tensor]]:
+    """One LoRA as `count` experts that add up to it with all `total` gates equal."""
+    if method == "replicate":
+        return [(A, B)] * count
+    if A.shape[0] < count:
+        raise ValueError(f"The LoRA of '{module}' has rank {A.shape[0]} and cannot be split into {count} experts.")
+    return [(rows, columns * total) for rows, columns in zip(A.tensor_split(count), B.tensor_split(count, dim=1))]
+
+
+def _stack(experts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Stack experts after filling them up to the same rank."""
+    r = max(A.shape[0] for A, _ in experts)
+    stacked_A = torch.empty(len(experts), r, experts[0][0].shape[1])
+    stacked_B = torch.zeros(experts[0][1].shape[0], len(experts), r)
+    for i, (A, B) in enumerate(experts):
+        nn.init.kaiming_uniform_(stacked_A[i], a=math.sqrt(5))
+        stacked_A[i, : A.shape[0]] = A
+        stacked_B[:, i, : B.shape[1]] = B
+    return stacked_A.flatten(0, 1), stacked_B.flatten(1, 2)
+
+
+def _set_ranks(config: LoRAMoEConfig, ranks: dict[str, int]) -> None:
+    """Give every module its rank, and the lora_alpha that makes its scaling one."""
+    config.r = config.lora_alpha = max(ranks.values())
+    config.rank_pattern = {module: r for module, r in ranks.items() if r != config.r}
+    config.alpha_pattern = dict(config.rank_pattern)
