@@ -3,6 +3,7 @@
 #   make test          install and run the tests
 #   make conformance   run PEFT's own test suite against LoRAMoE
 #   make compatibility write docs/compatibility.md
+#   make bench         time everything on the CPU (under five minutes on two idle cores);  make bench-gpu  on a CUDA device
 #   make style         format and lint;  make check-style only checks
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PYTEST_ARGS ?= -n 2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(notdir $(CONSTRAINTS))
 
-.PHONY: install demo test test-oldest conformance conformance-oldest compatibility run-compatibility style check-style clean
+.PHONY: install demo test test-oldest conformance conformance-oldest compatibility run-compatibility bench bench-gpu style check-style clean
 
 install: $(STAMP)
 
@@ -47,6 +48,17 @@ run-compatibility: install
 	$(BIN)/python tests/conformance/run.py \
 	  --report docs/results/conformance-$$($(BIN)/python -c "import peft; print(peft.__version__)").txt
 	$(BIN)/python docs/make_compatibility.py --run
+
+# results in benchmarks/results, figures in docs/images; nothing else should run meanwhile
+bench: install
+	$(BIN)/python -m benchmarks cpu
+	$(BIN)/python -m benchmarks.report --plots
+	$(BIN)/python -m benchmarks.report --check
+
+bench-gpu: install
+	$(BIN)/python -m benchmarks gpu
+	$(BIN)/python -m benchmarks.report --plots
+	$(BIN)/python -m benchmarks.report --check
 
 style: install
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

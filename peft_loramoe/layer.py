@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 CANNOT_MERGE = (
     "LoRAMoE adapters cannot be merged: the router weighs the experts anew for every token, so no single weight matrix "
-    "equals the mixture. Keep the adapter attached, use unload() to get the base model back without it, or write an approximation "
-    "of fixed weights with peft_loramoe.interop.export_lora."
+    "equals the mixture. Keep the adapter attached, use unload() to get the base model back without it, or approximate it by a "
+    "plain LoRA with peft_loramoe.interop.export_lora."
 )
 
 

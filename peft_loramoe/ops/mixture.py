@@ -1,8 +1,13 @@
 """The mixture as one operator of torch's dispatcher, with a gradient of its own; the one place that picks an implementation.
 
 What it saves for the backward pass: x, dropout's mask, the rank channels and the probabilities. The rest is computed anew.
+
+On CUDA devices the Triton kernels are used where they can be; the environment variable PEFT_LORAMOE_TRITON=0, read at import,
+turns them off. Everything else is computed by `mixture_torch`.
 """
 
+import os
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,6 +15,34 @@ from torch import Tensor
 
 from . import mixture_torch
 from .mixture_torch import Options
+
+
+def _find_kernels() -> ModuleType | None:
+    if os.environ.get("PEFT_LORAMOE_TRITON") == "0" or torch.version.cuda is None:
+        return None
+    try:
+        from . import mixture_triton
+    except ImportError:  # Triton is optional
+        return None
+    return mixture_triton
+
+
+KERNELS = _find_kernels()
+
+
+def _implementation(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor,
+    keep: Tensor | None,
+    base: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+) -> ModuleType:
+    if KERNELS is None or (keep is not None and keep.dtype == torch.bool):  # a mask is read by those who drew it
+        return mixture_torch
+    return KERNELS if KERNELS.supports(x, A, B, router, base, weight, options) else mixture_torch
 
 
 def mixture(
@@ -54,11 +87,15 @@ def mixture(
     leading = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     base = None if base is None else base.reshape(-1, base.shape[-1])
-    keep = mixture_torch.dropout_mask(x, options.dropout) if dropout and options.dropout > 0 else None
+    keep = None
+    if dropout and options.dropout > 0:
+        keep = _implementation(x, A, B, router, None, base, weight, options).dropout_mask(x, options.dropout)
     inputs = (x, A, B, router, keep, base, weight, bias)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         output, probabilities, _ = _mixture(*inputs, *options)
-    else:  # spares decoding the operator's overhead
+    elif torch.is_grad_enabled():  # the operator by itself takes as long as ten kernels to launch
+        output, probabilities, _ = _Mixture.apply(*inputs, *options)
+    else:
         output, probabilities, _ = _forward(*inputs, *options)
     return output.view(*leading, output.shape[1]), probabilities.view(*leading, probabilities.shape[1])
 
@@ -82,7 +119,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(scaling, temperature, dropout, experts, top_k, router_dtype, balance_detach)
     with torch.autocast(x.device.type, enabled=False):
-        return mixture_torch.forward(x, A, B, router, keep, base, weight, bias, options)
+        implementation = _implementation(x, A, B, router, keep, base, weight, options)
+        return implementation.forward(x, A, B, router, keep, base, weight, bias, options)
 
 
 def _backward(
@@ -107,7 +145,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = Options(scaling, temperature, dropout, experts, top_k, router_dtype, balance_detach)
     with torch.autocast(x.device.type, enabled=False):
-        gradients = mixture_torch.backward(
+        gradients = _implementation(x, A, B, router, keep, None, weight, options).backward(
             grad_output, grad_probabilities, x, A, B, router, keep, weight, probabilities, hidden, options, needs
         )
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
@@ -150,9 +188,19 @@ def _differentiate(ctx: Any, grad_output: Tensor | None, grad_probabilities: Ten
     if grad_output is None:  # only the probabilities were used
         grad_output = x.new_zeros(()).expand(x.shape[0], B.shape[0])
         needs = [needs[0] and not Options(*ctx.options).balance_detach, False, False, needs[3]]
-    gradients = _mixture_backward(grad_output, grad_probabilities, *saved, *ctx.options, needs)
+    # In grad mode somebody wants to differentiate the gradient, which the operator refuses.
+    backward = _mixture_backward if torch.is_grad_enabled() or torch.compiler.is_compiling() else _backward
+    gradients = backward(grad_output, grad_probabilities, *saved, *ctx.options, needs)
     gradients = [gradient if needed else None for gradient, needed in zip(gradients, needs)]
     return (*gradients, None, grad_base, *[None] * (2 + len(ctx.options)))
+
+
+class _Mixture(torch.autograd.Function):
+    """The operator without its dispatch."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_differentiate)
 
 
 def _refuse(ctx: Any, *_: Any) -> None:
