@@ -61,3 +61,27 @@ def test_an_adapted_layer_compiles_without_a_graph_break():
         call(x).pow(2).sum().backward()
         results.append([p.grad.clone() for p in layer.parameters() if p.requires_grad])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2, "null_groups": [0]}], ids=["dense", "sparse"])
+def test_a_static_cache_generates_what_a_dynamic_one_does(options):
+    model = loramoe(**options).eval()
+    prompt = {name: tensor[:1] for name, tensor in token_batch().items()}
+    texts = [
+        model.generate(**prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, cache_implementation=cache)
+        for cache in ("dynamic", "static")
+    ]
+    assert texts[0].shape == (1, 13)
+    assert torch.equal(*texts)
+
+
+def test_a_compiled_model_decodes_in_one_graph_that_follows_the_weights():
+    model, batch = loramoe().eval(), token_batch()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        before = compiled(**batch).logits
+        torch.testing.assert_close(before, model(**batch).logits)
+        model.base_model.model.model.layers[0].mlp.up_proj.loramoe_experts["default"].B.data.mul_(5)
+        after = compiled(**batch).logits
+        assert not torch.allclose(after, before)
+        torch.testing.assert_close(after, model(**batch).logits)

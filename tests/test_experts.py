@@ -103,3 +103,15 @@ def test_it_is_a_leaf_with_a_weight_as_fsdp_policies_want():
     experts = make_experts()
     assert not list(experts.children())
     assert experts.weight is experts.A
+
+
+@pytest.mark.parametrize("name", ["A", "B", "router"])
+def test_decoding_uses_weights_that_were_changed_behind_autograds_back(name):
+    experts, x = make_experts().eval(), torch.randn(1, 8)
+    with torch.no_grad():
+        before, _ = experts(x)
+        parameter = getattr(experts, name)
+        version = parameter._version
+        parameter.data.mul_(2)  # as ZeRO and averaged weights do it; no counter tells
+        assert parameter._version == version
+        assert not torch.equal(experts(x)[0], before)
