@@ -63,7 +63,9 @@ def select_gates(probabilities: Tensor, experts: list[int], top_k: int | None) -
     if top_k is not None:
         values, indices = probabilities.topk(top_k, dim=-1)
         probabilities = torch.zeros_like(probabilities).scatter(-1, indices, values / values.sum(dim=-1, keepdim=True))
-    return probabilities if len(experts) == probabilities.shape[-1] else probabilities[:, experts]
+    if len(experts) == probabilities.shape[-1]:
+        return probabilities
+    return torch.cat([probabilities[:, columns] for columns in _runs(experts)], dim=-1)
 
 
 def select_gates_backward(grad_gates: Tensor, probabilities: Tensor, experts: list[int], top_k: int | None) -> Tensor:
@@ -71,7 +73,9 @@ def select_gates_backward(grad_gates: Tensor, probabilities: Tensor, experts: li
     grad = grad_gates
     if len(experts) < probabilities.shape[-1]:
         grad = torch.zeros_like(probabilities)
-        grad[:, experts] = grad_gates
+        runs = _runs(experts)
+        for columns, part in zip(runs, grad_gates.split([run.stop - run.start for run in runs], dim=-1)):
+            grad[:, columns] = part
     if top_k is None:
         return grad
     values, indices = probabilities.topk(top_k, dim=-1)
@@ -85,6 +89,13 @@ def softmax_backward(grad_probabilities: Tensor, probabilities: Tensor, temperat
     """Gradient of `router_probabilities` with respect to the logits, shape (T, N)."""
     product = probabilities * grad_probabilities
     return (product - probabilities * product.sum(dim=-1, keepdim=True)) / temperature
+
+
+def _runs(experts: list[int]) -> list[slice]:
+    """Columns next to each other; a list of columns as an index would be copied to the device at every use."""
+    starts = [i for i in experts if i - 1 not in experts]
+    stops = [i + 1 for i in experts if i + 1 not in experts]
+    return [slice(*run) for run in zip(starts, stops)]
 
 
 def _mm_has_out_dtype() -> bool:

@@ -169,7 +169,7 @@ def _(
 @_mixture_backward.register_fake
 def _(grad_output: Tensor, grad_probabilities: Any, x: Tensor, A: Tensor, B: Tensor, router: Tensor, *rest: Any) -> tuple:
     needs = rest[-1]
-    return tuple(torch.empty_like(t) if wanted else x.new_empty(0) for t, wanted in zip((x, A, B, router), needs))
+    return tuple(t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in zip((x, A, B, router), needs))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -181,15 +181,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     ctx.options = options
 
 
-def _differentiate(ctx: Any, grad_output: Tensor | None, grad_probabilities: Tensor | None, _: None) -> tuple:
+def _differentiate(
+    ctx: Any, grad_output: Tensor | None, grad_probabilities: Tensor | None, _: None, backward: Any = _mixture_backward
+) -> tuple:
     x, _, B, *_ = saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
     grad_base = grad_output if ctx.needs_input_grad[5] else None
     if grad_output is None:  # only the probabilities were used
         grad_output = x.new_zeros(()).expand(x.shape[0], B.shape[0])
         needs = [needs[0] and not Options(*ctx.options).balance_detach, False, False, needs[3]]
-    # In grad mode somebody wants to differentiate the gradient, which the operator refuses.
-    backward = _mixture_backward if torch.is_grad_enabled() or torch.compiler.is_compiling() else _backward
     gradients = backward(grad_output, grad_probabilities, *saved, *ctx.options, needs)
     gradients = [gradient if needed else None for gradient, needed in zip(gradients, needs)]
     return (*gradients, None, grad_base, *[None] * (2 + len(ctx.options)))
@@ -200,7 +200,11 @@ class _Mixture(torch.autograd.Function):
 
     forward = staticmethod(_forward)
     setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_differentiate)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+        # In grad mode somebody wants to differentiate the gradient, which the operator refuses.
+        return _differentiate(ctx, *gradients, backward=_mixture_backward if torch.is_grad_enabled() else _backward)
 
 
 def _refuse(ctx: Any, *_: Any) -> None:

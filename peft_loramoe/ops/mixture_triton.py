@@ -1,0 +1,340 @@
+"""The mixture's arithmetic in Triton, for CUDA devices: the same three functions as `mixture_torch`, with the same meaning.
+
+Forward, two launches: `project` reads x once, `expand` writes the output. Backward, four: `gate_backward` reads the gradient of
+the output, `input_gradient` writes that of x, `input_weight_gradients` and `output_weight_gradient` read x and the gradient of
+the output once more; partial sums over tokens are added in a fixed order, so results do not change from run to run. A base
+weight is multiplied by cuBLAS on top of what `expand` and `input_gradient` wrote (beta = 1): an output is written once.
+
+Dropout's mask is an int32 tensor of shape (T, ceil(in_features / 32)): bit b of word w tells whether column 32 * w + b is kept.
+
+Block sizes are rules, not searches. Every kernel is bound by the one large tensor that it reads or writes, so a block is a
+128-byte line wide wherever it is reduced over, as tall as leaves a program for each multiprocessor, and in flight as often as
+shared memory allows. There is nothing to search again for every number of tokens, and nothing that differs between processes.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from ..routing import select_gates, select_gates_backward, softmax_backward
+from . import triton_kernels as kernels
+from .mixture_torch import Options
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_CHANNELS, MAX_ROUTER_OUTPUTS = 128, 64
+# Up to here, blocks of tokens are so few that the columns of x are split among programs too; `expand_partials` adds the sums.
+FEW_TOKENS = 64
+# Programs that keep the large GPUs busy (132 multiprocessors in an H100 or H200).
+PROGRAMS = 128
+# Of 227 KiB in an H100, so that two programs fit.
+SHARED_MEMORY = 100 * 1024
+
+
+def supports(
+    x: Tensor, A: Tensor, B: Tensor, router: Tensor, base: Tensor | None, weight: Tensor | None, options: Options
+) -> bool:
+    """Whether the kernels can compute this mixture; depends on device, dtypes, shapes and options only.
+
+    Arguments as in `mixture_torch.forward`. `base` and `weight` may have any dtype and layout.
+    """
+    return (
+        _can_run(x.device)
+        and all(t.dtype in DTYPES for t in (x, A, B, router))
+        and options.router_dtype == torch.float32
+        and 0 < A.shape[0] <= MAX_CHANNELS
+        and router.shape[0] <= MAX_ROUTER_OUTPUTS
+    )
+
+
+@torch.compiler.assume_constant_result
+def _can_run(device: torch.device) -> bool:
+    if kernels.INTERPRETED.value:
+        return device.type == "cpu"
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # bfloat16 and TF32
+
+
+def dropout_mask(x: Tensor, dropout: float) -> Tensor:
+    """What dropout keeps of x, as bits (see above), drawn with a seed from the device's generator."""
+    seed = torch.randint(2**63 - 1, (1,), device=x.device)
+    return _dropout_bits(seed, x.shape[0], x.shape[1], dropout)
+
+
+def _draw_bits(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
+    keep = _empty_bits(seed, rows, columns, dropout)
+    scale = 2**kernels.DIGITS.value
+    threshold = min(round((1 - dropout) * scale), scale - 1)
+    _launch(kernels.dropout_bits, (triton.cdiv(keep.numel(), 256),), seed, keep, keep.numel(), threshold, BLOCK=256)
+    return keep
+
+
+def _empty_bits(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
+    return seed.new_empty(rows, (columns + 31) // 32, dtype=torch.int32)
+
+
+# An operator, so that torch.compile need not look inside.
+_dropout_bits = torch.library.custom_op("peft_loramoe::dropout_bits", _draw_bits, mutates_args=())
+_dropout_bits.register_fake(_empty_bits)
+
+
+def forward(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor,
+    keep: Tensor | None,
+    base: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `mixture_torch.forward`."""
+    A, B, router = A.contiguous(), B.contiguous(), router.contiguous()
+    (tokens, in_features), out_features, (C, N) = x.shape, B.shape[0], (A.shape[0], router.shape[0])
+    probabilities = x.new_empty(tokens, N, dtype=torch.float32)
+    hidden = x.new_empty(tokens, C)
+    few = tokens <= FEW_TOKENS
+    if weight is not None and few:
+        base = output = F.linear(x, weight, bias)
+        bias = None
+    else:
+        output = (x if base is None else base).new_empty(tokens, out_features)
+    if tokens == 0:
+        return output, probabilities, hidden
+
+    plain, factor = _are_probabilities(options), _factor(keep, options)
+    channels = _channels(C, options)
+    shape = _padded(C=C, N=N)
+    rows, columns = _reading_block(tokens, x)
+    span, partials = in_features, None
+    if few and plain:
+        span = triton.cdiv(in_features, min(32, triton.next_power_of_2(triton.cdiv(in_features, 256))))
+        span = triton.cdiv(span, columns) * columns
+        partials = x.new_empty(triton.cdiv(in_features, span), tokens, C + N, dtype=torch.float32)
+    _launch(
+        kernels.project,
+        (triton.cdiv(tokens, rows), 1 if partials is None else len(partials)),
+        *(x, keep, A, router, hidden, probabilities, partials, tokens, in_features, *x.stride(), span, options.temperature),
+        **dict(C=C, N=N, BLOCK_T=rows, BLOCK_D=columns, **shape),
+        num_warps=_warps(x, shape["BLOCK_C"]),
+        num_stages=_stages(columns * (rows * x.itemsize + shape["BLOCK_C"] * A.itemsize + shape["BLOCK_N"] * router.itemsize)),
+    )
+    base_stride = (0, 0) if base is None else base.stride()
+    if partials is not None:
+        _launch(
+            kernels.expand_partials,
+            (triton.cdiv(out_features, 64), triton.cdiv(tokens, rows)),
+            *(partials, hidden, probabilities, B, base, bias, output, tokens, out_features, *base_stride, len(partials)),
+            *(factor, options.temperature),
+            **dict(C=C, N=N, BLOCK_T=rows, BLOCK_O=64, **channels, **shape),
+            num_warps=_warps(x, shape["BLOCK_C"]),
+        )
+        return output, probabilities, hidden
+
+    gates = probabilities if plain else select_gates(probabilities, options.experts, options.top_k).contiguous()
+    rows, columns, warps = _output_block(tokens, shape["BLOCK_C"])
+    _launch(
+        kernels.expand,
+        (triton.cdiv(tokens, rows) * triton.cdiv(out_features, columns),),
+        *(hidden, gates, B, base, bias, output, tokens, out_features, *base_stride, factor),
+        **dict(C=C, N=gates.shape[1], BLOCK_T=rows, BLOCK_O=columns, BLOCK_C=shape["BLOCK_C"], **channels),
+        num_warps=warps,
+    )
+    if weight is not None and not few:
+        output.addmm_(x, weight.t())
+    return output, probabilities, hidden
+
+
+def backward(
+    grad_output: Tensor,
+    grad_probabilities: Tensor | None,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor,
+    keep: Tensor | None,
+    weight: Tensor | None,
+    probabilities: Tensor,
+    hidden: Tensor,
+    options: Options,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See `mixture_torch.backward`."""
+    needs_x, needs_A, needs_B, needs_router = needs
+    if len(x) == 0:
+        return tuple(torch.zeros_like(t) if wanted else None for t, wanted in zip((x, A, B, router), needs))
+    plain = _are_probabilities(options)
+    gates = probabilities if plain else select_gates(probabilities, options.experts, options.top_k).contiguous()
+    factor = _factor(keep, options)
+    grad_x = grad_A = grad_B = grad_router = None
+    if needs_B:
+        grad_B = _output_weight_gradient(grad_output, hidden, gates, factor, B, options)
+    if needs_x or needs_A or needs_router:
+        channels, to_router, to_x = _gate_backward(
+            grad_output, grad_probabilities, B.contiguous(), hidden, gates, None if plain else probabilities, factor, options
+        )
+        if needs_A or needs_router:
+            grad_A, grad_router = _input_weight_gradients(
+                x, keep, channels if needs_A else None, to_router if needs_router else None, A, router
+            )
+        if needs_x:
+            grad_x = _input_gradient(channels, to_x, A.contiguous(), router.contiguous(), keep)
+            if weight is not None:
+                grad_x.addmm_(grad_output, weight)
+    return grad_x, grad_A, grad_B, grad_router
+
+
+def _gate_backward(
+    grad_output: Tensor,
+    grad_probabilities: Tensor | None,
+    B: Tensor,
+    hidden: Tensor,
+    gates: Tensor,
+    probabilities: Tensor | None,
+    factor: float,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the rank channels, and of the logits: for the router, and for x.
+
+    `probabilities` is None where the gates are columns of them.
+    """
+    (tokens, C), N, out_features = hidden.shape, gates.shape[1], B.shape[0]
+    plain = probabilities is None
+    grad_hidden = torch.empty_like(hidden)
+    grad_gates = None if plain else torch.empty_like(gates)
+    to_router = hidden.new_empty(gates.shape) if plain else None
+    apart = plain and options.balance_detach and grad_probabilities is not None
+    to_x = torch.empty_like(to_router) if apart else None
+    shape = _padded(C=C, N=N)
+    rows, columns = _reading_block(tokens, hidden)
+    _launch(
+        kernels.gate_backward,
+        (triton.cdiv(tokens, rows),),
+        *(grad_output, B, hidden, gates, grad_probabilities.contiguous() if plain and grad_probabilities is not None else None),
+        *(grad_hidden, grad_gates, to_router, to_x, tokens, out_features, *grad_output.stride(), factor, options.temperature),
+        **dict(C=C, N=N, BLOCK_T=rows, BLOCK_O=columns, **_channels(C, options), **shape),
+        num_warps=_warps(hidden, shape["BLOCK_C"]),
+        num_stages=_stages(columns * (rows * grad_output.itemsize + shape["BLOCK_C"] * B.itemsize)),
+    )
+    if plain:
+        return grad_hidden, to_router, to_router if to_x is None else to_x
+    grad = select_gates_backward(grad_gates, probabilities, options.experts, options.top_k)
+    total = grad if grad_probabilities is None else grad + grad_probabilities
+    to_router = softmax_backward(total, probabilities, options.temperature).to(hidden.dtype)
+    if not options.balance_detach or grad_probabilities is None:
+        return grad_hidden, to_router, to_router
+    return grad_hidden, to_router, softmax_backward(grad, probabilities, options.temperature).to(hidden.dtype)
+
+
+def _input_gradient(grad_hidden: Tensor, to_x: Tensor, A: Tensor, router: Tensor, keep: Tensor | None) -> Tensor:
+    (tokens, C), (N, in_features) = grad_hidden.shape, router.shape
+    grad_x = grad_hidden.new_empty(tokens, in_features)
+    shape = _padded(C=C, N=N)
+    rows, columns, warps = _output_block(tokens, shape["BLOCK_C"])
+    _launch(
+        kernels.input_gradient,
+        (triton.cdiv(tokens, rows) * triton.cdiv(in_features, columns),),
+        *(grad_hidden, to_x, A, router, keep, grad_x, tokens, in_features),
+        **dict(C=C, N=N, BLOCK_T=rows, BLOCK_D=columns, **shape),
+        num_warps=warps,
+    )
+    return grad_x
+
+
+def _input_weight_gradients(
+    x: Tensor, keep: Tensor | None, grad_hidden: Tensor | None, to_router: Tensor | None, A: Tensor, router: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    (tokens, in_features), C, N = x.shape, A.shape[0], router.shape[0]
+    shape = _padded(C=C, N=N)
+    rows, columns, splits, span = _token_splits(x, shape["BLOCK_C"])
+    partials = [
+        None if gradient is None else x.new_empty(splits, *weight.shape, dtype=torch.float32)
+        for gradient, weight in ((grad_hidden, A), (to_router, router))
+    ]
+    _launch(
+        kernels.input_weight_gradients,
+        (triton.cdiv(in_features, columns), splits),
+        *(x, keep, grad_hidden, to_router, *partials, tokens, in_features, *x.stride(), span),
+        **dict(C=C, N=N, BLOCK_T=rows, BLOCK_D=columns, **shape),
+        num_warps=_warps(x, shape["BLOCK_C"]),
+        num_stages=_stages(rows * (columns * x.itemsize + (shape["BLOCK_C"] + shape["BLOCK_N"]) * x.itemsize)),
+    )
+    return tuple(None if p is None else p.sum(0).to(weight.dtype) for p, weight in zip(partials, (A, router)))
+
+
+def _output_weight_gradient(
+    grad_output: Tensor, hidden: Tensor, gates: Tensor, factor: float, B: Tensor, options: Options
+) -> Tensor:
+    (tokens, out_features), C, N = grad_output.shape, hidden.shape[1], gates.shape[1]
+    block = _padded(C=C)["BLOCK_C"]
+    rows, columns, splits, span = _token_splits(grad_output, block)
+    partials = hidden.new_empty(splits, out_features, C, dtype=torch.float32)
+    _launch(
+        kernels.output_weight_gradient,
+        (triton.cdiv(out_features, columns), splits),
+        *(grad_output, hidden, gates, partials, tokens, out_features, *grad_output.stride(), factor, span),
+        **dict(C=C, N=N, BLOCK_T=rows, BLOCK_O=columns, BLOCK_C=block, **_channels(C, options)),
+        num_warps=_warps(hidden, block),
+        num_stages=_stages(rows * (columns * grad_output.itemsize + block * (hidden.itemsize + gates.itemsize))),
+    )
+    return partials.sum(0).to(B.dtype)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):  # Triton launches on the current device
+        kernel[grid](*args, **constants)
+
+
+def _are_probabilities(options: Options) -> bool:
+    """Whether the gates are columns of the probabilities next to each other, which the kernels find by themselves."""
+    experts = options.experts
+    return options.top_k is None and experts[-1] - experts[0] == len(experts) - 1
+
+
+def _channels(num_channels: int, options: Options) -> dict[str, int]:
+    """Which channels belong to which column of the gates."""
+    experts = options.experts
+    return dict(R=num_channels // len(experts), FIRST=experts[0] if _are_probabilities(options) else 0)
+
+
+def _factor(keep: Tensor | None, options: Options) -> float:
+    """Scaling of the sum, with what makes up for dropped entries."""
+    return float(options.scaling if keep is None else options.scaling / (1 - options.dropout))
+
+
+def _padded(**sizes: int) -> dict[str, int]:
+    """Block sizes: powers of two that the tensor cores can multiply."""
+    return {f"BLOCK_{name}": max(16, triton.next_power_of_2(size)) for name, size in sizes.items()}
+
+
+def _reading_block(tokens: int, tensor: Tensor) -> tuple[int, int]:
+    """Tokens and columns of the blocks of a large tensor that a program reads one after the other."""
+    rows = max(16, min(64, triton.next_power_of_2(triton.cdiv(tokens, PROGRAMS))))
+    return rows, (256 if rows == 16 else 128) // tensor.itemsize
+
+
+def _warps(tensor: Tensor, channels: int) -> int:
+    return 4 if channels <= 32 and tensor.itemsize == 2 else 8
+
+
+def _stages(size: int) -> int:
+    """How many blocks of `size` bytes are in flight."""
+    return max(2, min(4, SHARED_MEMORY // size))
+
+
+def _output_block(tokens: int, channels: int) -> tuple[int, int, int]:
+    """Tokens, columns and warps of a program that writes one block of a large tensor."""
+    rows = 128 if channels <= 32 else 64
+    return max(16, min(rows, triton.next_power_of_2(tokens))), 128, 8
+
+
+def _token_splits(tensor: Tensor, channels: int) -> tuple[int, int, int, int]:
+    """Block of tokens, block of columns, number of programs among which the tokens are split, and tokens for each."""
+    tokens, columns = tensor.shape
+    block_t, block = 64, 128 if channels <= 32 and tensor.itemsize == 2 else 64
+    splits = max(1, min(triton.cdiv(tokens, 4 * block_t), 2 * PROGRAMS // triton.cdiv(columns, block)))
+    span = triton.cdiv(triton.cdiv(tokens, splits), block_t) * block_t
+    return block_t, block, triton.cdiv(tokens, span), span
