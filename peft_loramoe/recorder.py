@@ -257,7 +257,12 @@ class Recorder:
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, stacklevel=2)
+            _emit(message)
+
+
+@torch.compiler.assume_constant_result  # emitted while tracing, so that the graph does not break
+def _emit(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 def _add_to_loss(output: Any, term: Any, has_labels: bool) -> Any:

@@ -10,28 +10,28 @@ ENTRIES_AT_A_TIME = {"cpu": 2**20}
 ENTRIES_AT_A_TIME_ELSEWHERE = 2**25
 
 
-def router_logits(x: Tensor, router: Tensor, dtype: torch.dtype) -> Tensor:
-    """``W_g x``, accurate to the rounding of `dtype` whatever the dtype of the hidden states.
+def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x W^T``, for the router's logits ``W_g x``: accurate to the rounding of `dtype` whatever the dtype of `x`.
 
     Args:
         x: hidden states, shape (T, in_features), floating point.
-        router: ``W_g``, shape (N, in_features).
+        weight: shape (N, in_features).
         dtype: dtype of the products' sums.
 
     Returns:
         Shape (T, N), `dtype`.
     """
     if x.dtype == dtype:
-        return x @ router.to(dtype).t()
+        return x @ weight.to(dtype).t()
     if x.is_cuda and dtype == torch.float32 and x.dtype == torch.bfloat16 and _mm_has_out_dtype():
         # The products of two bfloat16 are exact in float32; three bfloat16 hold the 24 bits of a float32.
-        parts, rest = [], router.float()
+        parts, rest = [], weight.float()
         for _ in range(3):
             parts.append(rest.bfloat16())
             rest = rest - parts[-1].float()
         products = torch.mm(x, torch.cat(parts).t(), out_dtype=torch.float32)
         return products.view(len(x), 3, -1).sum(1)
-    weight = router.to(dtype).t()
+    weight = weight.to(dtype).t()
     entries = ENTRIES_AT_A_TIME.get(x.device.type, ENTRIES_AT_A_TIME_ELSEWHERE)
     chunks = x.split(max(1, entries // x.shape[1]))
     return torch.cat([chunk.to(dtype) @ weight for chunk in chunks]) if len(chunks) > 1 else x.to(dtype) @ weight

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from peft_loramoe import LoRAMoEConfig, balance_loss, routing
+from peft_loramoe.training import LoRAMoETrainerMixin, optimizer_groups
 from tiny import VOCAB
 
 
@@ -32,6 +33,9 @@ CASES = {
     "own term": ({"balance_loss_weight": 0.5}, {}, False),
     "common term": ({"balance_loss_weight": 0.5, "balance_across_processes": True}, {}, False),
     "accumulation": ({"balance_loss_weight": 0.5}, {"gradient_accumulation_steps": 2}, False),
+    "mixin": ({"balance_loss_weight": 0.5}, {"gradient_accumulation_steps": 2}, False),
+    "mixin, mean of the batches": ({"balance_loss_weight": 0.5}, {"gradient_accumulation_steps": 2}, False),
+    "learning rates": ({"balance_loss_weight": 0.5}, {}, False),
     "checkpointing": (
         {"balance_loss_weight": 0.5, "balance_across_processes": True},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": NO_REENTRANT},
@@ -46,6 +50,10 @@ CASES = {
 RESUMED = ("resumed", "wrapped layers")  # stopped before the last step, and continued from the checkpoint
 
 
+class BalancedTrainer(LoRAMoETrainerMixin, Trainer):
+    pass
+
+
 def samples() -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 12, (STEPS * ROWS,), generator=generator).tolist()
@@ -57,11 +65,12 @@ def samples() -> list[dict]:
 
 def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
     rows = [sample["input_ids"] for sample in batch]
+    types = [sample["task_type"] for sample in batch if "task_type" in sample]  # the mixin keeps them for itself
     return {
         "input_ids": pad_sequence(rows, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
         "labels": pad_sequence(rows, batch_first=True, padding_value=-100),
-        "task_types": torch.tensor([sample["task_type"] for sample in batch]),
+        **({"task_types": torch.tensor(types)} if types else {}),
     }
 
 
@@ -109,7 +118,14 @@ def build_trainer(case: str, folder: Path, output: Path, batches: int, **more) -
     )
     torch.manual_seed(1)
     model = get_peft_model(model, LoRAMoEConfig(r=2, init_weights=False, task_type="CAUSAL_LM", **config))
-    return Trainer(model=model, args=arguments, train_dataset=samples(), data_collator=collate)
+    kind = BalancedTrainer if case.startswith("mixin") else Trainer
+    trainer = kind(model=model, args=arguments, train_dataset=samples(), data_collator=collate)
+    if case.endswith("mean of the batches"):
+        trainer.model_accepts_loss_kwargs = False  # no num_items_in_batch: every batch counts alike
+    if case == "learning rates":
+        groups = optimizer_groups(trainer.model, 1e-2, router_lr=3e-2, loraplus_lr_ratio=2.0)
+        trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"params": groups, "lr": 1e-2})
+    return trainer
 
 
 def pretend_to_be_gpus() -> None:

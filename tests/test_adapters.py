@@ -160,3 +160,45 @@ def test_adapters_for_each_sample_of_a_model_that_flattens_the_batch():
         second = model(**batch).logits
         mixed = model(**batch, adapter_names=["second", "default", "second"]).logits
     torch.testing.assert_close(mixed, torch.stack([second[0], default[1], second[2]]))
+
+
+KINDS = {
+    "plain": dict(),
+    "other_linears": dict(target_modules=["q_proj", "up_proj"]),
+    "null_group": dict(null_groups=[0]),
+    "top_k": dict(num_experts=4, top_k=1, r=3),
+    "frozen": dict(freeze_experts=True, use_rslora=True),
+}
+
+
+def model_of_all_kinds():
+    model = tiny_llama()
+    for i, (name, options) in enumerate(KINDS.items()):
+        torch.manual_seed(i)
+        config = LoRAMoEConfig(**{"r": 2, "init_weights": False, "task_type": "CAUSAL_LM", **options})
+        if i == 0:
+            model = get_peft_model(model, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    return model.eval()
+
+
+def test_adapters_of_all_kinds_are_switched_mixed_in_a_batch_and_deleted():
+    model, names = model_of_all_kinds(), [*KINDS, "__base__"]
+    batch = {key: value[:1].expand(len(names), -1) for key, value in token_batch().items()}
+    alone = {}
+    with torch.no_grad():
+        for name in KINDS:
+            model.set_adapter(name)
+            alone[name] = model(**batch).logits[0]
+        with model.disable_adapter():
+            alone["__base__"] = model(**batch).logits[0]
+        torch.testing.assert_close(model(**batch, adapter_names=names).logits, torch.stack(list(alone.values())))
+        assert len({round(logits.sum().item(), 3) for logits in alone.values()}) == len(names)
+        assert torch.equal(alone["__base__"], tiny_llama().eval()(**batch).logits[0])
+        for name in list(KINDS)[:-1]:
+            model.delete_adapter(name)
+        model.set_adapter("frozen")
+        torch.testing.assert_close(model(**batch).logits[0], alone["frozen"])
+    left = {name.split(".loramoe_experts.")[1].split(".")[0] for name, _ in model.named_parameters() if "loramoe" in name}
+    assert (left, list(model.peft_config)) == ({"frozen"}, ["frozen"])

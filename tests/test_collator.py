@@ -32,6 +32,14 @@ def join(rows):
     return {"input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]])}
 
 
+def with_positions(collator):
+    def call(rows):
+        batch = collator([{name: value for name, value in row.items() if name != "seq_lengths"} for row in rows])
+        return {**batch, "position_ids": torch.zeros_like(batch["input_ids"])}
+
+    return call
+
+
 def collate(collator, rows):
     return TaskTypeCollator(collator, CONFIG)(rows)
 
@@ -64,28 +72,24 @@ def test_flattened_batches_have_a_type_for_each_token():
 def test_packed_rows_are_padded_with_unknown(side, second, per):
     types = {"segment": [[0, 1, 0], [1, 0]], "token": [[0, 1, 1, 0], [1, 0]]}[per]
     lengths = {"seq_lengths": [[1, 2, 1], [1, 1]]} if per == "segment" else {}
-
-    def collator(rows):
-        return padding(side)([{k: v for k, v in row.items() if k != "seq_lengths"} for row in rows])
-
-    batch = collate(collator, examples(types, [TOKENS[2], TOKENS[1]], **lengths))
+    batch = collate(with_positions(padding(side)), examples(types, [TOKENS[2], TOKENS[1]], **lengths))
     assert batch["task_types"].tolist() == [[0, 1, 1, 0], second]
 
 
 def test_packed_and_flattened():
     rows = examples([[0, 1], 1], [TOKENS[0], TOKENS[1]], seq_lengths=[[2, 1], [2]])
-    assert collate(join, rows)["task_types"].tolist() == [[0, 0, 1, 1, 1]]
+    assert collate(with_positions(join), rows)["task_types"].tolist() == [[0, 0, 1, 1, 1]]
 
 
 def test_padding_to_a_multiple_is_unknown():
     def collator(rows):
         return {"input_ids": nn.functional.pad(join(rows)["input_ids"], (0, 3))}
 
-    assert collate(collator, examples([0, 1]))["task_types"].tolist() == [[0, 0, 0, 1, 1, -1, -1, -1]]
+    assert collate(with_positions(collator), examples([0, 1]))["task_types"].tolist() == [[0, 0, 0, 1, 1, -1, -1, -1]]
 
 
 def test_one_packed_example_fills_the_batch():
-    batch = collate(default_data_collator, examples([[1, 0]], seq_lengths=[[1, 2]]))
+    batch = collate(with_positions(default_data_collator), examples([[1, 0]], seq_lengths=[[1, 2]]))
     assert batch["task_types"].tolist() == [[1, 0, 0]]
 
 
@@ -105,6 +109,12 @@ def test_one_warning_for_types_that_are_all_unknown():
         for _ in range(2):
             collator(examples([-1, -1]))
     assert len(caught) == 1
+
+
+def test_without_a_term_types_and_boundaries_may_be_unknown(recwarn):
+    collator = TaskTypeCollator(join, LoRAMoEConfig(balance_loss_weight=0.0))
+    assert collator(examples([-1, -1]))["task_types"].tolist() == [[-1] * 5]
+    assert not recwarn
 
 
 def no_input_ids(rows):
@@ -137,6 +147,13 @@ def cut_row(rows):
             r"2 values in task_type and seq_lengths \[1, 1\]; give one task_type for each entry of seq_lengths",
         ),
         (no_input_ids, [{"text": "a", "task_type": 0}] * 2, ValueError, r"\(columns text, task_type\) have no input_ids"),
+        (join, examples([0, 0]), ValueError, "joins several samples in a row but returns no 2-D position_ids"),
+        (
+            padding(),
+            examples([0], seq_lengths=[[1, 2]]),
+            ValueError,
+            "returns no 2-D position_ids, .* return_position_ids=True",
+        ),
         (cut, examples([0, 1]), ValueError, "Row 0 of the batch has 4 tokens, but task_type speaks of 5"),
         (cut_row, examples([[0, 0, 1], [1, 1]]), ValueError, "Row 0 of the batch has 2 tokens, but task_type speaks of 3"),
     ],

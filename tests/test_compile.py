@@ -85,3 +85,10 @@ def test_a_compiled_model_decodes_in_one_graph_that_follows_the_weights():
         after = compiled(**batch).logits
         assert not torch.allclose(after, before)
         torch.testing.assert_close(after, model(**batch).logits)
+
+
+def test_a_warning_does_not_break_the_graph():
+    model, batch = loramoe().train(), labelled(token_batch())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.warns(UserWarning, match="called without task_types"):
+        compiled(**batch).loss.backward()

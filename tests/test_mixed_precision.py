@@ -42,6 +42,10 @@ CASES = {
     "bf16 backbone, float32 adapters": (dict(model_dtype=torch.bfloat16), torch.float32),
     "bf16 backbone and autocast": (dict(model_dtype=torch.bfloat16, autocast=torch.bfloat16), torch.float32),
     "all bf16": (dict(model_dtype=torch.bfloat16, autocast_adapter_dtype=False), torch.bfloat16),
+    "all bf16, autocast": (
+        dict(model_dtype=torch.bfloat16, autocast=torch.bfloat16, autocast_adapter_dtype=False),
+        torch.bfloat16,
+    ),
     "fp16 backbone, float32 adapters, scaled": (
         dict(model_dtype=torch.float16, autocast=torch.float16, scaled=True),
         torch.float32,

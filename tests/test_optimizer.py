@@ -185,3 +185,12 @@ def test_a_rate_of_frozen_tensors_is_refused(option, kind):
             parameter.requires_grad = False
     with pytest.raises(ValueError, match=f"{option}=0.5 would have no effect: no {kind} is trainable"):
         optimizer_groups(model, 1e-4, **{option: 0.5})
+
+
+def test_a_matrix_that_zero_3_partitioned_is_still_one():
+    model = loramoe(modules_to_save=["lm_head"])
+    (head,) = [p for name, p in model.named_parameters() if "modules_to_save" in name]
+    head.ds_shape = head.shape  # what DeepSpeed leaves of it: the shape in an attribute, a flat part in the tensor
+    head.data = head.data.new_empty(0)
+    groups = {group["name"]: group["params"] for group in optimizer_groups(model, 1e-4)}
+    assert [p is head for p in groups["other"]] == [True]

@@ -349,10 +349,14 @@ def test_collected_passes_form_one_batch():
     torch.testing.assert_close(collected, [p.grad for p in model.parameters() if p.grad is not None])
 
 
-def test_two_passes_with_losses_of_their_own_before_one_backward_pass():
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_two_passes_with_losses_of_their_own_before_one_backward_pass(checkpointing):
     batch, gradients = labelled(token_batch()), []
     for together in (True, False):
         model = loramoe()
+        if together and checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
         if together:
             sum(model(**half, task_types=t).loss for half, t in zip(halves(batch), (TYPES[:1], TYPES[1:]))).backward()
         else:

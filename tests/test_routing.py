@@ -3,7 +3,7 @@ import torch
 
 from peft_loramoe.routing import (
     ENTRIES_AT_A_TIME,
-    router_logits,
+    project,
     router_probabilities,
     select_gates,
     select_gates_backward,
@@ -16,7 +16,7 @@ from peft_loramoe.routing import (
 def test_logits_are_accurate_to_float32_whatever_the_activations(dtype, tokens):
     torch.manual_seed(0)
     x, router = torch.randn(tokens, 64).to(dtype), torch.randn(3, 64)
-    logits = router_logits(x, router, torch.float32)
+    logits = project(x, router, torch.float32)
     exact = x.double() @ router.double().T
     assert logits.dtype == torch.float32 and logits.shape == (tokens, 3)
     # The bound of a sum of 64 products, each rounded.
@@ -35,7 +35,7 @@ def test_three_bfloat16_hold_a_float32():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_logits_in_the_dtype_that_is_asked_for(dtype):
     x, router = torch.randn(5, 8), torch.randn(3, 8)
-    torch.testing.assert_close(router_logits(x, router, dtype), x.to(dtype) @ router.to(dtype).T)
+    torch.testing.assert_close(project(x, router, dtype), x.to(dtype) @ router.to(dtype).T)
 
 
 def test_probabilities_are_the_softmax_of_the_logits_over_the_temperature():
@@ -51,7 +51,7 @@ def test_probabilities_are_at_least_float32(dtype, expected):
 def test_float16_activations_do_not_overflow():
     x = torch.full((2, 8), 60000.0, dtype=torch.float16)
     router = torch.tensor([[10.0] * 8, [-10.0] * 8])
-    probabilities = router_probabilities(router_logits(x, router, torch.float32), 1.0)
+    probabilities = router_probabilities(project(x, router, torch.float32), 1.0)
     torch.testing.assert_close(probabilities, torch.tensor([[1.0, 0.0]] * 2))
 
 

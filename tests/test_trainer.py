@@ -253,21 +253,35 @@ def test_equal_micro_batches_give_the_gradient_of_one_without_the_mixin(tmp_path
     torch.testing.assert_close(accumulated, whole, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("trainer_class", [Trainer, trl.SFTTrainer], ids=lambda c: c.__name__)
-def test_micro_batches_count_by_their_label_tokens(trainer_class, tmp_path):
+class Mean(Trainer):
+    """Of a model that does not take num_items_in_batch."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+
+TOKEN_MEANS = {
+    "the model's loss": (Trainer, {}),
+    "label smoothing": (Trainer, {"label_smoothing_factor": 0.1}),
+    "compute_loss_func": (Trainer, {"compute_loss_func": mean_log_probability}),
+    "compute_loss_func alone": (Mean, {"compute_loss_func": mean_log_probability}),
+    "checkpointing": (Trainer, TRANSFORMERS_CASES["checkpointing"]),
+    "SFT": (trl.SFTTrainer, {}),
+    "SFT, dft": (trl.SFTTrainer, {"loss_type": "dft"}),
+}
+
+
+@pytest.mark.parametrize(("trainer_class", "options"), TOKEN_MEANS.values(), ids=TOKEN_MEANS)
+def test_micro_batches_count_by_their_label_tokens(trainer_class, options, tmp_path):
     # every row is a micro-batch; of its labels all but the first count
     tokens = [len(row) - 1 for row in ROWS]
     calls = [(n / sum(tokens), call([row], [t])) for n, row, t in zip(tokens, ROWS, TYPES)]
-    check(trainer_class, tmp_path, calls, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    check(trainer_class, tmp_path, calls, per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
 
 
 def test_micro_batches_count_equally_where_the_trainer_takes_their_mean(tmp_path):
     # without num_items_in_batch, Trainer divides by the number of micro-batches
-    class Mean(Trainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.model_accepts_loss_kwargs = False
-
     calls = [(1 / 4, call([row], [t])) for row, t in zip(ROWS, TYPES)]
     check(Mean, tmp_path, calls, per_device_train_batch_size=1, gradient_accumulation_steps=4)
 

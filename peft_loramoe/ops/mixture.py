@@ -60,7 +60,8 @@ def mixture(
     """``base + scaling * sum_i gate_i(x) * B_i A_i drop(x)``; `ops.reference.mixture` has the formula.
 
     A and B are cast to the dtype of `x`, or to the autocast dtype (they are small, the activations are large); the router's
-    logits are accurate to their own dtype. The gradient has no gradient: a second backward pass is refused.
+    logits are accurate to their own dtype. The gradient has no gradient: a second backward pass is refused, and so are the
+    transforms of `torch.func`.
 
     Args:
         x: shape (..., in_features).
@@ -198,8 +199,12 @@ def _differentiate(
 class _Mixture(torch.autograd.Function):
     """The operator without its dispatch."""
 
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup_context)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # Without a `setup_context` of its own, which would have torch inspect the signature at every call.
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..routing import router_logits, router_probabilities, select_gates, select_gates_backward, softmax_backward
+from ..routing import project, router_probabilities, select_gates, select_gates_backward, softmax_backward
+
+
+# Rows of [A; router] up to which a product in the logits' dtype is bound by reading x, so that the rank channels cost no more.
+NARROW = 64
 
 
 class Options(NamedTuple):
@@ -68,8 +72,8 @@ def forward(
         shape (T, C), dtype of x.
     """
     dtype = x.dtype
-    probabilities = router_probabilities(router_logits(x, router, _logits_dtype(x, options)), options.temperature)
-    hidden = _drop(x, keep) @ A.to(dtype).t()
+    hidden, logits = _project(x, A, router, keep, options)
+    probabilities = router_probabilities(logits, options.temperature)
     gated = hidden * _channel_gates(probabilities, hidden, keep, options)
     expand = B.to(dtype).t()
     if weight is not None:
@@ -106,7 +110,7 @@ def backward(
     grad_output = grad_output.to(dtype)
     gates = _channel_gates(probabilities, hidden, keep, options)
     grad_gated = grad_output @ B.to(dtype)
-    grad_B = ((hidden * gates).t() @ grad_output).t().contiguous() if needs_B else None
+    grad_B = grad_output.t() @ (hidden * gates) if needs_B else None
     if not (needs_x or needs_A or needs_router):
         return None, None, None if grad_B is None else grad_B.to(B.dtype), None
 
@@ -148,8 +152,13 @@ def _drop(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else x * keep.view(torch.int8)  # on a CPU four times as fast as by a boolean
 
 
-def _logits_dtype(x: Tensor, options: Options) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else options.router_dtype
+def _project(x: Tensor, A: Tensor, router: Tensor, keep: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    """The rank channels, in the dtype of x, and the logits: one product if both read the same x and it is narrow."""
+    dtype = torch.float64 if x.dtype == torch.float64 else options.router_dtype
+    if keep is None and (x.dtype == dtype or len(A) + len(router) <= NARROW):
+        hidden, logits = project(x, torch.cat([A.to(router.dtype), router]), dtype).split([len(A), len(router)], dim=1)
+        return hidden.to(x.dtype).contiguous(), logits
+    return _drop(x, keep) @ A.to(x.dtype).t(), project(x, router, dtype)
 
 
 def _factor(keep: Tensor | None, options: Options) -> float:

@@ -32,7 +32,8 @@ class TaskTypeCollator:
 
     Raises:
         TypeError: the column mixes names and integers, or holds anything else.
-        ValueError: some examples lack the column, a type is unknown, or it cannot be told which tokens a type belongs to.
+        ValueError: some examples lack the column, a type is unknown, or it cannot be told which tokens a type belongs to, or
+            where a sample ends.
     """
 
     def __init__(self, collator: Callable[[list], Any], config: LoRAMoEConfig) -> None:
@@ -55,13 +56,18 @@ class TaskTypeCollator:
         types = [self._indices(value) for value in values]
         batch = self.collator([{key: value for key, value in example.items() if key != COLUMN} for example in examples])
         batch["task_types"] = self._arrange(types, examples, batch)
-        if not self._warned and (batch["task_types"] < 0).all():
+        if self.config.balance_loss_weight > 0:
+            _check_boundaries(examples, batch)
+            self._warn_if_unknown(batch["task_types"])
+        return batch
+
+    def _warn_if_unknown(self, task_types: Tensor) -> None:
+        if not self._warned and (task_types < 0).all():
             self._warned = True
             warnings.warn(
                 f"Every {COLUMN} of a batch is unknown (-1): there the balance term only spreads the load evenly over the "
                 f"experts. Check the column {COLUMN}, or set balance_loss_weight=0."
             )
-        return batch
 
     def _indices(self, value: Any) -> Tensor:
         """The types of one example: a scalar, or shape (segments or tokens,)."""
@@ -98,6 +104,19 @@ def _check_kinds(values: list[Any]) -> None:
             f"{COLUMN} holds values of type {', '.join(sorted(kind.__name__ for kind in kinds))}, such as "
             f"{', '.join(repr(next(e for e in entries if type(e) is kind)) for kind in kinds)}; write integers only, or names "
             "only."
+        )
+
+
+def _check_boundaries(examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> None:
+    """Positions, which start again with each sample, tell samples of one type apart."""
+    segments = (example.get("seq_lengths") for example in examples)
+    joined = len(batch["task_types"]) < len(examples) or any(lengths is not None and len(lengths) > 1 for lengths in segments)
+    positions = batch.get("position_ids")
+    if joined and not (isinstance(positions, Tensor) and positions.dim() == 2):
+        raise ValueError(
+            "The collator joins several samples in a row but returns no 2-D position_ids, so samples of one type that follow "
+            "each other would be balanced as one. Have it return position_ids that start again with each sample "
+            "(DataCollatorWithFlattening: return_position_ids=True), or set balance_loss_weight=0."
         )
 
 

@@ -49,7 +49,8 @@ def optimizer_groups(
     params: dict[str, list[nn.Parameter]] = {name: [] for name in ("A", "B", "router", "other", "no_decay")}
     for parameter in model.parameters():  # gives shared ones once
         if parameter.requires_grad:
-            params[roles.get(id(parameter), "other" if parameter.dim() > 1 else "no_decay")].append(parameter)
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves a partitioned matrix flat
+            params[roles.get(id(parameter), "other" if dimensions > 1 else "no_decay")].append(parameter)
     if not (params["A"] or params["B"] or params["router"]):
         raise ValueError(
             "None of the model's LoRAMoE parameters is trainable: the adapter was loaded for inference, or set_adapter chose "

@@ -1,0 +1,162 @@
+"""Run a set of benchmarks: `python -m benchmarks cpu` (under five minutes on two cores) or `gpu` (under ten on one H100).
+
+Writes benchmarks/results/<set>.json, one row for each variant of each case; `python -m benchmarks.report` reads it. The released
+peers moe_peft and mixlora take part if they are importable, from build/peers for example:
+
+    pip install --no-deps --target build/peers moe_peft mixlora evaluate scikit-learn scipy joblib threadpoolctl tiktoken sentencepiece
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .cases import KINDS, SETS, Case, distinct, shrink
+from .measure import Timer, interleave, peak_bytes, quantiles, saved_bytes
+from .methods import PEERS, Unavailable
+
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("peft_loramoe", "torch", "transformers", "peft", "bitsandbytes", "triton", "liger_kernel", *PEERS)
+WARM_UP = {"cpu": 2, "cuda": 4}
+
+
+def run_case(case: Case, device: torch.device, timer: Timer) -> list[dict[str, Any]]:
+    """Measure the variants of a case.
+
+    Returns:
+        A row for each variant: group, kind, full config; the times of every round and their quantiles in seconds, CPU seconds,
+        peak bytes and saved bytes; or, where the variant does not run here, "skipped" with the reason.
+    """
+    kind, rows, steps, shortest = KINDS[case.kind], [], {}, float("inf")
+    torch.manual_seed(0)
+    base = kind.base(case.config, device)
+    for method, adapter_dtype in case.variants:
+        config = {**case.config, "method": method, "adapter_dtype": adapter_dtype}
+        row = {"group": case.group, "kind": case.kind, "config": config}
+        rows.append(row)
+        try:
+            module, inputs = kind.setup(config, base)
+            step = kind.step(module, inputs, config)
+            for _ in range(WARM_UP[device.type]):
+                seconds, _ = timer(step)
+            row["peak_bytes"] = peak_bytes(lambda step=step: step(fresh=True), device)
+            if kind.forward is not None and not config.get("compile"):
+                tensors = [*module.parameters(), *module.buffers()]
+                row["saved_bytes"] = saved_bytes(lambda m=module, i=inputs: kind.forward(m, i), tensors)
+        except (Unavailable, torch.OutOfMemoryError) as error:
+            row["skipped"] = str(error).splitlines()[0]
+        except Exception as error:
+            if method not in PEERS:
+                raise
+            row["skipped"] = f"does not run with these versions: {type(error).__name__}: {error}".splitlines()[0]
+        else:
+            shortest = min(shortest, seconds)
+            steps[str(len(rows) - 1)] = step
+    for index, times in interleave(steps, timer, case.rounds, shortest).items():
+        for name, values in (("seconds", times.wall), ("cpu_seconds", times.cpu)):
+            rows[int(index)][name] = [float(f"{value:.4g}") for value in quantiles(values)]
+        rows[int(index)]["rounds"] = [float(f"{value:.5g}") for value in times.wall]
+    return rows
+
+
+def about(device: torch.device, smoke: bool) -> dict[str, Any]:
+    """Where and with what the rows were measured."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "date": datetime.datetime.now().isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD")
+        + ("+changes" if _git("status", "--porcelain", "peft_loramoe", "benchmarks") else ""),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load_at_start": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": versions,
+        "smoke": smoke,
+    }
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found.group(1) if found else platform.processor()
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Run a set and write its file; returns the file's path."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("set", choices=SETS)
+    parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups of cases to run, for example layer decoding")
+    parser.add_argument("--rounds", type=int, help="rounds of every case, instead of each case's own number")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes and two rounds on any device, to try the code out")
+    parser.add_argument("--peers", type=Path, default=ROOT / "build" / "peers", help="folder with the released peers")
+    parser.add_argument("--output", type=Path, help="file to write; default benchmarks/results/<set>.json")
+    options = parser.parse_args(arguments)
+
+    cases = [case for case in SETS[options.set] if not options.only or case.group in options.only]
+    if options.smoke:
+        cases = distinct(shrink(case) for case in cases)
+    if options.rounds:
+        cases = [replace(case, rounds=options.rounds) for case in cases]
+    if not cases:
+        groups = sorted({case.group for case in SETS[options.set]})
+        parser.error(f"--only {' '.join(options.only)} names no group of the {options.set} set; there are {', '.join(groups)}.")
+    cuda = options.set == "gpu" and torch.cuda.is_available()
+    if options.set == "gpu" and not cuda and not options.smoke:
+        parser.exit(
+            1,
+            "The GPU set needs a CUDA device, and torch sees none. `make bench` runs the CPU set; "
+            "`python -m benchmarks gpu --smoke` only tries the code out.\n",
+        )
+    if options.peers.is_dir():
+        sys.path.append(str(options.peers.resolve()))
+    warnings.filterwarnings("ignore")
+    device = torch.device("cuda" if cuda else "cpu")
+    result = {"about": about(device, options.smoke), "rows": []}
+    timer = Timer(device)
+    progress = tqdm(cases, unit="case")
+    for number, case in enumerate(progress):
+        progress.set_description(case.group)
+        torch._dynamo.reset()
+        rows = run_case(case, device, timer)
+        result["rows"] += [{"case": number, **row} for row in rows]
+        gc.collect()  # models are cycles; two 7B ones are one too many
+        if cuda:
+            torch.cuda.empty_cache()
+    result["about"] |= {"load_at_end": os.getloadavg()[0], "minutes": round(progress.format_dict["elapsed"] / 60, 2)}
+    output = options.output or RESULTS / f"{options.set}.json"
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{len(result['rows'])} rows in {output}")
+    return output
+
+
+if __name__ == "__main__":
+    main()

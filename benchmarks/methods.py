@@ -1,0 +1,162 @@
+"""What is compared: each method adapts the linear layers of a model in place and returns the model to call."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from peft_loramoe import LoRAMoEConfig
+
+from .expert_loop import ExpertLoop
+
+
+Config = Mapping[str, Any]
+LORA_ALPHA = 32
+
+
+class Unavailable(Exception):
+    """A method cannot run here; the message says why."""
+
+
+def adapt(model: nn.Module, config: Config, targets: Sequence[str]) -> nn.Module:
+    """Adapt the layers named `targets` as config["method"] says, with adapters of dtype config["adapter_dtype"].
+
+    Raises:
+        Unavailable: the method's package is not installed, or does not run with the installed versions.
+    """
+    model.requires_grad_(False)
+    adapted = METHODS[config["method"]](model, config, list(targets))
+    dtype = config["adapter_dtype"]
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.dtype != getattr(torch, dtype):
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    return adapted
+
+
+def no_adapter(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
+    """The frozen base model."""
+    return model
+
+
+def lora(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
+    """PEFT's LoRA with as many parameters: rank N*r."""
+    options = {"r": config["experts"] * config["r"], "lora_alpha": LORA_ALPHA, "lora_dropout": config["dropout"]}
+    return get_peft_model(model, LoraConfig(**options, target_modules=targets, task_type=_task_type(model)))
+
+
+def loramoe(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
+    """This package."""
+    options = {"r": config["r"], "lora_alpha": LORA_ALPHA, "lora_dropout": config["dropout"], "num_experts": config["experts"]}
+    return get_peft_model(model, LoRAMoEConfig(**options, target_modules=targets, task_type=_task_type(model)))
+
+
+def loop(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
+    """The loop over experts."""
+
+    def wrap(linear: nn.Linear) -> ExpertLoop:
+        return ExpertLoop(
+            linear,
+            linear.in_features,
+            linear.out_features,
+            experts=config["experts"],
+            r=config["r"],
+            scaling=LORA_ALPHA / config["r"],
+            dropout=config["dropout"],
+            dtype=getattr(torch, config["adapter_dtype"]),
+            device=linear.weight.device,
+        )
+
+    return _replace(model, targets, wrap)
+
+
+def moe_peft(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
+    """The LoRAMoE layers of the released package moe_peft, in transformers' model.
+
+    Its own Llama does not load with transformers 5 ("'LlamaConfig' object has no attribute 'rope_theta'").
+    """
+    _need("moe_peft")
+    from moe_peft.adapters import adapter_factory, moe_layer_factory
+    from moe_peft.common import Linear, LLMBatchConfig, LLMModelInput
+
+    options = {"r": config["r"], "lora_alpha": LORA_ALPHA, "lora_dropout": config["dropout"], "num_experts": config["experts"]}
+    adapter = adapter_factory("LORAMOE", "adapter", **options, target_modules=targets, routing_strategy="loramoe")
+
+    class Layer(nn.Module):
+        def __init__(self, base_layer: nn.Linear) -> None:
+            super().__init__()
+            device = base_layer.weight.device
+            self.linear = Linear(base_layer, device)
+            router = self.linear.moes_["adapter"] = moe_layer_factory(base_layer.in_features, device, adapter)
+            for i in range(config["experts"]):
+                self.linear.init_lora_weight(adapter.expert_config(i))
+            # the package keeps them in plain dicts, where parameters() and eval() do not find them
+            self.found = nn.ModuleList([router.gate_, *self.linear.loras_.values()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x, LLMModelInput(batch_configs_=[LLMBatchConfig("adapter", 0, len(x))]))
+
+    return _replace(model, targets, Layer)
+
+
+def mixlora(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
+    """The released package mixlora: another method (whole feed-forward experts, two of N for each token), same sizes."""
+    _need("mixlora")
+    from mixlora import MixLoraConfig, inject_adapter_in_model
+
+    names = {"base_model_name_or_path": "random", "task_type": "CAUSAL_LM", "peft_type": "MIXLORA"}
+    options = {"r": config["r"], "lora_alpha": LORA_ALPHA, "lora_dropout": config["dropout"], "num_experts": config["experts"]}
+    adapter = MixLoraConfig.from_config(
+        {**names, **options, "target_modules": targets, "top_k": 2, "routing_strategy": "mixlora", "act_fn": "silu"}
+    )
+    adapter.adapter_name_, adapter.dtype_ = "adapter", getattr(torch, config["adapter_dtype"])
+    adapter.check()
+    weights = {}
+    for i, layer in enumerate(model.model.layers):
+        prefix, device = f"mixlora.layers.{i}.mlp", layer.mlp.gate_proj.weight.device
+        weights[f"{prefix}.moe_gate.weight"] = 0.02 * torch.randn(config["experts"], model.config.hidden_size, device=device)
+        for name in targets:
+            linear = getattr(layer.mlp, name)
+            for expert in range(config["experts"]):
+                key = f"{prefix}.{name}.experts.{expert}.lora"
+                weights[f"{key}_A.weight"] = 0.02 * torch.randn(config["r"], linear.in_features, device=device)
+                weights[f"{key}_B.weight"] = torch.zeros(linear.out_features, config["r"], device=device)
+    inject_adapter_in_model(model, adapter, weights)
+    for layer in model.model.layers:  # it keeps experts and router where parameters() and eval() do not find them
+        mixture = layer.mlp.mixlora_moes["adapter"]
+        layer.mlp.found = nn.ModuleList(mixture.experts_.values())
+        mixture.gate_ = layer.mlp.found_router = nn.Parameter(mixture.gate_)
+    return model
+
+
+METHODS: dict[str, Callable[[nn.Module, Config, list[str]], nn.Module]] = {
+    "base": no_adapter,
+    "lora": lora,
+    "loop": loop,
+    "loramoe": loramoe,
+    "moe_peft": moe_peft,
+    "mixlora": mixlora,
+}
+PEERS = ("moe_peft", "mixlora")
+
+
+def _replace(model: nn.Module, targets: list[str], wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    found = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in targets]
+    for name in found:
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, leaf, wrap(getattr(owner, leaf)))
+    return model
+
+
+def _task_type(model: nn.Module) -> str | None:
+    return "CAUSAL_LM" if hasattr(model, "generate") else None
+
+
+def _need(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise Unavailable(f"{package} is not installed")

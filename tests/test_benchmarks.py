@@ -1,0 +1,172 @@
+import json
+
+import pytest
+import torch
+
+from benchmarks import measure, methods, report
+from benchmarks.__main__ import main
+from benchmarks.cases import CPU_LAYER, KINDS, SETS
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Both sets, tiny, without the released peers."""
+    folder = tmp_path_factory.mktemp("results")
+    for name in SETS:
+        main([name, "--smoke", "--output", str(folder / f"{name}.json"), "--peers", str(folder / "none")])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETS, ids="{} set".format)  # "gpu" alone would read as the marker
+def test_every_variant_runs_or_says_why_not(results, name):
+    result = json.loads((results / f"{name}.json").read_text())
+    assert {row["group"] for row in result["rows"]} == {case.group for case in SETS[name]}
+    assert {"date", "commit", "device", "versions"} <= set(result["about"])
+    for row in result["rows"]:
+        if "skipped" in row:
+            assert row["config"]["method"] in methods.PEERS or row["config"]["liger"]
+            assert "not installed" in row["skipped"] or "need a CUDA device" in row["skipped"]
+        else:
+            assert len(row["rounds"]) == 2 and 0 < row["seconds"][0] <= row["seconds"][1] <= row["seconds"][2]
+            assert row["cpu_seconds"][1] > 0 and row["peak_bytes"] > 0
+            assert ("saved_bytes" in row) == (row["kind"] != "decode" and not row["config"].get("compile"))
+
+
+@pytest.mark.slow
+def test_tables_show_every_row(results, capsys):
+    report.main(["--results", str(results)])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [row for name in SETS for row in json.loads((results / f"{name}.json").read_text())["rows"]]
+    assert sum(line.startswith("| ") and not line.startswith(("| ---", "| case")) for line in lines) == len(rows)
+
+
+@pytest.mark.slow
+def test_figures(results, tmp_path):
+    report.main(["--results", str(results), "--images", str(tmp_path), "--plots"])
+    names = {f"performance-{name}-{kind}.svg" for name in SETS for kind in ("steps", "scaling")}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_without_results_the_report_says_what_to_run(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        report.main(["--results", str(tmp_path)])
+    assert "make bench" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_gpu_set_is_refused_without_a_gpu(capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(["gpu"])
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_an_unknown_group_is_refused_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
+        main(["cpu", "--only", "layr"])
+    assert "--only layr names no group of the cpu set; there are 4-bit layer," in capsys.readouterr().err
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_time_every_step_once_in_changing_order():
+    order = []
+    steps = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    times = measure.interleave(steps, measure.Timer(CPU), rounds=8, shortest=1.0)
+    rounds = [tuple(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert len(rounds) == 8 and all(sorted(each) == ["a", "b", "c"] for each in rounds) and len(set(rounds)) > 1
+    assert [len(times[name].wall) for name in "abc"] == [8] * 3
+
+
+def test_short_steps_are_repeated():
+    calls = []
+    measure.interleave({"a": lambda: calls.append(1)}, measure.Timer(CPU), rounds=2, shortest=measure.SHORTEST["cpu"] / 7)
+    assert len(calls) == 14
+
+
+def test_a_disturbed_round_does_not_change_the_ratio():
+    disturbance = [1.0, 9.0, 2.0, 1.0, 30.0]
+    ours, theirs = ({"rounds": [seconds * d for d in disturbance]} for seconds in (3.0, 2.0))
+    assert report.ratio(ours, theirs) == pytest.approx([1.5] * 3)
+
+
+def test_peak_bytes():
+    def step():
+        first = torch.zeros(1000)
+        second = torch.zeros(500)
+        del first
+        torch.zeros(100).add_(second.sum())
+
+    assert 6000 <= measure.peak_bytes(step, CPU) <= 6100
+
+
+# --- methods --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_loop_computes_what_the_package_computes():
+    config = {**CPU_LAYER, "in_features": 20, "out_features": 12, "tokens": 7, "dtype": "float32", "dropout": 0.0}
+    base = KINDS["layer"].base(config, CPU)
+    loop, ours = (
+        KINDS["layer"].setup({**config, "method": method, "adapter_dtype": "float32"}, base)[0]
+        for method in ("loop", "loramoe")
+    )
+    experts = ours.loramoe_experts["default"]
+    with torch.no_grad():
+        experts.B.normal_()
+        loop.router.weight.copy_(experts.router)
+        for i, (A, B) in enumerate(zip(loop.A, loop.B)):
+            A.weight.copy_(experts.A[i * 4 : i * 4 + 4])
+            B.weight.copy_(experts.B[:, i * 4 : i * 4 + 4])
+    x = torch.randn(7, 20)
+    torch.testing.assert_close(loop(x), ours(x))
+
+
+def test_variants_share_the_base_weights_and_nothing_else():
+    config = {**CPU_LAYER, "in_features": 20, "out_features": 12, "tokens": 7}
+    base = KINDS["layer"].base(config, CPU)
+    layers = [KINDS["layer"].setup({**config, "method": m, "adapter_dtype": "float32"}, base)[0] for m in ("lora", "loramoe")]
+    assert all(layer.base_layer.weight is base.linear.weight for layer in layers)
+    assert isinstance(base.linear, torch.nn.Linear)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["lora", "loop", "loramoe"])
+def test_adapters_have_the_dtype_of_the_config(method, dtype):
+    config = {**CPU_LAYER, "in_features": 20, "out_features": 12, "method": method, "adapter_dtype": dtype}
+    layer, _ = KINDS["layer"].setup(config, KINDS["layer"].base(config, CPU))
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    assert trained and {p.dtype for p in trained} == {getattr(torch, dtype)}
+
+
+# --- bars ---------------------------------------------------------------------------------------------------------------
+
+
+def layer_rows(case, ours, theirs, dropout=0.0, **changes):
+    rows = []
+    for method, seconds in (("lora", theirs), ("loramoe", ours)):
+        config = {**CPU_LAYER, "dropout": dropout, "method": method, "adapter_dtype": "float32"}
+        times = {"seconds": [seconds] * 3, "cpu_seconds": [seconds] * 3, "rounds": [seconds] * 5}
+        row = {"group": "layer", "case": case, "kind": "layer", "config": config, "saved_bytes": 10, "peak_bytes": 10}
+        rows.append({**row, **times, **changes})
+    return rows
+
+
+def test_bars_are_checked_in_every_case_and_missing_ones_are_listed():
+    rows = layer_rows(0, 1.0, 2.0) + layer_rows(1, 3.0, 2.0, dropout=0.05)
+    lines = report.check({"cpu": {"rows": rows}})
+    against_lora = [(case, value) for bar, case, value, _ in lines if bar.startswith("cpu, layer: seconds / PEFT LoRA")]
+    assert against_lora == [("dropout 0.0; float32 adapters", 0.5), ("dropout 0.05; float32 adapters", 1.5)]
+    assert all(value is None for bar, _, value, _ in lines if bar.startswith("gpu") or "loop" in bar or "frozen" in bar)
+
+
+def test_the_check_says_which_bars_are_missed(tmp_path, capsys):
+    (tmp_path / "cpu.json").write_text(json.dumps({"rows": layer_rows(0, 3.0, 2.0)}))
+    report.main(["--results", str(tmp_path), "--check"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1.500 MISSED  <= 1.000  cpu, layer: seconds / PEFT LoRA")
+    assert any(line.startswith("1.000 ok      <= 1.050  cpu, layer: saved bytes / PEFT LoRA") for line in lines)
+    assert lines[-1].startswith("not measured")

@@ -1,0 +1,48 @@
+"""What autograd keeps for the backward pass: deterministic, so a test holds the bars of benchmarks/report.py."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.cases import CPU_LAYER, KINDS
+from benchmarks.measure import saved_bytes
+
+
+TOKENS = 1024
+
+
+def bytes_per_token(method, dtype, adapter_dtype, dropout):
+    config = {**CPU_LAYER, "tokens": TOKENS, "dtype": dtype, "dropout": dropout}
+    config |= {"method": method, "adapter_dtype": adapter_dtype}
+    kind = KINDS["layer"]
+    module, inputs = kind.setup(config, kind.base(config, torch.device("cpu")))
+    return saved_bytes(lambda: kind.forward(module, inputs), [*module.parameters(), *module.buffers()]) / TOKENS
+
+
+@pytest.mark.parametrize("dtype, adapter_dtype", [("float32",) * 2, ("bfloat16", "float32"), ("bfloat16",) * 2])
+@pytest.mark.parametrize(
+    "dropout, other, limit", [(0.0, "lora", 1.05), (0.05, "lora", 0.8), (0.0, "loop", 1 / 12), (0.05, "loop", 1 / 12)]
+)
+def test_a_layer_keeps_less_than_the_bars_allow(dtype, adapter_dtype, dropout, other, limit):
+    ours, theirs = (bytes_per_token(method, dtype, adapter_dtype, dropout) for method in ("loramoe", other))
+    assert ours <= limit * theirs, f"{ours:.0f} bytes per token, {other}: {theirs:.0f}"
+
+
+def test_the_frozen_layer_keeps_nothing():
+    assert bytes_per_token("base", "float32", None, 0.0) == 0
+
+
+def test_a_tensor_that_several_nodes_keep_counts_once():
+    x, layers = torch.randn(8, 16), [nn.Linear(16, 4), nn.Linear(16, 4)]
+    assert saved_bytes(lambda: [layer(x) for layer in layers], [p for m in layers for p in m.parameters()]) == 8 * 16 * 4
+
+
+def test_a_view_keeps_its_whole_storage():
+    x, layer = torch.randn(8, 16), nn.Linear(16, 4)
+    assert saved_bytes(lambda: layer(x[:1]), layer.parameters()) == 8 * 16 * 4
+
+
+def test_copies_of_parameters_count():
+    x, layer = torch.randn(8, 16, dtype=torch.bfloat16, requires_grad=True), nn.Linear(16, 4, bias=False)
+    forward = lambda: nn.functional.linear(x, layer.weight.bfloat16())  # noqa: E731
+    assert saved_bytes(forward, layer.parameters()) == (8 * 16 + 16 * 4) * 2
