@@ -33,6 +33,8 @@ ROOMS = {
     "analysis": (("__init__",), False),
     "training": (("__init__", "samples"), False),
     "interop": (("__init__", "card", "peft_api", "routing", "samples"), True),
+    "cli": (("__init__", "card", "interop"), True),
+    "__main__": (("cli",), False),
 }
 
 

@@ -1,0 +1,126 @@
+"""What each command does with its options: calls of `interop`, and what they print."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+
+from .. import interop
+from ..interop.inspect import inspect_adapter
+from . import tables
+from .models import ADAPTER, Calibration, load_model
+
+
+def inspect(options: Namespace) -> None:
+    """Print what is in an adapter."""
+    summary = inspect_adapter(options.adapter)
+    if options.json:
+        _print_json(summary.to_dict())
+    else:
+        tables.show_summary(summary)
+
+
+def convert(options: Namespace) -> None:
+    """Convert an adapter to or from another program's format."""
+    interop.convert_checkpoint(options.source, options.output, options.to)
+    print(f"Wrote {options.output}.")
+
+
+def upcycle(options: Namespace) -> None:
+    """Make a mixture of plain LoRAs."""
+    given = dict(_option(text) for text in options.set)
+    config = interop.upcycle(options.sources, options.output, num_experts=options.num_experts, method=options.method, **given)
+    print(f"Wrote {options.output}: {config.num_experts} experts of rank {config.r}, in groups of {config.expert_groups}.")
+
+
+def export_lora(options: Namespace) -> None:
+    """Export a mixture to a plain LoRA."""
+    if options.output.exists():  # before a model is loaded for it
+        raise FileExistsError(f"The output folder '{options.output}' exists already. Remove it, or choose another one.")
+    model, batches = _load(options)
+    report = interop.export_lora(
+        model,
+        options.output,
+        gates=options.gates,
+        weights=options.weights,
+        task_type=options.task_type,
+        rank=options.rank,
+        calibration=batches,
+        max_kl_share=options.max_kl_share,
+        each_layer=options.each_layer,
+        show=not options.json,
+    )
+    if options.json:
+        _print_json(report.to_dict())
+    else:
+        print(f"Wrote {options.output}.")
+
+
+def list_experts(options: Namespace) -> None:
+    """Print the experts of each layer."""
+    model, batches = _load(options)
+    records = interop.list_experts(model, batches)
+    if options.json:
+        _print_json(records)
+    else:
+        tables.show_experts(records)
+
+
+def add_experts(options: Namespace) -> None:
+    """Add experts to an adapter."""
+    named = {name: getattr(options, name) for name in ("count", "group", "name", "start", "fill_with_null")}
+    _operate(options, lambda model, batches: interop.add_experts(model, calibration=batches, **named))
+
+
+def remove_experts(options: Namespace) -> None:
+    """Remove experts from an adapter."""
+    _operate(options, lambda model, batches: interop.remove_experts(model, options.experts, calibration=batches))
+
+
+def reorder_experts(options: Namespace) -> None:
+    """Number the experts of an adapter anew."""
+    _operate(options, lambda model, batches: interop.reorder_experts(model, options.order))
+
+
+def merge_experts(options: Namespace) -> None:
+    """Merge two experts of an adapter."""
+    _operate(options, lambda model, batches: interop.merge_experts(model, *options.experts, calibration=batches))
+
+
+def _operate(options: Namespace, operation: Callable[[PeftModel, Any], interop.Surgery]) -> None:
+    with interop.new_folder(options.output) as folder:
+        model, batches = _load(options)
+        change = operation(model, batches)
+        tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+        interop.write_adapter(folder, model.peft_config[ADAPTER], tensors)
+    if options.json:
+        _print_json(change.to_dict())
+    else:
+        tables.show_change(change, measurable="calibration" in options)
+        print(f"Wrote {options.output}.")
+
+
+def _load(options: Namespace) -> tuple[PeftModel, list[dict[str, Any]] | None]:
+    file, calibration = getattr(options, "calibration", None), None
+    if file is not None:
+        calibration = Calibration(file, options.batch_size, options.max_length)
+    return load_model(options.adapter, options.base_model, options.device, calibration)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """OPTION=VALUE, the value as JSON or, if it is none, as it stands."""
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"--set {text}: must be OPTION=VALUE.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))

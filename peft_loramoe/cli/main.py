@@ -1,0 +1,49 @@
+"""What the command line does with its arguments, and what becomes of errors."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from safetensors import SafetensorError
+
+from .arguments import PROGRAM, build_parser
+from .run import find_program
+
+
+# What bad input raises, here and in the libraries below. Everything else is a defect, and shows its traceback.
+ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError)
+
+
+def main(arguments: Sequence[str] | None = None) -> Any:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None for those of this process.
+
+    Returns:
+        The exit code: 0, or 2 after a message of one line about bad input; for `run`, what the program returned.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    runs = words[:1] == ["run"] and words[1:2] not in (["-h"], ["--help"])
+    try:
+        if runs:  # argparse would take the program's options for its own
+            program = find_program(words[2:] if words[1:2] == ["--"] else words[1:])
+        else:
+            options = build_parser().parse_args(words)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                options.command(options)
+    except ERRORS as error:
+        if not runs and options.traceback:
+            raise
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return program() if runs else 0
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    if issubclass(category, UserWarning):  # not the deprecations of libraries
+        print(f"{PROGRAM}: warning: {message}", file=sys.stderr)

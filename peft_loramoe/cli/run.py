@@ -1,0 +1,105 @@
+"""``run``: another Python program, in this process, where LORAMOE is registered."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+
+STARTUP = Path(__file__).parent / "startup"
+
+
+def find_program(command: Sequence[str]) -> Callable[[], Any]:
+    """Find a Python program, and prepare this process for it as Python would.
+
+    Sets `sys.argv` and the first entry of `sys.path`, and PYTHONPATH, so that Python processes that the program starts register
+    LORAMOE too (see `startup.sitecustomize`).
+
+    Args:
+        command: its words: ``-m MODULE``, the path of a script, or the name of a console script of this environment; a leading
+            ``python`` is skipped.
+
+    Returns:
+        The function that runs it, as ``__main__`` if it is a module or a script, and returns what belongs into `sys.exit`. What
+        it raises is the program's.
+
+    Raises:
+        ValueError: there is no such program, or it is not written in Python.
+    """
+    words = list(command)
+    if words and re.fullmatch(r"python(3(\.\d+)?)?(\.exe)?", words[0]):
+        del words[0]
+    if not words:
+        raise ValueError("run needs a program: a script's path, -m MODULE, or the name of a console script such as lm_eval.")
+    name = words[0]
+    if name == "-m":
+        if len(words) == 1:
+            raise ValueError("run -m needs the name of a module.")
+        program = _module(words[1])
+        sys.argv = words[1:]
+    elif name.startswith("-"):
+        raise ValueError(f"{name} is no program: run takes a script's path, -m MODULE, or the name of a console script.")
+    elif scripts := tuple(entry_points(group="console_scripts", name=name)):
+        program = _console_script(scripts[0])
+        sys.argv = [shutil.which(name, path=sysconfig.get_path("scripts")) or name, *words[1:]]
+    elif Path(name).is_file():
+        program = _script(Path(name))
+        sys.argv = words
+    else:
+        raise ValueError(
+            f"'{name}' is neither a file, nor a console script of the environment of {sys.executable}; for a module, -m {name}."
+        )
+    inherited = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(STARTUP), *([inherited] if inherited else [])])
+    return program
+
+
+def _module(name: str) -> Callable[[], Any]:
+    _set_first_path(os.getcwd())
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+        problem = "there is no such module, or it is a package without __main__"
+    except (ModuleNotFoundError, ValueError) as error:  # a parent cannot be imported; no name of a module
+        spec, problem = None, str(error)
+    if spec is None:
+        raise ValueError(f"-m {name} cannot be run with {sys.executable}: {problem}.")
+
+    def run() -> None:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+    return run
+
+
+def _console_script(script: EntryPoint) -> Callable[[], Any]:
+    _set_first_path(sysconfig.get_path("scripts"))
+    return lambda: script.load()()
+
+
+def _script(path: Path) -> Callable[[], Any]:
+    try:
+        compile(path.read_bytes(), str(path), "exec")
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"'{path}' is no Python program: {error}.") from error
+    _set_first_path(str(path.resolve().parent))
+
+    def run() -> None:
+        runpy.run_path(str(path), run_name="__main__")
+
+    return run
+
+
+def _set_first_path(folder: str) -> None:
+    """What Python puts first on `sys.path` depends on what it runs."""
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = folder

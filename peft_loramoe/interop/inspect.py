@@ -1,0 +1,187 @@
+"""What is in a saved adapter: its experts, their size and how alike they are, from its files alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_loramoe import LoRAMoEConfig
+
+from ..peft_api import get_pattern_key
+from .files import EXPERT_KEY, experts_by_module, read_adapter
+
+
+@dataclass(frozen=True)
+class ExpertSummary:
+    """One router output, in the layers whose number of experts `num_experts` gives.
+
+    Attributes:
+        group: index of its group.
+        task_type: the group's name, if the groups have names.
+        null: whether it has no parameters.
+    """
+
+    group: int
+    task_type: str | None
+    null: bool
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """The experts of one linear.
+
+    Attributes:
+        layer: its name inside the base model.
+        expert_groups: sizes of the groups.
+        r: rank of each expert.
+        scaling: factor on the experts' sum.
+        norms: Frobenius norm of ``scaling * B_i A_i`` of each router output; None for a null expert.
+        similarity: cosine of ``B_i A_i`` and ``B_j A_j`` as vectors; None where one of them is null or zero.
+    """
+
+    layer: str
+    expert_groups: list[int]
+    r: int
+    scaling: float
+    norms: list[float | None]
+    similarity: list[list[float | None]]
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What `inspect_adapter` found.
+
+    Attributes:
+        source: the folder or Hub id.
+        config: the options, by name.
+        parameters: number of parameters, all tensors together.
+        bytes: their size.
+        dtypes: the dtypes that occur.
+        experts: the router outputs.
+        layers: the adapted linears.
+        norms: as in `LayerSummary`, with the matrices of all layers taken as one vector; None if the layers differ in their
+            groups.
+        similarity: the same.
+        other_tensors: tensors that belong to no expert (`modules_to_save`, trained tokens, biases).
+    """
+
+    source: str
+    config: dict[str, Any]
+    parameters: int
+    bytes: int
+    dtypes: list[str]
+    experts: list[ExpertSummary]
+    layers: list[LayerSummary]
+    norms: list[float | None] | None
+    similarity: list[list[float | None]] | None
+    other_tensors: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain dictionaries and lists, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def inspect_adapter(source: str | Path) -> AdapterSummary:
+    """Read a LoRAMoE adapter and measure its experts. No base model is needed.
+
+    The inner products of the matrices ``B_i A_i`` come from the small ones ``A A^T`` and ``B^T B``, in float64, so no matrix of
+    the linear's own size is built: ``<B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T))``.
+
+    Args:
+        source: an adapter folder or the id of a Hub repository.
+
+    Raises:
+        FileNotFoundError: `source` or a file in it does not exist.
+        ValueError: it is no LoRAMoE adapter of this package, a file is damaged, or a tensor does not fit the configuration.
+    """
+    options, tensors = read_adapter(source)
+    config = loramoe_config(source, options)
+    layers, products = [], []
+    for module, parts in experts_by_module(tensors).items():
+        layer, inner = _layer(config, module, parts)
+        layers.append(layer)
+        products.append(inner)
+    same = all(layer.expert_groups == layers[0].expert_groups for layer in layers)
+    norms, similarity = _norms_and_cosines(sum(products), _kept(layers[0].expert_groups, config)) if same else (None, None)
+    names, null = config.task_type_names, config.null_groups or []
+    return AdapterSummary(
+        source=str(source),
+        config={key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()},
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
+        experts=[
+            ExpertSummary(group, names[group] if names else None, group in null)
+            for group, size in enumerate(config.groups_of())
+            for _ in range(size)
+        ],
+        layers=layers,
+        norms=norms,
+        similarity=similarity,
+        other_tensors=sorted(key for key in tensors if not EXPERT_KEY.fullmatch(key)),
+    )
+
+
+def loramoe_config(source: str | Path, options: dict[str, Any]) -> LoRAMoEConfig:
+    """The configuration of an adapter of this package, from what `read_adapter` returned.
+
+    Raises:
+        ValueError: it is another program's or another method's.
+    """
+    if (peft_type := options.get("peft_type")) != "LORAMOE":
+        fix = (
+            " (an adapter of the authors' repository is converted with `convert`, a plain LoRA becomes experts with `upcycle`)"
+        )
+        raise ValueError(f"'{source}' has peft_type={peft_type!r}, not 'LORAMOE'{fix if peft_type == 'LORA' else ''}.")
+    return LoRAMoEConfig.from_peft_type(**options)
+
+
+def _kept(groups: list[int], config: LoRAMoEConfig) -> list[bool]:
+    """Whether each router output has parameters."""
+    return [group not in (config.null_groups or []) for group, size in enumerate(groups) for _ in range(size)]
+
+
+def _layer(config: LoRAMoEConfig, module: str, parts: dict[str, Tensor]) -> tuple[LayerSummary, Tensor]:
+    """The summary of one linear, and the inner products of its scaled matrices, shape (E, E)."""
+    key = get_pattern_key(config.num_experts_pattern, module)
+    groups = config.groups_of(key if key in config.num_experts_pattern else None)
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    kept, scaling = _kept(groups, config), config.scaling(r, alpha)
+    A, B, router = (parts[name].double() for name in ("A", "B", "router"))
+    for name, found, wanted in (
+        ("rows of A", A.shape[0], sum(kept) * r),
+        ("columns of B", B.shape[-1], sum(kept) * r),
+        ("rows of the router", router.shape[0], len(kept)),
+    ):
+        if found != wanted:
+            raise ValueError(
+                f"'{module}' has {found} {name}, but {wanted} follow from adapter_config.json (groups {groups}, "
+                f"null_groups={config.null_groups}, r={r}): the files do not belong together."
+            )
+    if not all(tensor.isfinite().all() for tensor in (A, B, router)):
+        warnings.warn(f"'{module}' has values that are not finite: training diverged, or the file is damaged.")
+    inner = scaling**2 * (B.T @ B * (A @ A.T)).unflatten(0, (-1, r)).unflatten(2, (-1, r)).sum((1, 3))
+    return LayerSummary(module, groups, r, scaling, *_norms_and_cosines(inner, kept)), inner
+
+
+def _norms_and_cosines(inner: Tensor, kept: list[bool]) -> tuple[list[float | None], list[list[float | None]]]:
+    """Norms and cosines from inner products, shape (E, E), with a place for each router output."""
+    norms = inner.diagonal().clamp(min=0).sqrt()
+    cosines = inner / torch.outer(norms, norms)  # 0 / 0 is not a number
+    place = [sum(kept[:i]) if has else None for i, has in enumerate(kept)]
+
+    def number(value: Tensor) -> float | None:
+        return value.item() if math.isfinite(value) else None
+
+    return (
+        [None if i is None else number(norms[i]) for i in place],
+        [[None if i is None or j is None else number(cosines[i, j]) for j in place] for i in place],
+    )

@@ -1,0 +1,547 @@
+"""The command line: each command as `main` runs it, and the console script with the real lm-eval."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import sysconfig
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from peft_loramoe.cli import main
+from peft_loramoe.cli.run import STARTUP
+from tiny import loramoe, tiny_llama, tiny_tokenizer, token_batch
+
+
+WEIGHTS = "adapter_model.safetensors"
+# Without words that begin with those of the padding and end tokens.
+TEXTS = [("w3 w4 w5 w6 w7", 0), ("w8 w9 w20", 1), ("w21 w22 w23 w24 w25 w26", 1), ("w27 w3 w30 w31", 0)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny Llama and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def saved(folder, base, **options):
+    """An adapter whose routers decide."""
+    options = {"num_experts": 4, "lora_alpha": 16, "task_type_names": ["facts", "skills"], **options}
+    model = loramoe(AutoModelForCausalLM.from_pretrained(base), **options).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("router"):
+                parameter.mul_(10)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base):
+    return saved(base.parent / "adapter", base)
+
+
+@pytest.fixture(scope="module")
+def loras(base):
+    folders = [base.parent / "lora0", base.parent / "lora1"]
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def calibration(base):
+    file = base.parent / "texts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text, "task_type": kind}) for text, kind in TEXTS) + "\n\n")
+    return file
+
+
+def logits(folder, base):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    with torch.no_grad():
+        return model.eval()(**token_batch()).logits
+
+
+def call(*words):
+    assert main([str(word) for word in words]) == 0
+
+
+def printed(capsys, *words):
+    """What a command prints as JSON."""
+    capsys.readouterr()
+    call(*words, "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "plain": {},
+    "null group": {"null_groups": [0]},
+    "patterns": {"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"up_proj": 5}, "use_rslora": True},
+}
+
+
+def cosines(vectors):
+    unit = vectors / vectors.norm(dim=1, keepdim=True)
+    return unit @ unit.T
+
+
+@pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
+def test_norms_and_similarities_are_those_of_the_full_matrices(options, tmp_path, capsys):
+    model = loramoe(num_experts=4, **options)
+    model.save_pretrained(tmp_path)
+    found = printed(capsys, "inspect", tmp_path)
+    kept = [i for i, expert in enumerate(found["experts"]) if not expert["null"]]
+    assert len(kept) == (2 if "null_groups" in options else 4)
+    vectors = []
+    for layer in found["layers"]:
+        experts = model.base_model.model.get_submodule(layer["layer"]).loramoe_experts["default"]
+        pairs = zip(experts.A.double().split(experts.r), experts.B.double().split(experts.r, dim=1))
+        vectors.append(torch.stack([(experts.scaling * B @ A).detach().flatten() for A, B in pairs]))
+    for one, full in [*zip(found["layers"], vectors), (found, torch.cat(vectors, dim=1))]:
+        assert [i for i, norm in enumerate(one["norms"]) if norm is not None] == kept
+        assert [one["norms"][i] for i in kept] == pytest.approx(full.norm(dim=1).tolist())
+        similarity = torch.tensor([[one["similarity"][i][j] for j in kept] for i in kept], dtype=torch.float64)
+        torch.testing.assert_close(similarity, cosines(full))
+
+
+def test_experts_are_not_compared_over_layers_that_differ_in_them(tmp_path, capsys):
+    loramoe(num_experts=4, num_experts_pattern={"up_proj": 6}).save_pretrained(tmp_path)
+    found = printed(capsys, "inspect", tmp_path)
+    assert found["norms"] is None and {len(layer["norms"]) for layer in found["layers"]} == {4, 6}
+    call("inspect", tmp_path)
+    assert "The layers differ in their groups" in capsys.readouterr().out
+
+
+def test_inspect_prints_configuration_size_and_experts(adapter, capsys):
+    call("inspect", adapter)
+    output = capsys.readouterr().out
+    size = sum(tensor.numel() for tensor in load_file(adapter / WEIGHTS).values())
+    for part in (f"{size:,} parameters, float32", "4 experts in each of 6 linears", "lora_alpha=16", "1 skills", "2+2"):
+        assert part in output, output
+
+
+def test_inspect_says_that_values_are_not_finite(adapter, tmp_path, capsys):
+    changed_copy(adapter, tmp_path / "bad", lambda tensors: next(iter(tensors.values())).fill_(math.nan))
+    call("inspect", tmp_path / "bad")
+    assert "has values that are not finite" in capsys.readouterr().err
+
+
+def test_inspect_names_what_belongs_to_no_expert(base, tmp_path, capsys):
+    saved(tmp_path / "more", base, modules_to_save=["lm_head"])
+    call("inspect", tmp_path / "more")
+    assert "1 further tensors: base_model.model.lm_head.weight" in capsys.readouterr().out
+
+
+def changed_copy(source, folder, change):
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text((source / "adapter_config.json").read_text())
+    tensors = load_file(source / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+    return folder
+
+
+# --- convert, upcycle -------------------------------------------------------------------------------------------------
+
+
+def test_convert_to_the_authors_layout_and_back(tmp_path, base, adapter, capsys):
+    call("convert", adapter, "--to", "authors", "-o", tmp_path / "authors")
+    assert "peft-loramoe: warning: The authors' code does not know" in capsys.readouterr().err
+    assert json.loads((tmp_path / "authors" / "adapter_config.json").read_text())["lora_nums"] == 4
+    call("convert", tmp_path / "authors", "-o", tmp_path / "back")
+    before, after = load_file(adapter / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_loras_become_experts(tmp_path, loras, capsys):
+    call(
+        "upcycle", *loras, "-o", tmp_path / "both", "--set", "freeze_experts=true", "--set", "balance_formula=variance_to_mean"
+    )
+    assert "2 experts of rank 4, in groups of [2]" in capsys.readouterr().out
+    config = json.loads((tmp_path / "both" / "adapter_config.json").read_text())
+    assert (config["num_experts"], config["freeze_experts"]) == (2, True)
+    assert config["balance_formula"] == "variance_to_mean"
+
+
+def test_a_lora_is_split(tmp_path, base, loras):
+    call("upcycle", loras[0], "--num-experts", 2, "--method", "split", "-o", tmp_path / "split")
+    torch.testing.assert_close(logits(tmp_path / "split", base), logits(loras[0], base))
+
+
+# --- export-lora ------------------------------------------------------------------------------------------------------
+
+EXPORTS = {
+    "uniform": ([], {"gates": "uniform", "rank": 8}),
+    "mean": (["--gates", "mean"], {"gates": "mean", "task_type": None}),
+    "mean of a type": (["--gates", "mean", "--task-type", "skills"], {"gates": "mean", "task_type": 1}),
+    "groups": (["--gates", "groups", "--weights", "1", "0"], {"gates": "groups"}),
+    "truncated": (["--rank", "3"], {"rank": 3}),
+    "share": (["--rank", "0.9"], {}),
+    "threshold": (["--max-kl-share", "99", "--no-each-layer"], {"max_kl_share": 99, "poor": False}),
+}
+
+
+@pytest.mark.parametrize("options, report", EXPORTS.values(), ids=EXPORTS)
+def test_an_export_is_measured(options, report, tmp_path, base, adapter, calibration, capsys):
+    batches = ["--calibration", calibration, "--batch-size", "3"]
+    found = printed(capsys, "export-lora", adapter, "-o", tmp_path / "lora", *batches, *options)
+    assert {name: found[name] for name in report} == report
+    assert found["tokens"] == sum(len(text.split()) for text, _ in TEXTS) and 0 < found["kl_divergence"] < math.inf
+    assert (found["layers"][0]["kl_divergence"] is None) == ("--no-each-layer" in options)
+    assert found == json.loads((tmp_path / "lora" / "export_report.json").read_text())
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", str(base))
+
+
+def test_long_texts_are_cut(tmp_path, adapter, calibration, capsys):
+    options = ["-o", tmp_path / "lora", "--calibration", calibration, "--max-length", "3"]
+    assert printed(capsys, "export-lora", adapter, *options)["tokens"] == 3 * len(TEXTS)
+
+
+def test_an_unmeasured_export_says_so(tmp_path, adapter, capsys):
+    call("export-lora", adapter, "-o", tmp_path / "lora")
+    output, errors = capsys.readouterr()
+    assert "unmeasured" in output and f"Wrote {tmp_path / 'lora'}" in output
+    assert "peft-loramoe: warning: The error of the LoRA" in errors
+
+
+# --- surgery ----------------------------------------------------------------------------------------------------------
+
+
+def test_experts_are_listed_with_their_load(adapter, calibration, capsys):
+    records = printed(capsys, "surgery", "list", adapter, "--calibration", calibration)
+    assert [record["task_type"] for record in records[:4]] == ["facts", "facts", "skills", "skills"]
+    assert sum(record["load"] for record in records[:4]) == pytest.approx(1)
+    call("surgery", "list", adapter)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "Task types: facts (group 0), skills (group 1)" in output and "The load was not measured" in output
+
+
+OPERATIONS = {
+    "add": (["--name", "new"], [2, 2, 4], True),
+    "add nearest": (["--count", "1", "--group", "0", "--start", "nearest"], [3, 2], False),
+    "add filled up": (["--count", "3", "--name", "new", "--fill-with-null"], [2, 2, 3, 1], True),
+    "remove": (["--experts", "1", "3"], [1, 1], False),
+    "reorder": (["--order", "2", "3", "1", "0"], [2, 2], True),
+    "merge": (["--experts", "0", "1"], [1, 2], False),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_writes_an_adapter_that_loads(name, tmp_path, base, adapter, calibration, capsys):
+    options, groups, same = OPERATIONS[name]
+    data = [] if name == "reorder" else ["--calibration", calibration]
+    change = printed(capsys, "surgery", name.split()[0], adapter, "-o", tmp_path / "new", *data, *options)
+    assert {tuple(layer["expert_groups"]) for layer in change["layers"]} == {tuple(groups)}
+    before, after = logits(adapter, base), logits(tmp_path / "new", base)
+    assert torch.allclose(before, after, atol=1e-4) == same
+    if data:
+        assert (change["relative_error"] < 1e-5) == same
+
+
+def test_an_operation_prints_what_it_did(tmp_path, adapter, calibration, capsys):
+    call("surgery", "remove", adapter, "-o", tmp_path / "new", "--experts", 0, "--calibration", calibration)
+    output = capsys.readouterr().out
+    assert "1+2" in output and "Relative change of the mixtures' outputs: 0." in output
+    call("surgery", "remove", adapter, "-o", tmp_path / "unmeasured", "--experts", 0)
+    assert "The change of the outputs was not measured" in capsys.readouterr().out
+    call("surgery", "reorder", adapter, "-o", tmp_path / "reordered", "--order", 0, 1, 2, 3)
+    assert "measured" not in capsys.readouterr().out
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_weights(base, tmp_path):
+    """The base model's configuration alone."""
+    (tmp_path / "config-only").mkdir()
+    (tmp_path / "config-only" / "config.json").write_text((base / "config.json").read_text())
+    return tmp_path / "config-only"
+
+
+def test_without_calibration_the_base_model_is_not_read(tmp_path, base, adapter, without_weights):
+    call("surgery", "reorder", adapter, "-o", tmp_path / "new", "--order", 0, 1, 2, 3, "--base-model", without_weights)
+    before, after = load_file(adapter / WEIGHTS), load_file(tmp_path / "new" / WEIGHTS)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    config = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(without_weights)
+
+
+def test_the_dtype_stays(tmp_path, adapter):
+    def halve(tensors):
+        tensors.update({key: tensor.bfloat16() for key, tensor in tensors.items()})
+
+    changed_copy(adapter, tmp_path / "half", halve)
+    call("surgery", "reorder", tmp_path / "half", "-o", tmp_path / "new", "--order", 0, 1, 2, 3)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "new" / WEIGHTS).values()} == {torch.bfloat16}
+
+
+def test_what_belongs_to_no_expert_stays(tmp_path, base):
+    saved(tmp_path / "more", base, modules_to_save=["lm_head"])
+    changed_copy(tmp_path / "more", tmp_path / "trained", lambda tensors: tensors["base_model.model.lm_head.weight"].fill_(3))
+    call("surgery", "reorder", tmp_path / "trained", "-o", tmp_path / "new", "--order", 0, 1, 2, 3)
+    head = load_file(tmp_path / "new" / WEIGHTS)["base_model.model.lm_head.weight"]
+    assert (head == 3).all()
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_every_command_has_a_help_text(capsys):
+    commands = ["inspect", "convert", "upcycle", "export-lora", "surgery", "run"]
+    operations = ["list", "add", "remove", "reorder", "merge"]
+    for words in ([], *([command] for command in commands), *(["surgery", operation] for operation in operations)):
+        with pytest.raises(SystemExit) as stopped:
+            main([*words, "--help"])
+        assert stopped.value.code == 0 and f"usage: peft-loramoe {' '.join(words)}" in capsys.readouterr().out
+
+
+# (words, part of the message); {adapter}, {texts}, {out} and so on are replaced by paths.
+BAD = {
+    "no command": ("", "arguments are required: COMMAND"),
+    "no operation": ("surgery", "arguments are required: OPERATION"),
+    "unknown command": ("train", "invalid choice: 'train'"),
+    "no output": ("convert {adapter}", "arguments are required: -o/--output"),
+    "no adapter": ("inspect {nowhere}", "is neither a folder here nor a repository on the Hub"),
+    "an empty folder": ("inspect {empty}", "has no adapter_config.json, so it is no saved adapter"),
+    "a LoRA": ("inspect {lora}", "has peft_type='LORA', not 'LORAMOE' (an adapter of the authors' repository"),
+    "another rank": ("inspect {wrong}", "the files do not belong together"),
+    "half a file": ("inspect {half}", "the file is incomplete or damaged"),
+    "a folder that exists": ("convert {adapter} --to authors -o {empty}", "exists already"),
+    "an export that exists": ("export-lora {adapter} -o {empty}", "exists already"),
+    "nothing to convert": ("convert {adapter} -o {out}", "has this package's format already"),
+    "an unknown format": ("convert {adapter} -o {out} --to qlora", "invalid choice: 'qlora'"),
+    "one LoRA alone": ("upcycle {lora} -o {out}", "One source needs num_experts"),
+    "no value": ("upcycle {lora} -o {out} --set top_k", "--set top_k: must be OPTION=VALUE"),
+    "an unknown option": ("upcycle {lora} -o {out} --num-experts 2 --set speed=3", "speed is no option of LoRAMoEConfig"),
+    "a wrong type": ("upcycle {lora} -o {out} --num-experts 2 --set top_k=two", "top_k='two' must be an integer"),
+    "a name for a number": ("upcycle {lora} -o {out} --num-experts two", "invalid int value: 'two'"),
+    "no base model": ("export-lora {homeless} -o {out}", "name it with --base-model"),
+    "an unknown base model": ("export-lora {adapter} -o {out} --base-model {nowhere}", "nowhere"),
+    "another base model": ("export-lora {adapter} -o {out} --base-model {other}", "size mismatch for base_model.model"),
+    "gates that are not measured": ("export-lora {adapter} -o {out} --gates mean", "gates='mean' is measured on calibration"),
+    "an unknown task type": (
+        "export-lora {adapter} -o {out} --gates mean --task-type sports --calibration {texts}",
+        "unknown name 'sports'",
+    ),
+    "a rank of nothing": ("export-lora {adapter} -o {out} --rank x", "'x' must be an integer, or the share to keep"),
+    "no texts": ("surgery list {adapter} --calibration {nowhere}", "No such file"),
+    "an empty file": ("surgery list {adapter} --calibration {nothing}", "has no record"),
+    "no JSON": ("surgery list {adapter} --calibration {config}", "line 1: no valid JSON"),
+    "no text": ("surgery list {adapter} --calibration {textless}", "line 2: must be a record like"),
+    "batches of none": ("surgery list {adapter} --calibration {texts} --batch-size 0", "'0' must be an integer, at least 1"),
+    "texts for a classifier": ("surgery list {classifier} --calibration {texts}", "is for causal language models"),
+    "an unknown expert": ("surgery remove {adapter} -o {out} --experts 7", "Expert 7 is unknown"),
+    "groups torn apart": ("surgery reorder {adapter} -o {out} --order 0 2 1 3", "would be torn apart"),
+    "too few to merge": ("surgery merge {adapter} -o {out} --experts 1", "expected 2 arguments"),
+    "run in the second place": ("--traceback run", "run: error: must be the first argument"),
+    "nothing to run": ("run --", "run needs a program"),
+    "an unknown program": ("run -- no_such_program", "is neither a file, nor a console script"),
+    "an option to run": ("run -- --model hf", "--model is no program"),
+    "no module": ("run -- -m", "run -m needs the name of a module"),
+    "an unknown module": ("run -- -m no_such_module", "there is no such module"),
+    "an unknown parent": ("run -- -m no_such.module", "No module named 'no_such'"),
+    "a folder of modules": ("run -- -m peft", "a package without __main__"),
+    "no Python": ("run -- {config}", "is no Python program"),
+}
+
+
+@pytest.fixture(scope="module")
+def paths(base, adapter, loras, calibration, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    names = ("out", "empty", "nowhere", "homeless", "wrong", "half", "nothing", "textless", "config", "classifier", "other")
+    found = {name: folder / name for name in names} | {"adapter": adapter, "lora": loras[0], "texts": calibration}
+    found["empty"].mkdir()
+
+    def copied(name, **options):
+        changed_copy(adapter, found[name], lambda tensors: None)
+        file = found[name] / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
+
+    copied("homeless", base_model_name_or_path=None)
+    copied("wrong", r=3)
+    copied("classifier", task_type="SEQ_CLS")
+    copied("half")
+    (found["half"] / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:-9])
+    found["nothing"].write_text("\n")
+    found["textless"].write_text('{"text": "w3"}\n{"texts": "w4"}\n')
+    found["config"].write_text("{")
+    tiny_llama(intermediate_size=40).config.save_pretrained(found["other"])
+    return found
+
+
+@pytest.mark.parametrize("words, message", BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(words, message, paths, capsys, monkeypatch):
+    protect_process(monkeypatch)
+    try:
+        code = main(words.format(**paths).split())
+    except SystemExit as stopped:  # argparse
+        code = stopped.code
+    output, errors = capsys.readouterr()
+    errors = [line for line in errors.splitlines() if line.strip() and "it/s]" not in line]  # progress bars
+    assert (code, output, len(errors)) == (2, "", 1), errors
+    assert errors[0].startswith("peft-loramoe") and ": error: " in errors[0] and message in errors[0]
+    assert not paths["out"].exists()
+
+
+def test_the_traceback_is_shown_on_demand(paths):
+    with pytest.raises(FileNotFoundError, match="is neither a folder"):
+        main(["--traceback", "inspect", str(paths["nowhere"])])
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import json, os, sys
+from peft import PeftType
+json.dump([__name__, sys.argv, sys.path[0], "LORAMOE" in PeftType.__members__, os.environ["PYTHONPATH"]], sys.stdout)
+sys.exit(3)
+"""
+
+
+def protect_process(monkeypatch):
+    """`run` prepares the process for the program."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "before")
+
+
+@pytest.mark.parametrize(
+    "command", [["{script}"], ["python", "{script}"], ["-m", "program"], ["--", "python3", "-m", "program"]]
+)
+def test_scripts_and_modules_run_as_main(command, tmp_path, capsys, monkeypatch):
+    protect_process(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    with pytest.raises(SystemExit, match="3"):
+        main(["run", *(word.format(script=script) for word in command), "--lr", "1", "--"])
+    name, argv, first_path, registered, python_path = json.loads(capsys.readouterr().out)
+    assert (name, registered, python_path) == ("__main__", True, f"{STARTUP}{os.pathsep}before")
+    assert (argv, first_path) == ([str(script), "--lr", "1", "--"], str(tmp_path))
+
+
+def test_console_scripts_run(capsys, monkeypatch):
+    protect_process(monkeypatch)
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", "--", "tqdm", "--version"])
+    assert capsys.readouterr().out.strip() == version("tqdm")
+    folder = sysconfig.get_path("scripts")
+    assert (sys.argv[0], sys.path[0]) == (str(Path(folder, "tqdm")), folder)
+
+
+@pytest.mark.parametrize("command", [["program.py"], ["-m", "program"]])
+def test_a_program_that_ends_by_itself_has_succeeded(command, tmp_path, monkeypatch):
+    protect_process(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "program.py").write_text("value = 1")
+    assert main(["run", *command]) is None
+
+
+def test_what_the_program_raises_is_not_hidden(tmp_path, monkeypatch):
+    protect_process(monkeypatch)
+    (tmp_path / "program.py").write_text("raise ValueError('its own')")
+    with pytest.raises(ValueError, match="its own"):
+        main(["run", str(tmp_path / "program.py")])
+
+
+FAKES = {
+    "sitecustomize.py": "print('the hidden sitecustomize')",
+    "peft.py": "PeftType = 'old'",
+    "peft_loramoe.py": "import peft; peft.PeftType = 'LORAMOE'",
+}
+
+
+def child(folder, code, **files):
+    """What a Python process prints that a program under `run` starts, with stand-ins for the slow packages."""
+    for name, text in {**FAKES, **files}.items():
+        (folder / name).write_text(text)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(STARTUP), str(folder)])}
+    command = [sys.executable, "-c", f"import sys; {code}"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=60)
+
+
+CHILDREN = {
+    "imports peft": ("import peft; print(peft.PeftType)", "LORAMOE"),
+    "asks for peft first": (
+        "from importlib.util import find_spec; find_spec('peft'); import peft; print(peft.PeftType)",
+        "LORAMOE",
+    ),
+    "imports peft_loramoe": ("import peft_loramoe, peft; print(peft.PeftType)", "LORAMOE"),
+    "does without peft": ("print('peft_loramoe' in sys.modules)", "False"),
+    "does not see the folder": ("print(any('startup' in path for path in sys.path))", "False"),
+}
+
+
+@pytest.mark.parametrize("code, expected", CHILDREN.values(), ids=CHILDREN)
+def test_child_processes_know_loramoe_once_they_import_peft(code, expected, tmp_path):
+    result = child(tmp_path, code)
+    assert (result.stdout.splitlines(), result.stderr) == (["the hidden sitecustomize", expected], "")
+
+
+def test_a_child_of_another_environment_is_told(tmp_path):
+    missing = "raise ModuleNotFoundError(\"No module named 'peft_loramoe'\", name='peft_loramoe')"
+    result = child(tmp_path, "import peft; print(peft.PeftType)", **{"peft_loramoe.py": missing})
+    assert result.stdout.splitlines()[1] == "old" and "peft_loramoe is not installed for" in result.stderr
+
+
+# --- lm-eval ----------------------------------------------------------------------------------------------------------
+
+TASK = """\
+task: tiny_perplexity
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: word_perplexity}}]
+"""
+
+
+def word_perplexity(adapter, base):
+    """What the task asks for, computed here: each text after the end token."""
+    model, tokenizer = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter), tiny_tokenizer()
+    total = words = 0
+    for text, _ in TEXTS:
+        ids = torch.tensor([tokenizer.eos_token_id, *tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            total += -torch.nn.functional.cross_entropy(model.eval()(ids[None, :-1]).logits[0], ids[1:], reduction="sum").item()
+        words += len(text.split())
+    return math.exp(-total / words)
+
+
+@pytest.mark.slow
+def test_lm_eval_loads_adapters_only_through_run(tmp_path, base, adapter, calibration):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(file=calibration))
+    model = f"pretrained={base},peft={adapter},dtype=float32"
+    options = ["--model", "hf", "--model_args", model, "--tasks", "tiny_perplexity", "--include_path", tmp_path / "tasks"]
+    options += ["--device", "cpu", "--batch_size", "1", "--output_path", tmp_path / "results"]
+    scripts = Path(sysconfig.get_path("scripts"))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    with_run, without = (
+        subprocess.Popen([*launcher, *options], stderr=subprocess.PIPE, text=True, env=environment)
+        for launcher in ([scripts / "peft-loramoe", "run", "--", "lm_eval"], [scripts / "lm_eval"])
+    )
+    assert "KeyError: 'LORAMOE'" in without.communicate(timeout=300)[1] and without.returncode == 1
+    errors = with_run.communicate(timeout=300)[1]
+    assert with_run.returncode == 0, errors
+    (file,) = (tmp_path / "results").rglob("results*.json")
+    measured = json.loads(file.read_text())["results"]["tiny_perplexity"]["word_perplexity,none"]
+    assert measured == pytest.approx(word_perplexity(adapter, base), rel=1e-5)
