@@ -37,8 +37,8 @@ PACKAGES = ("peft_loramoe", "torch", "transformers", "peft", "bitsandbytes", "tr
 WARM_UP = {"cpu": 2, "cuda": 4}
 
 
-def run_case(case: Case, device: torch.device, timer: Timer) -> list[dict[str, Any]]:
-    """Measure the variants of a case.
+def run_case(case: Case, device: torch.device, timer: Timer, repeat: bool = True) -> list[dict[str, Any]]:
+    """Measure the variants of a case; with `repeat`, short steps are repeated until they can be timed.
 
     Returns:
         A row for each variant: group, kind, full config; the times of every round and their quantiles in seconds, CPU seconds,
@@ -69,7 +69,7 @@ def run_case(case: Case, device: torch.device, timer: Timer) -> list[dict[str, A
         else:
             shortest = min(shortest, seconds)
             steps[str(len(rows) - 1)] = step
-    for index, times in interleave(steps, timer, case.rounds, shortest).items():
+    for index, times in interleave(steps, timer, case.rounds, shortest if repeat else float("inf")).items():
         for name, values in (("seconds", times.wall), ("cpu_seconds", times.cpu)):
             rows[int(index)][name] = [float(f"{value:.4g}") for value in quantiles(values)]
         rows[int(index)]["rounds"] = [float(f"{value:.5g}") for value in times.wall]
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> Path:
     for number, case in enumerate(progress):
         progress.set_description(case.group)
         torch._dynamo.reset()
-        rows = run_case(case, device, timer)
+        rows = run_case(case, device, timer, repeat=not options.smoke)
         result["rows"] += [{"case": number, **row} for row in rows]
         gc.collect()  # models are cycles; two 7B ones are one too many
         if cuda:

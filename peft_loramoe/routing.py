@@ -54,29 +54,29 @@ def select_gates(probabilities: Tensor, experts: list[int], top_k: int | None) -
     """Gates of the experts: the probabilities themselves, or the `top_k` largest of them renormalised to sum to one.
 
     Args:
-        probabilities: shape (T, N).
+        probabilities: shape (..., N).
         experts: router outputs whose gates are wanted, ascending; the others are null experts.
         top_k: number of router outputs each token uses, null experts included; None means all of them.
 
     Returns:
-        Gates, shape (T, len(experts)), same dtype; with `top_k` all but the chosen entries are zero.
+        Gates, shape (..., len(experts)), same dtype; with `top_k` all but the chosen entries are zero.
     """
     if top_k is not None:
         values, indices = probabilities.topk(top_k, dim=-1)
         probabilities = torch.zeros_like(probabilities).scatter(-1, indices, values / values.sum(dim=-1, keepdim=True))
     if len(experts) == probabilities.shape[-1]:
         return probabilities
-    return torch.cat([probabilities[:, columns] for columns in _runs(experts)], dim=-1)
+    return torch.cat([probabilities[..., columns] for columns in _runs(experts)], dim=-1)
 
 
 def select_gates_backward(grad_gates: Tensor, probabilities: Tensor, experts: list[int], top_k: int | None) -> Tensor:
-    """Gradient of `select_gates` with respect to the probabilities, shape (T, N); the selection itself has none."""
+    """Gradient of `select_gates` with respect to the probabilities, shape (..., N); the selection itself has none."""
     grad = grad_gates
     if len(experts) < probabilities.shape[-1]:
         grad = torch.zeros_like(probabilities)
         runs = _runs(experts)
         for columns, part in zip(runs, grad_gates.split([run.stop - run.start for run in runs], dim=-1)):
-            grad[:, columns] = part
+            grad[..., columns] = part
     if top_k is None:
         return grad
     values, indices = probabilities.topk(top_k, dim=-1)
