@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.pytorch_utils import Conv1D
 
 from .experts import LoRAExperts
@@ -116,7 +117,8 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
         return (
             type(layer) is nn.Linear
             and not torch.compiler.is_compiling()  # the compiler has fusions of its own for it
-            and nn.Linear.forward.__module__ == nn.Linear.__module__  # not patched
+            and not is_in_torch_dispatch_mode()  # selective checkpointing, counters of operations
+            and _file_of(nn.Linear.forward) == nn.modules.linear.__file__  # not patched
             and "forward" not in layer.__dict__
             and not any(getattr(layer, hooks) or getattr(nn.modules.module, f"_global{hooks}") for hooks in HOOKS)
             and all(
@@ -237,6 +239,10 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "loramoe." + super().__repr__()
+
+
+def _file_of(function: Any) -> str | None:
+    return getattr(getattr(function, "__code__", None), "co_filename", None)
 
 
 class _Scaling(MutableMapping):

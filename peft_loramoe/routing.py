@@ -13,6 +13,8 @@ ENTRIES_AT_A_TIME_ELSEWHERE = 2**25
 def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``x W^T``, for the router's logits ``W_g x``: accurate to the rounding of `dtype` whatever the dtype of `x`.
 
+    Where float32 products may be TF32 (`torch.backends.cuda.matmul.allow_tf32`), those of float32 and float16 on CUDA are.
+
     Args:
         x: hidden states, shape (T, in_features), floating point.
         weight: shape (N, in_features).
@@ -100,4 +102,4 @@ def _runs(experts: list[int]) -> list[slice]:
 
 
 def _mm_has_out_dtype() -> bool:
-    return hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8
+    return torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8; not on ROCm

@@ -529,7 +529,9 @@ def word_perplexity(adapter, base):
 @pytest.mark.slow
 def test_lm_eval_loads_adapters_only_through_run(tmp_path, base, adapter, calibration):
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(file=calibration))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(calibration.read_text().strip() + "\n")  # datasets 4.7 does not read empty lines
+    (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(file=texts))
     model = f"pretrained={base},peft={adapter},dtype=float32"
     options = ["--model", "hf", "--model_args", model, "--tasks", "tiny_perplexity", "--include_path", tmp_path / "tasks"]
     options += ["--device", "cpu", "--batch_size", "1", "--output_path", tmp_path / "results"]

@@ -1,6 +1,9 @@
+import functools
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
 from peft_loramoe import LoRAMoEConfig, LoRAMoELinear
@@ -94,11 +97,27 @@ def test_a_base_layer_under_global_hooks_is_called():
     assert layer.base_layer in calls
 
 
-def test_a_base_layer_under_a_patched_class_is_called(monkeypatch):
+@pytest.mark.parametrize("wrap", [lambda patch: patch, functools.wraps(nn.Linear.forward)], ids=["plain", "functools.wraps"])
+def test_a_base_layer_under_a_patched_class_is_called(monkeypatch, wrap):
     layer = make_layer(nn.Linear(6, 5).requires_grad_(False))
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: torch.zeros(len(x), 5))
+    monkeypatch.setattr(nn.Linear, "forward", wrap(lambda self, x: torch.zeros(len(x), 5)))
     x = torch.randn(3, 6)
     torch.testing.assert_close(layer(x), layer.loramoe_experts["default"](x)[0])
+
+
+def test_selective_checkpointing_may_keep_the_base_layers_output():
+    layer = make_layer(nn.Linear(6, 5).requires_grad_(False))
+    x = torch.randn(4, 6, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).pow(2).sum(), x)
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    policy = functools.partial(create_selective_checkpoint_contexts, products)
+    output = checkpoint(layer, x, use_reentrant=False, context_fn=policy)
+    torch.testing.assert_close(torch.autograd.grad(output.pow(2).sum(), x)[0], expected)
+
+
+def test_shapes_can_be_computed_on_the_meta_device():
+    layer = make_layer().to("meta")
+    assert layer(torch.randn(2, 3, 6, device="meta")).shape == (2, 3, 5)
 
 
 def test_a_plain_base_layer_gives_the_same_inside_the_operator():

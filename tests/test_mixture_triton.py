@@ -177,11 +177,11 @@ def tensors(
 )
 def test_supports(monkeypatch, changes, option, supported):
     monkeypatch.setattr(mixture_triton, "_can_run", lambda device: True)
-    assert mixture_triton.supports(*tensors(**changes), None, None, PLAIN._replace(**option)) is supported
+    assert mixture_triton.supports(*tensors(**changes), PLAIN._replace(**option)) is supported
 
 
 def test_other_devices_are_not_supported():
-    assert not mixture_triton.supports(*tensors(), None, None, PLAIN)
+    assert not mixture_triton.supports(*tensors(), PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_boolean_mask_is_read_by_the_torch_implementation(monkeypatch):
     monkeypatch.setattr(mixture_triton, "_can_run", lambda device: True)
     arguments = tensors()
     chosen = [
-        mixture_module._implementation(*arguments, keep, None, None, PLAIN).__name__.rpartition("_")[2]
+        mixture_module._implementation(*arguments, keep, PLAIN).__name__.rpartition("_")[2]
         for keep in (
             None,
             torch.empty(4, 1, dtype=torch.int32, device="meta"),

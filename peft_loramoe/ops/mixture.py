@@ -7,6 +7,7 @@ turns them off. Everything else is computed by `mixture_torch`.
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -36,13 +37,11 @@ def _implementation(
     B: Tensor,
     router: Tensor,
     keep: Tensor | None,
-    base: Tensor | None,
-    weight: Tensor | None,
     options: Options,
 ) -> ModuleType:
     if KERNELS is None or (keep is not None and keep.dtype == torch.bool):  # a mask is read by those who drew it
         return mixture_torch
-    return KERNELS if KERNELS.supports(x, A, B, router, base, weight, options) else mixture_torch
+    return KERNELS if KERNELS.supports(x, A, B, router, options) else mixture_torch
 
 
 def mixture(
@@ -82,7 +81,7 @@ def mixture(
         RuntimeError: in the backward pass of the gradient (`create_graph=True`).
     """
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
         weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     leading = x.shape[:-1]
@@ -90,7 +89,7 @@ def mixture(
     base = None if base is None else base.reshape(-1, base.shape[-1])
     keep = None
     if dropout and options.dropout > 0:
-        keep = _implementation(x, A, B, router, None, base, weight, options).dropout_mask(x, options.dropout)
+        keep = _implementation(x, A, B, router, None, options).dropout_mask(x, options.dropout)
     inputs = (x, A, B, router, keep, base, weight, bias)
     if torch.compiler.is_compiling():
         output, probabilities, _ = _mixture(*inputs, *options)
@@ -119,8 +118,8 @@ def _forward(
     balance_detach: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(scaling, temperature, dropout, experts, top_k, router_dtype, balance_detach)
-    with torch.autocast(x.device.type, enabled=False):
-        implementation = _implementation(x, A, B, router, keep, base, weight, options)
+    with _no_autocast(x.device.type):
+        implementation = _implementation(x, A, B, router, keep, options)
         return implementation.forward(x, A, B, router, keep, base, weight, bias, options)
 
 
@@ -145,11 +144,15 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = Options(scaling, temperature, dropout, experts, top_k, router_dtype, balance_detach)
-    with torch.autocast(x.device.type, enabled=False):
-        gradients = _implementation(x, A, B, router, keep, None, weight, options).backward(
+    with _no_autocast(x.device.type):
+        gradients = _implementation(x, A, B, router, keep, options).backward(
             grad_output, grad_probabilities, x, A, B, router, keep, weight, probabilities, hidden, options, needs
         )
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _no_autocast(kind: str) -> AbstractContextManager:
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 _mixture = torch.library.custom_op("peft_loramoe::mixture", _forward, mutates_args=())
@@ -189,6 +192,7 @@ def _differentiate(
     needs = list(ctx.needs_input_grad[:4])
     grad_base = grad_output if ctx.needs_input_grad[5] else None
     if grad_output is None:  # only the probabilities were used
+        saved = (*saved[:5], None, *saved[6:])  # the base layer's weight has no part in them
         grad_output = x.new_zeros(()).expand(x.shape[0], B.shape[0])
         needs = [needs[0] and not Options(*ctx.options).balance_detach, False, False, needs[3]]
     gradients = backward(grad_output, grad_probabilities, *saved, *ctx.options, needs)

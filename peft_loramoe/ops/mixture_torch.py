@@ -12,9 +12,9 @@ from torch import Tensor
 from ..routing import project, router_probabilities, select_gates, select_gates_backward, softmax_backward
 
 
-# Widths up to which products with the activations are bound by reading those. Measured on two cores with AVX512-BF16.
+# Rank channels up to which `_grad_B` takes the other form: 1.4 times as fast at C = 24, 0.8 times at 256 (two cores, bfloat16).
 NARROW = 64
-# Narrow products with a matrix of as many rows, or a multiple, are up to twice as fast on a CPU.
+# Products with narrow matrices of a multiple of as many rows are up to twice as fast on a CPU (24 rows against 32).
 ROWS = 16
 
 
@@ -85,7 +85,7 @@ def forward(
     elif base.dtype == dtype:
         output = torch.addmm(base, gated, expand)
     else:
-        output = base + (gated @ expand).to(base.dtype)
+        output = (gated @ expand).to(base.dtype).add_(base)
     return output, probabilities, hidden
 
 
@@ -165,7 +165,7 @@ def _fill(rows: list[Tensor]) -> Tensor:
 
 
 def _grad_B(grad_output: Tensor, gated: Tensor) -> Tensor:
-    if gated.shape[1] <= NARROW and gated.dtype.itemsize == 2:  # the faster way to write a product of this shape
+    if gated.shape[1] <= NARROW and gated.dtype.itemsize == 2:
         return (gated.t() @ grad_output).t().contiguous()
     return grad_output.t() @ gated
 

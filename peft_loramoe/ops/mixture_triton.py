@@ -34,12 +34,10 @@ PROGRAMS = 128
 SHARED_MEMORY = 100 * 1024
 
 
-def supports(
-    x: Tensor, A: Tensor, B: Tensor, router: Tensor, base: Tensor | None, weight: Tensor | None, options: Options
-) -> bool:
-    """Whether the kernels can compute this mixture; depends on device, dtypes, shapes and options only.
+def supports(x: Tensor, A: Tensor, B: Tensor, router: Tensor, options: Options) -> bool:
+    """Whether the kernels can compute this mixture, forward and backward; depends on device, dtypes, shapes and options only.
 
-    Arguments as in `mixture_torch.forward`. `base` and `weight` may have any dtype and layout.
+    Arguments as in `mixture_torch.forward`.
     """
     return (
         _can_run(x.device)
