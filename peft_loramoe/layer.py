@@ -27,7 +27,9 @@ CANNOT_MERGE = (
 )
 
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [
+    getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
 
 
 class LoRAMoELinear(nn.Module, BaseTunerLayer):
@@ -120,12 +122,10 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
             and not is_in_torch_dispatch_mode()  # selective checkpointing, counters of operations
             and _file_of(nn.Linear.forward) == nn.modules.linear.__file__  # not patched
             and "forward" not in layer.__dict__
-            and not any(getattr(layer, hooks) or getattr(nn.modules.module, f"_global{hooks}") for hooks in HOOKS)
-            and all(
-                # neither a subclass (quantised, sharded) nor partitioned by ZeRO
-                p is None or (type(p) is nn.Parameter and not p.requires_grad and not hasattr(p, "ds_id"))
-                for p in (layer.weight, layer.bias)
-            )
+            and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+            and not any(_GLOBAL_HOOKS)
+            and _is_plain(layer.weight)
+            and (layer.bias is None or _is_plain(layer.bias))
         )
 
     def _check_gradient(self, x: Tensor, base: Tensor) -> None:
@@ -239,6 +239,11 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "loramoe." + super().__repr__()
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    """Frozen, and neither a subclass (quantised, sharded) nor partitioned by ZeRO."""
+    return type(parameter) is nn.Parameter and not parameter.requires_grad and not hasattr(parameter, "ds_id")
 
 
 def _file_of(function: Any) -> str | None:

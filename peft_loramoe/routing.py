@@ -35,8 +35,9 @@ def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return products.view(len(x), 3, -1).sum(1)
     weight = weight.to(dtype).t()
     entries = ENTRIES_AT_A_TIME.get(x.device.type, ENTRIES_AT_A_TIME_ELSEWHERE)
-    chunks = x.split(max(1, entries // x.shape[1]))
-    return torch.cat([chunk.to(dtype) @ weight for chunk in chunks]) if len(chunks) > 1 else x.to(dtype) @ weight
+    if x.numel() <= entries:
+        return x.to(dtype) @ weight
+    return torch.cat([chunk.to(dtype) @ weight for chunk in x.split(max(1, entries // x.shape[1]))])
 
 
 def router_probabilities(logits: Tensor, temperature: float) -> Tensor:
@@ -49,7 +50,8 @@ def router_probabilities(logits: Tensor, temperature: float) -> Tensor:
     Returns:
         Probabilities, shape (T, N), at least float32.
     """
-    return torch.softmax(logits / temperature, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    logits = logits if temperature == 1 else logits / temperature
+    return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def select_gates(probabilities: Tensor, experts: list[int], top_k: int | None) -> Tensor:
@@ -90,8 +92,8 @@ def select_gates_backward(grad_gates: Tensor, probabilities: Tensor, experts: li
 
 def softmax_backward(grad_probabilities: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
     """Gradient of `router_probabilities` with respect to the logits, shape (T, N)."""
-    softmax_backward_data = torch.ops.aten._softmax_backward_data.default
-    return softmax_backward_data(grad_probabilities, probabilities, -1, probabilities.dtype) / temperature
+    grad = torch.ops.aten._softmax_backward_data.default(grad_probabilities, probabilities, -1, probabilities.dtype)
+    return grad if temperature == 1 else grad / temperature
 
 
 def _runs(experts: list[int]) -> list[slice]:

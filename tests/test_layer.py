@@ -105,9 +105,10 @@ def test_a_base_layer_under_a_patched_class_is_called(monkeypatch, wrap):
     torch.testing.assert_close(layer(x), layer.loramoe_experts["default"](x)[0])
 
 
-def test_selective_checkpointing_may_keep_the_base_layers_output():
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_selective_checkpointing_may_keep_the_base_layers_output(tokens):
     layer = make_layer(nn.Linear(6, 5).requires_grad_(False))
-    x = torch.randn(4, 6, requires_grad=True)
+    x = torch.randn(tokens, 6, requires_grad=True)
     (expected,) = torch.autograd.grad(layer(x).pow(2).sum(), x)
     products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
     policy = functools.partial(create_selective_checkpoint_contexts, products)

@@ -65,7 +65,7 @@ def cases(draw):
         r=draw(st.integers(1, 5)),
         in_features=draw(st.integers(1, 33)),
         out_features=draw(st.integers(1, 29)),
-        leading=draw(st.lists(st.integers(0, 5), max_size=3)),
+        leading=draw(st.lists(st.integers(0, 7), max_size=3)),
         dtype=dtype,
         masters=draw(st.sampled_from([dtype, torch.float64 if dtype == torch.float64 else torch.float32])),
     )
@@ -295,6 +295,14 @@ def test_operators_are_registered_as_torch_wants(case, dtype):
     needs = [True, True, False, True]
     more = (keep, weight, probabilities, hidden, *options, needs)
     torch.library.opcheck(_mixture_backward, (output, torch.ones_like(probabilities), *inputs, *more))
+
+
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_the_output_is_contiguous_whatever_the_base_layer_returned(tokens):
+    inputs = random_inputs(PLAIN, 3, 2, 8, 5, (tokens,), torch.bfloat16, torch.float32)[:4]
+    transposed = torch.randn(5, tokens).t()
+    torch.library.opcheck(_mixture, (*inputs, None, transposed, None, None, *PLAIN))
+    assert mixture(*inputs, PLAIN, dropout=False, base=transposed)[0].is_contiguous()
 
 
 def test_compiled_it_is_one_graph_with_the_same_numbers():

@@ -81,7 +81,7 @@ def mixture(
         RuntimeError: in the backward pass of the gradient (`create_graph=True`).
     """
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if _is_autocast(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
         weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     leading = x.shape[:-1]
@@ -152,7 +152,11 @@ def _backward(
 
 
 def _no_autocast(kind: str) -> AbstractContextManager:
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if _is_autocast(kind) else nullcontext()
+
+
+def _is_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 _mixture = torch.library.custom_op("peft_loramoe::mixture", _forward, mutates_args=())

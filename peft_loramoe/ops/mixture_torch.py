@@ -16,6 +16,8 @@ from ..routing import project, router_probabilities, select_gates, select_gates_
 NARROW = 64
 # Products with narrow matrices of a multiple of as many rows are up to twice as fast on a CPU (24 rows against 32).
 ROWS = 16
+# Tokens up to which casting the activations to the weights' dtype costs less than the other way round, as in decoding.
+FEW = 16
 
 
 class Options(NamedTuple):
@@ -73,6 +75,8 @@ def forward(
         Output, shape (T, out_features), dtype of `base` or else of x; probabilities, shape (T, N), float32 or float64; hidden,
         shape (T, C), dtype of x.
     """
+    if keep is None and len(x) <= FEW:
+        return _forward_of_few(x, A, B, router, base, weight, bias, options)
     dtype = x.dtype
     hidden, logits = _project(x, A, router, keep, options)
     probabilities = router_probabilities(logits, options.temperature)
@@ -85,8 +89,34 @@ def forward(
     elif base.dtype == dtype:
         output = torch.addmm(base, gated, expand)
     else:
-        output = (gated @ expand).to(base.dtype).add_(base)
+        output = (gated @ expand).to(base.dtype) + base  # in this order: contiguous whatever the base layer returned
     return output, probabilities, hidden
+
+
+def _forward_of_few(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor,
+    base: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a few tokens, without dropout, in as few steps as can be; in the dtype of the weights, if that is wider."""
+    dtype = torch.promote_types(x.dtype, A.dtype)
+    cast = x.to(dtype)
+    hidden = cast @ A.to(dtype).t()
+    logits_dtype = _logits_dtype(x, options)
+    logits = cast @ router.t() if dtype == logits_dtype == router.dtype else project(x, router, logits_dtype)
+    probabilities = router_probabilities(logits, options.temperature)
+    gates = select_gates(probabilities, options.experts, options.top_k).to(dtype) * options.scaling
+    blocks = hidden.view(len(x), gates.shape[1], hidden.shape[1] // gates.shape[1])
+    delta = (blocks * gates.unsqueeze(-1)).view(hidden.shape) @ B.to(dtype).t()
+    if weight is not None:
+        base = F.linear(x, weight, bias)
+    output = delta.to(x.dtype) if base is None else delta.to(base.dtype) + base
+    return output, probabilities, hidden.to(x.dtype)
 
 
 def backward(
@@ -149,19 +179,20 @@ def _drop(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else x * keep.view(torch.int8)  # on a CPU four times as fast as by a boolean
 
 
+def _logits_dtype(x: Tensor, options: Options) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else options.router_dtype
+
+
 def _project(x: Tensor, A: Tensor, router: Tensor, keep: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """The rank channels, in the dtype of x, and the logits: one product if both are of the same x and dtype."""
-    dtype = torch.float64 if x.dtype == torch.float64 else options.router_dtype
+    dtype = _logits_dtype(x, options)
     together = keep is None and x.dtype == dtype
-    channels = _drop(x, keep) @ _fill([A.to(x.dtype), router.to(dtype)] if together else [A.to(x.dtype)]).t()
+    rows = [A.to(x.dtype), router.to(dtype)] if together else [A.to(x.dtype)]
+    if missing := -sum(map(len, rows)) % ROWS:
+        rows.append(A.new_zeros(missing, A.shape[1], dtype=x.dtype))
+    channels = _drop(x, keep) @ (torch.cat(rows) if len(rows) > 1 else rows[0]).t()
     logits = channels[:, len(A) : len(A) + len(router)] if together else project(x, router, dtype)
     return channels[:, : len(A)].contiguous(), logits
-
-
-def _fill(rows: list[Tensor]) -> Tensor:
-    """Stack matrices, and rows of zeros up to a multiple of `ROWS`."""
-    missing = -sum(map(len, rows)) % ROWS
-    return torch.cat([*rows, rows[0].new_zeros(missing, rows[0].shape[1])]) if missing or len(rows) > 1 else rows[0]
 
 
 def _grad_B(grad_output: Tensor, gated: Tensor) -> Tensor:
