@@ -56,7 +56,7 @@ bench: install
 	$(BIN)/python -m benchmarks.report --check
 
 bench-gpu: install
-	$(BIN)/python -m benchmarks gpu
+	PEFT_LORAMOE_TRITON=1 $(BIN)/python -m benchmarks gpu
 	$(BIN)/python -m benchmarks.report --plots
 	$(BIN)/python -m benchmarks.report --check
 

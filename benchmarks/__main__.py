@@ -95,6 +95,7 @@ def about(device: torch.device, smoke: bool) -> dict[str, Any]:
         "load_at_start": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": versions,
+        "triton_kernels": os.environ.get("PEFT_LORAMOE_TRITON") == "1",
         "smoke": smoke,
     }
 

@@ -185,23 +185,31 @@ def test_other_devices_are_not_supported():
 
 
 @pytest.mark.parametrize(
-    ("environment", "cuda", "version", "found"),
-    [
-        (None, "13.0", "3.9.0", True),
-        ("0", "13.0", "3.9.0", False),
-        (None, None, "3.9.0", False),
-        (None, "13.0", "3.4.1", False),
-    ],
-    ids=["found", "turned off", "torch without CUDA", "old Triton"],
+    ("environment", "cuda", "found"),
+    [("1", "13.0", True), ("0", "13.0", False), (None, "13.0", False), ("1", None, False)],
+    ids=["turned on", "turned off", "by default", "torch without CUDA"],
 )
-def test_kernels_are_found(monkeypatch, environment, cuda, version, found):
+def test_kernels_are_used_where_they_are_turned_on(monkeypatch, environment, cuda, found):
+    monkeypatch.delenv("PEFT_LORAMOE_TRITON", raising=False)
     if environment is not None:
         monkeypatch.setenv("PEFT_LORAMOE_TRITON", environment)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(triton, "__version__", version)
-    if version != "3.9.0":
-        _forget_kernels(monkeypatch)
     assert (mixture_module._find_kernels() is mixture_triton) is found
+
+
+def test_another_value_of_the_switch_is_an_error(monkeypatch):
+    monkeypatch.setenv("PEFT_LORAMOE_TRITON", "yes")
+    with pytest.raises(ValueError, match="PEFT_LORAMOE_TRITON='yes' must be 1, .* or 0"):
+        mixture_module._find_kernels()
+
+
+def test_kernels_that_are_turned_on_and_cannot_be_had_are_an_error(monkeypatch):
+    monkeypatch.setenv("PEFT_LORAMOE_TRITON", "1")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(triton, "__version__", "3.4.1")
+    _forget_kernels(monkeypatch)
+    with pytest.raises(ImportError, match="need Triton 3.5 or newer"):
+        mixture_module._find_kernels()
 
 
 def test_an_old_triton_is_an_error_that_says_so(monkeypatch):

@@ -2,8 +2,8 @@
 
 What it saves for the backward pass: x, dropout's mask, the rank channels and the probabilities. The rest is computed anew.
 
-On CUDA devices the Triton kernels are used where they can be; the environment variable PEFT_LORAMOE_TRITON=0, read at import,
-turns them off. Everything else is computed by `mixture_torch`.
+The environment variable PEFT_LORAMOE_TRITON=1, read at import, turns on the Triton kernels, on CUDA devices where they can be used.
+They have not run on a GPU yet, so that is not the default. Everything else is computed by `mixture_torch`.
 """
 
 import os
@@ -19,12 +19,12 @@ from .mixture_torch import Options
 
 
 def _find_kernels() -> ModuleType | None:
-    if os.environ.get("PEFT_LORAMOE_TRITON") == "0" or torch.version.cuda is None:
+    if (choice := os.environ.get("PEFT_LORAMOE_TRITON", "0")) not in ("0", "1"):
+        raise ValueError(f"PEFT_LORAMOE_TRITON={choice!r} must be 1, for the Triton kernels on CUDA devices, or 0.")
+    if choice == "0" or torch.version.cuda is None:
         return None
-    try:
-        from . import mixture_triton
-    except ImportError:  # Triton is optional
-        return None
+    from . import mixture_triton  # Triton is optional
+
     return mixture_triton
 
 
