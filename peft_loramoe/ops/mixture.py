@@ -2,7 +2,7 @@
 
 What it saves for the backward pass: x, dropout's mask, the rank channels and the probabilities. The rest is computed anew.
 
-The environment variable PEFT_LORAMOE_TRITON=1, read at import, turns on the Triton kernels, on CUDA devices where they can be used.
+PEFT_LORAMOE_TRITON=1 in the environment, read at import, turns on the Triton kernels, on CUDA devices where they can be used.
 They have not run on a GPU yet, so that is not the default. Everything else is computed by `mixture_torch`.
 """
 
