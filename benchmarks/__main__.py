@@ -87,7 +87,7 @@ def about(device: torch.device, smoke: bool) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "peft_loramoe", "benchmarks") else ""),
+        + ("+changes" if _git("status", "--porcelain", "peft_loramoe", "benchmarks/*.py") else ""),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),

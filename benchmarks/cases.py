@@ -247,7 +247,7 @@ SETS: dict[str, list[Case]] = {
         *layers("layer", FLOAT32, 11, {**CPU_LAYER, "dtype": "float32"}, DROPOUT),
         *layers("layer", LAYER, 9, CPU_LAYER, DROPOUT),
         *layers("4-bit layer", LAYER, 5, {**CPU_LAYER, "quantization": "nf4"}, DROPOUT[1:]),
-        *layers("experts", SCALING, 7, {**CPU_LAYER, "dropout": 0.0}, EXPERTS),
+        *layers("experts", SCALING, 25, {**CPU_LAYER, "dropout": 0.0}, EXPERTS),
         *layers("rank", SCALING, 5, {**CPU_LAYER, "tokens": 256}, RANKS),
         *layers("tokens", SCALING, 5, {**CPU_LAYER, "in_features": 128, "out_features": 344}, TOKENS),
         *layers("width", SCALING, 5, {**CPU_LAYER, "tokens": 128}, widths(128, 256, 512, 1024, 2048, 4096)),
