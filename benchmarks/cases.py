@@ -244,8 +244,8 @@ def widths(*sizes: int) -> list[dict]:
 
 SETS: dict[str, list[Case]] = {
     "cpu": [
-        *layers("layer", FLOAT32, 11, {**CPU_LAYER, "dtype": "float32"}, DROPOUT),
-        *layers("layer", LAYER, 9, CPU_LAYER, DROPOUT),
+        *layers("layer", FLOAT32, 60, {**CPU_LAYER, "dtype": "float32"}, DROPOUT),
+        *layers("layer", LAYER, 50, CPU_LAYER, DROPOUT),
         *layers("4-bit layer", LAYER, 5, {**CPU_LAYER, "quantization": "nf4"}, DROPOUT[1:]),
         *layers("experts", SCALING, 25, {**CPU_LAYER, "dropout": 0.0}, EXPERTS),
         *layers("rank", SCALING, 5, {**CPU_LAYER, "tokens": 256}, RANKS),
