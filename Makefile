@@ -52,11 +52,13 @@ run-compatibility: install
 # results in benchmarks/results, figures in docs/images; nothing else should run meanwhile
 bench: install
 	$(BIN)/python -m benchmarks cpu
+	$(BIN)/python -m benchmarks.report > docs/results/performance.md
 	$(BIN)/python -m benchmarks.report --plots
 	$(BIN)/python -m benchmarks.report --check
 
 bench-gpu: install
 	PEFT_LORAMOE_TRITON=1 $(BIN)/python -m benchmarks gpu
+	$(BIN)/python -m benchmarks.report > docs/results/performance.md
 	$(BIN)/python -m benchmarks.report --plots
 	$(BIN)/python -m benchmarks.report --check
 

@@ -289,6 +289,9 @@ def plot_scaling(cases: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> No
             )
         axis.axhline(1, color="black", linestyle=":", linewidth=1)
         axis.set(xlabel=label, ylabel="time / frozen base", xscale="log")
+        ticks = sorted({case[0]["config"][key] for case in cases.get(group, [])})[:: 2 if group == "tokens" else 1]
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.minorticks_off()
     for method in ("base", "lora", "loramoe"):
         points = _points(cases.get("tokens", []), "tokens", method)
         colour, marker, _ = STYLE[method]
