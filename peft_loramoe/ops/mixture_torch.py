@@ -41,6 +41,10 @@ class Options(NamedTuple):
     router_dtype: torch.dtype
     balance_detach: bool
 
+    def factor(self, keep: Tensor | None) -> float:
+        """The factor on the experts' sum, with what makes up for dropped entries where there is a mask."""
+        return self.scaling if keep is None else self.scaling / (1 - self.dropout)
+
 
 def dropout_mask(x: Tensor, dropout: float) -> Tensor:
     """What dropout keeps of x, shape of x, boolean."""
@@ -149,7 +153,7 @@ def backward(
     grad_hidden = grad_gated * gates
     num_experts = len(options.experts)
     by_expert = (grad_gated * hidden).view(len(x), num_experts, hidden.shape[1] // num_experts)
-    grad_gates = by_expert.sum(-1, dtype=probabilities.dtype) * _factor(keep, options)
+    grad_gates = by_expert.sum(-1, dtype=probabilities.dtype) * options.factor(keep)
     grad_selected = select_gates_backward(grad_gates, probabilities, options.experts, options.top_k)
     grad_all = grad_selected if grad_probabilities is None else grad_selected + grad_probabilities
     to_router = softmax_backward(grad_all, probabilities, options.temperature).to(dtype)
@@ -201,13 +205,8 @@ def _grad_B(grad_output: Tensor, gated: Tensor) -> Tensor:
     return grad_output.t() @ gated
 
 
-def _factor(keep: Tensor | None, options: Options) -> float:
-    """Scaling of the sum, with what makes up for dropped entries."""
-    return options.scaling if keep is None else options.scaling / (1 - options.dropout)
-
-
 def _channel_gates(probabilities: Tensor, hidden: Tensor, keep: Tensor | None, options: Options) -> Tensor:
     """The factor on each rank channel, its expert's gate included: shape and dtype of `hidden`, (T, C)."""
-    gates = (select_gates(probabilities, options.experts, options.top_k) * _factor(keep, options)).to(hidden.dtype)
+    gates = (select_gates(probabilities, options.experts, options.top_k) * options.factor(keep)).to(hidden.dtype)
     # Copied out: a product of whole rows is on a CPU three times as fast as one that broadcasts over r columns.
     return gates.unsqueeze(-1).expand(-1, -1, hidden.shape[1] // gates.shape[1]).reshape(hidden.shape)

@@ -103,7 +103,7 @@ def forward(
     if tokens == 0:
         return output, probabilities, hidden
 
-    plain, factor = _are_probabilities(options), _factor(keep, options)
+    plain, factor = _are_probabilities(options), options.factor(keep)
     channels = _channels(C, options)
     shape = _padded(C=C, N=N)
     rows, columns = _reading_block(tokens, x)
@@ -166,7 +166,7 @@ def backward(
         return tuple(torch.zeros_like(t) if wanted else None for t, wanted in zip((x, A, B, router), needs))
     plain = _are_probabilities(options)
     gates = probabilities if plain else select_gates(probabilities, options.experts, options.top_k).contiguous()
-    factor = _factor(keep, options)
+    factor = options.factor(keep)
     grad_x = grad_A = grad_B = grad_router = None
     if needs_B:
         grad_B = _output_weight_gradient(grad_output, hidden, gates, factor, B, options)
@@ -296,11 +296,6 @@ def _channels(num_channels: int, options: Options) -> dict[str, int]:
     """Which channels belong to which column of the gates."""
     experts = options.experts
     return dict(R=num_channels // len(experts), FIRST=experts[0] if _are_probabilities(options) else 0)
-
-
-def _factor(keep: Tensor | None, options: Options) -> float:
-    """Scaling of the sum, with what makes up for dropped entries."""
-    return float(options.scaling if keep is None else options.scaling / (1 - options.dropout))
 
 
 def _padded(**sizes: int) -> dict[str, int]:
