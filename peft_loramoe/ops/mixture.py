@@ -159,8 +159,25 @@ def _is_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-_mixture = torch.library.custom_op("peft_loramoe::mixture", _forward, mutates_args=())
-_mixture_backward = torch.library.custom_op("peft_loramoe::mixture_backward", _backward, mutates_args=())
+# Schemas written out: torch before 2.6 does not infer them from annotations like list[int].
+_OPTIONS = (
+    "float scaling, float temperature, float dropout, SymInt[] experts, SymInt? top_k, ScalarType router_dtype, "
+    "bool balance_detach"
+)
+_mixture = torch.library.custom_op(
+    "peft_loramoe::mixture",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor A, Tensor B, Tensor router, Tensor? keep, Tensor? base, Tensor? weight, Tensor? bias, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+_mixture_backward = torch.library.custom_op(
+    "peft_loramoe::mixture_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor grad_output, Tensor? grad_probabilities, Tensor x, Tensor A, Tensor B, Tensor router, Tensor? keep, "
+    f"Tensor? weight, Tensor probabilities, Tensor hidden, {_OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_mixture.register_fake
