@@ -549,6 +549,7 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    PartialState().destroy_process_group()
     return 0
 
 
