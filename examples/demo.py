@@ -190,8 +190,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     after = accuracies(trainer)
     inputs = ({name: batch[name] for name in INPUTS} for batch in batches(trainer, *EVALUATION))
     statistics = router_statistics(trainer.model, inputs)
-    weights = group_weights(statistics)
-    plot_group_weights(statistics, args.output_dir / "router.png", names=config.task_type_names)
+    weights = group_weights(statistics.experts)
+    plot_group_weights(statistics, args.output_dir / "router.png")
     sizes = {title: len(trainer.eval_dataset[name]) for name, title in EVALUATION.items()}
     save_check(trainer, args, sft_args)
 

@@ -40,6 +40,7 @@ class LayerRouting:
         token_counts: real tokens of each sample, shape (M,), int64; 0 marks an unused slot.
         task_types: shape (M,), int64, -1 for unknown.
         expert_groups: sizes of the expert groups, N in all.
+        probabilities: of each token that the layer read, padding included, shape (..., N), floating point.
     """
 
     adapter: str
@@ -49,6 +50,7 @@ class LayerRouting:
     token_counts: Tensor
     task_types: Tensor
     expert_groups: list[int]
+    probabilities: Tensor
 
 
 class Recorder:
@@ -152,6 +154,7 @@ class Recorder:
                     importance[1],
                     one.task_types(record),
                     record.experts.expert_groups,
+                    record.probabilities.detach(),
                 )
                 for one in self._passes
                 for record in one.records

@@ -15,8 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from peft_loramoe.analysis import RouterStatistics, RouterTrace, expert_similarity, expert_usage, router_statistics
 from peft_loramoe.cli import main
 from peft_loramoe.cli.run import STARTUP
+from peft_loramoe.cli.tables import show_statistics
+from perplexity_task import NAME, word_perplexity, write_task
 from tiny import loramoe, tiny_llama, tiny_tokenizer, token_batch
 
 
@@ -263,6 +266,95 @@ def test_an_operation_prints_what_it_did(tmp_path, adapter, calibration, capsys)
     assert "measured" not in capsys.readouterr().out
 
 
+# --- analyze, trace, plot ---------------------------------------------------------------------------------------------
+
+
+def test_analyze_measures_every_text(base, adapter, calibration, capsys):
+    found = printed(capsys, "analyze", adapter, "--data", calibration, "--batch-size", 3)
+    model, tokenizer = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter), tiny_tokenizer()
+    alone = [{**tokenizer(text, return_tensors="pt"), "task_types": [kind]} for text, kind in TEXTS]
+    for batch in alone:
+        batch.pop("token_type_ids", None)
+    expected = router_statistics(model, alone)  # without padding
+    assert found["task_type_names"] == {"default": ["facts", "skills"]}
+    for name, fields in {"experts": ("weight", "importance"), "layers": ("entropy", "load_entropy")}.items():
+        for one, other in zip(found[name], getattr(expected, name), strict=True):
+            assert [one.pop(field) for field in fields] == pytest.approx([other.pop(field) for field in fields], abs=1e-5)
+            assert one == other
+    assert {record["status"] for record in found["expert_usage"]} <= {"dead", "dominating", "used"}
+    assert found["expert_similarity"] == [pytest.approx(pair, abs=1e-5) for pair in expert_similarity(model)]
+    weights = {(record["task_type"], record["group"]): record["weight"] for record in found["group_weights"]}
+    assert len(weights) == 4 and weights[0, 0] + weights[0, 1] == pytest.approx(1)
+
+
+def test_analyze_prints_weights_entropy_usage_and_similarity(adapter, calibration, capsys):
+    call("analyze", adapter, "--data", calibration)
+    output = " ".join(capsys.readouterr().out.split())
+    for part in ("mean over 6 linears", "2 facts", "group 1 skills", "alike: 1.386 nats", "Dead experts: 0 of 24", "one group"):
+        assert part in output, output
+    assert "Wrote" not in output
+
+
+def test_dead_experts_and_null_groups_are_named(capsys):
+    names = ("adapter", "layer", "task_type")
+    experts = [
+        {
+            **dict(zip(names, ("default", layer, -1))),
+            "expert": i,
+            "group": i % 2,
+            "null": i == 0,
+            "weight": weight,
+            "importance": 0,
+        }
+        for layer in ("fc1", "fc2")
+        for i, weight in enumerate((0.99, 0.01))
+    ]
+    means = {"samples": 3, "tokens": 1234, "entropy": 0.25, "load_entropy": 0.5, "num_experts": 2}
+    layers = [{**dict(zip(names, ("default", layer, -1))), **means} for layer in ("fc1", "fc2")]
+    statistics = RouterStatistics(experts, layers, {"default": None})
+    pair = {"layer": "fc1", "expert": 0, "other": 1, "group": 0, "other_group": 1, "cosine": None}
+    show_statistics(statistics, expert_usage(statistics), [pair])
+    output = " ".join(capsys.readouterr().out.split())
+    for part in ("group 0 null", "3 unknown type", "1,234", "0.990", "0.250", "0.500", "alike: 0.693 nats"):
+        assert part in output, output
+    assert "Dead experts: 2 of 4: fc1 1, fc2 1" in output and "Dominating experts: 2 of 4: fc1 0, fc2 0" in output
+    assert "two groups" not in output  # no pair whose similarity is known
+
+
+@pytest.mark.parametrize("kind", ["groups", "load", "entropy"])
+def test_statistics_are_drawn(kind, tmp_path, adapter, calibration, capsys):
+    statistics, figures = tmp_path / "statistics.json", [tmp_path / "figure.png", tmp_path / "figure.svg"]
+    call("analyze", adapter, "--data", calibration, "-o", statistics)
+    call("plot", kind, statistics, "--adapter", "default", "-o", figures[0], "-o", figures[1])
+    output = capsys.readouterr().out
+    assert all(f"Wrote {file}." in output for file in (statistics, *figures))
+    assert figures[0].read_bytes().startswith(b"\x89PNG") and b"<svg" in figures[1].read_bytes()
+
+
+def test_a_text_is_traced_and_drawn(tmp_path, adapter, capsys):
+    call("trace", adapter, "--text", TEXTS[0][0], "-o", tmp_path / "trace.json")
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    trace = RouterTrace.load(tmp_path / "trace.json")
+    assert [row[0].strip() for row in rows] == [repr(word) for word in TEXTS[0][0].split()]
+    for position, (_, *weights) in enumerate(rows):
+        of_facts = [sum(probabilities[position][:2]) for probabilities in trace.layers.values()]
+        mean = sum(of_facts) / len(of_facts)
+        assert [float(weight) for weight in weights] == pytest.approx([mean, 1 - mean], abs=1e-3)
+    figures = {group: tmp_path / f"{group}.svg" for group in ("0", "facts", "skills")}
+    for group, file in figures.items():
+        call("plot", "trace", tmp_path / "trace.json", "--group", group, "-o", file)
+    drawn = {group: file.read_text() for group, file in figures.items()}
+    assert drawn["0"] == drawn["facts"] != drawn["skills"]
+
+
+def test_a_frontier_is_drawn(tmp_path, capsys):
+    records = [{"label": "LoRA", "downstream": 81, "retention": 86.5}, {"label": "base", "downstream": 3, "retention": 100}]
+    (tmp_path / "models.json").write_text(json.dumps(records))
+    call("plot", "frontier", tmp_path / "models.json", "-o", tmp_path / "frontier.png")
+    assert f"Wrote {tmp_path / 'frontier.png'}." in capsys.readouterr().out
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
@@ -303,9 +395,11 @@ def test_what_belongs_to_no_expert_stays(tmp_path, base):
 
 
 def test_every_command_has_a_help_text(capsys):
-    commands = ["inspect", "convert", "upcycle", "export-lora", "surgery", "run"]
+    commands = ["inspect", "convert", "upcycle", "export-lora", "surgery", "analyze", "trace", "plot", "evaluate", "run"]
     operations = ["list", "add", "remove", "reorder", "merge"]
-    for words in ([], *([command] for command in commands), *(["surgery", operation] for operation in operations)):
+    figures = ["groups", "load", "entropy", "trace", "frontier"]
+    nested = [["surgery", operation] for operation in operations] + [["plot", figure] for figure in figures]
+    for words in ([], *([command] for command in commands), *nested):
         with pytest.raises(SystemExit) as stopped:
             main([*words, "--help"])
         assert stopped.value.code == 0 and f"usage: peft-loramoe {' '.join(words)}" in capsys.readouterr().out
@@ -345,10 +439,30 @@ BAD = {
     "no JSON": ("surgery list {adapter} --calibration {config}", "line 1: no valid JSON"),
     "no text": ("surgery list {adapter} --calibration {textless}", "line 2: must be a record like"),
     "batches of none": ("surgery list {adapter} --calibration {texts} --batch-size 0", "'0' must be an integer, at least 1"),
-    "texts for a classifier": ("surgery list {classifier} --calibration {texts}", "is for causal language models"),
+    "texts for a classifier": (
+        "surgery list {classifier} --calibration {texts}",
+        "Only causal language models run on texts here",
+    ),
     "an unknown expert": ("surgery remove {adapter} -o {out} --experts 7", "Expert 7 is unknown"),
     "groups torn apart": ("surgery reorder {adapter} -o {out} --order 0 2 1 3", "would be torn apart"),
     "too few to merge": ("surgery merge {adapter} -o {out} --experts 1", "expected 2 arguments"),
+    "nothing to analyze": ("analyze {adapter}", "arguments are required: --data"),
+    "an unknown type of text": ("analyze {adapter} --data {sports}", "unknown name 'sports'"),
+    "statistics without a folder": ("analyze {adapter} --data {texts} -o {out}/s.json", "does not exist; make it first"),
+    "no text to trace": ("trace {adapter}", "arguments are required: --text"),
+    "an empty text": ("trace {adapter} --text=", "text='' has no tokens"),
+    "a classifier's trace": ("trace {classifier} --text w3", "Only causal language models run on texts here"),
+    "a trace without a folder": ("trace {adapter} --text w3 -o {out}/t.json", "does not exist; make it first"),
+    "no kind of figure": ("plot", "arguments are required: KIND"),
+    "no figure": ("plot load {nothing}", "arguments are required: -o/--output"),
+    "another suffix": ("plot load {nothing} -o {out}.txt", "must end in .png, .svg, .pdf"),
+    "a figure without a folder": ("plot frontier {models} -o {out}/f.png", "does not exist; make it first"),
+    "no statistics": ("plot load {models} -o {out}.png", "is no file that RouterStatistics.save wrote"),
+    "no trace": ("plot trace {models} -o {out}.png", "is no file that RouterTrace.save wrote"),
+    "no models": ("plot frontier {nowhere} -o {out}.png", "No such file"),
+    "models that are no JSON": ("plot frontier {config} -o {out}.png", "config' cannot be drawn: Expecting"),
+    "one model alone": ("plot frontier {other}/config.json -o {out}.png", "must hold a list of records"),
+    "a model without a label": ("plot frontier {models} -o {out}.png", "cannot be drawn: records[0] lacks label"),
     "run in the second place": ("--traceback run", "run: error: must be the first argument"),
     "nothing to run": ("run --", "run needs a program"),
     "an unknown program": ("run -- no_such_program", "is neither a file, nor a console script"),
@@ -365,6 +479,7 @@ BAD = {
 def paths(base, adapter, loras, calibration, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     names = ("out", "empty", "nowhere", "homeless", "wrong", "half", "nothing", "textless", "config", "classifier", "other")
+    names += ("sports", "models")
     found = {name: folder / name for name in names} | {"adapter": adapter, "lora": loras[0], "texts": calibration}
     found["empty"].mkdir()
 
@@ -381,6 +496,8 @@ def paths(base, adapter, loras, calibration, tmp_path_factory):
     found["nothing"].write_text("\n")
     found["textless"].write_text('{"text": "w3"}\n{"texts": "w4"}\n')
     found["config"].write_text("{")
+    found["sports"].write_text('{"text": "w3", "task_type": "sports"}')
+    found["models"].write_text('[{"downstream": 1, "retention": 2}]')
     tiny_llama(intermediate_size=40).config.save_pretrained(found["other"])
     return found
 
@@ -396,7 +513,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(words, message, paths, capsys,
     errors = [line for line in errors.splitlines() if line.strip() and "it/s]" not in line]  # progress bars
     assert (code, output, len(errors)) == (2, "", 1), errors
     assert errors[0].startswith("peft-loramoe") and ": error: " in errors[0] and message in errors[0]
-    assert not paths["out"].exists()
+    assert not [*paths["out"].parent.glob("out*")]
 
 
 def test_the_traceback_is_shown_on_demand(paths):
@@ -502,38 +619,13 @@ def test_a_child_of_another_environment_is_told(tmp_path):
 
 # --- lm-eval ----------------------------------------------------------------------------------------------------------
 
-TASK = """\
-task: tiny_perplexity
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: word_perplexity}}]
-"""
-
-
-def word_perplexity(adapter, base):
-    """What the task asks for, computed here: each text after the end token."""
-    model, tokenizer = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter), tiny_tokenizer()
-    total = words = 0
-    for text, _ in TEXTS:
-        ids = torch.tensor([tokenizer.eos_token_id, *tokenizer(text)["input_ids"]])
-        with torch.no_grad():
-            total += -torch.nn.functional.cross_entropy(model.eval()(ids[None, :-1]).logits[0], ids[1:], reduction="sum").item()
-        words += len(text.split())
-    return math.exp(-total / words)
-
 
 @pytest.mark.slow
-def test_lm_eval_loads_adapters_only_through_run(tmp_path, base, adapter, calibration):
-    (tmp_path / "tasks").mkdir()
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text(calibration.read_text().strip() + "\n")  # datasets 4.7 does not read empty lines
-    (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(file=texts))
+def test_lm_eval_loads_adapters_only_through_run(tmp_path, base, adapter):
+    texts = [text for text, _ in TEXTS]
+    tasks = write_task(tmp_path / "tasks", texts)
     model = f"pretrained={base},peft={adapter},dtype=float32"
-    options = ["--model", "hf", "--model_args", model, "--tasks", "tiny_perplexity", "--include_path", tmp_path / "tasks"]
+    options = ["--model", "hf", "--model_args", model, "--tasks", NAME, "--include_path", tasks]
     options += ["--device", "cpu", "--batch_size", "1", "--output_path", tmp_path / "results"]
     scripts = Path(sysconfig.get_path("scripts"))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
@@ -545,5 +637,6 @@ def test_lm_eval_loads_adapters_only_through_run(tmp_path, base, adapter, calibr
     errors = with_run.communicate(timeout=300)[1]
     assert with_run.returncode == 0, errors
     (file,) = (tmp_path / "results").rglob("results*.json")
-    measured = json.loads(file.read_text())["results"]["tiny_perplexity"]["word_perplexity,none"]
-    assert measured == pytest.approx(word_perplexity(adapter, base), rel=1e-5)
+    measured = json.loads(file.read_text())["results"][NAME]["word_perplexity,none"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    assert measured == pytest.approx(word_perplexity(model, texts), rel=1e-5)

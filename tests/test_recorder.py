@@ -156,6 +156,15 @@ def test_routing_gives_the_entropy_of_the_real_tokens():
         torch.testing.assert_close(record.entropy, entropies.sum(-1))
 
 
+def test_routing_gives_the_probabilities_of_every_token_without_gradient():
+    model, batch = loramoe(), token_batch()
+    seen = capture(model)
+    model(**batch, task_types=TYPES)
+    for record in routing(model):
+        assert torch.equal(record.probabilities, seen[record.layer]) and record.probabilities.shape == (3, 7, 6)
+        assert seen[record.layer].requires_grad and not record.probabilities.requires_grad
+
+
 def test_a_plain_peft_model_and_injected_adapters_balance_too():
     batch, config = labelled(token_batch()), LoRAMoEConfig(r=2, init_weights=False)
     losses = []

@@ -19,6 +19,7 @@ ROOMS = {
     "samples": ((), False),
     "targets": ((), False),
     "experts": (("ops",), False),
+    "geometry": ((), False),
     "card": (("config",), False),  # config for type annotations only
     "config": (("card", "version"), True),
     "peft_api": ((), True),
@@ -30,10 +31,10 @@ ROOMS = {
     "model": (("config", "layer", "loading", "peft_api", "recorder", "targets"), False),
     "registration": (("card", "config", "loading", "model", "recorder"), True),
     "__init__": (("config", "experts", "layer", "model", "recorder", "registration", "version"), False),
-    "analysis": (("__init__",), False),
+    "analysis": (("__init__", "geometry"), False),
     "training": (("__init__", "samples"), False),
-    "interop": (("__init__", "card", "peft_api", "routing", "samples"), True),
-    "cli": (("__init__", "card", "interop"), True),
+    "interop": (("__init__", "card", "geometry", "peft_api", "routing", "samples"), True),
+    "cli": (("__init__", "analysis", "card", "interop"), True),
     "__main__": (("cli",), False),
 }
 

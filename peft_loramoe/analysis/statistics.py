@@ -1,23 +1,54 @@
-"""Mean router weights of an adapted model over a data set, by layer, expert and task type."""
+"""Router statistics over a data set: weight, importance and entropy, by layer, expert and task type."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from peft_loramoe import LoRAMoELinear, routing
+from peft_loramoe import LayerRouting, LoRAExperts, routing
+
+from .adapted import configs_of, experts_by_layer, group_of_each, on_device_of, require_finite
+from .modes import evaluation_mode
+from .saved import SavedAsJSON
 
 
-def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Run the model over batches and average the router weights of each task type's tokens.
+@dataclass(frozen=True)
+class RouterStatistics(SavedAsJSON):
+    """What the routers did with a data set: records of plain values, in the order of the model's layers.
+
+    `task_type` is -1 for samples of unknown type; types without samples have no records. A token counts once for each use of a
+    layer by the model.
+
+    Attributes:
+        experts: one record for each adapter, layer, task type and expert: `adapter`, `layer` (name inside the base model),
+            `task_type`, `expert`, `group`, `null` (whether it has no parameters), `weight` (mean router probability over the
+            type's real tokens; sums to 1 over the experts) and `importance` (mean over the type's samples of the sample's mean
+            router probability, so that short samples count as much as long ones: what the balance term compares with
+            `balance_importance="mean"`; sums to 1 too).
+        layers: one record for each adapter, layer and task type: `adapter`, `layer`, `task_type`, `samples`, `tokens` (real
+            ones), `entropy` (mean over tokens of the entropy of the router's probabilities, in nats: how undecided it is about
+            a token), `load_entropy` (entropy of the mean probabilities, in nats: how evenly the experts are used; never below
+            `entropy`, and at most ln N) and `num_experts` (N, null experts included).
+        task_type_names: the names of the task types, which are those of the expert groups too, by adapter; None for an
+            adapter without.
+    """
+
+    experts: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
+    task_type_names: dict[str, list[str] | None]
+
+
+def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> RouterStatistics:
+    """Run the model over batches and average what the routers of its active adapters did, by task type.
 
     The model runs in evaluation mode without gradients and is left in the mode it was in. Only sums are kept between
-    batches, so the data may be of any size.
+    batches, on the layers' devices, so the data may be of any size. With several processes, each gets the statistics of its own
+    batches.
 
     Args:
         model: the adapted model, wrapped in whatever way.
@@ -25,50 +56,95 @@ def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) ->
             `attention_mask` of that shape, `task_types` as the model takes them (without them, every sample counts as of
             unknown type). Tensors are moved to the model's device.
 
-    Returns:
-        One record for each adapter, layer, task type that occurs, and expert, in the order of the model's layers:
-        `adapter` (str), `layer` (str, name inside the base model), `task_type` (int, -1 for unknown), `expert` (int),
-        `group` (int, the expert's group) and `weight` (float in [0, 1]: the expert's mean router probability over the
-        real tokens of that type; they sum to 1 over the experts of a layer).
-
     Raises:
-        ValueError: the model has no LoRAMoE layers, or no active adapter routed anything (no batches, adapters disabled).
+        TypeError: a batch is no mapping.
+        ValueError: the model has no LoRAMoE layers, no active adapter routed anything (no batches, adapters disabled), or
+            router probabilities are not finite.
     """
-    groups = _expert_groups(model)
-    if not groups:
-        raise ValueError(f"{type(model).__name__} has no LoRAMoE layers; attach them with get_peft_model first.")
-    device = next(model.parameters()).device
-    weight_sums: dict[tuple, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-    token_counts: dict[tuple, int] = defaultdict(int)
-    with torch.no_grad(), _evaluation_mode(model):
+    experts = experts_by_layer(model)
+    sums: dict[tuple[str, str], _Sums] = {}
+    with evaluation_mode(model):
         for batch in batches:
-            model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+            if not isinstance(batch, Mapping):
+                raise TypeError(
+                    f"batches gave a {type(batch).__name__}; it must give dictionaries of the model's arguments, such as "
+                    "{'input_ids': ..., 'attention_mask': ..., 'task_types': ...}."
+                )
+            model(**on_device_of(model, batch))
             for layer in routing(model):
-                for task_type in layer.task_types[layer.token_counts > 0].unique().tolist():
-                    samples = layer.task_types == task_type
-                    key = (layer.adapter, layer.layer, task_type)
-                    weight_sums[key] = weight_sums[key] + layer.importance[samples].cpu().sum(0, dtype=torch.float64)
-                    token_counts[key] += layer.token_counts[samples].sum().item()
-    if not weight_sums:
+                key = (layer.adapter, layer.layer)
+                if key not in sums:
+                    sums[key] = _Sums(layer)
+                sums[key].add(layer)
+    if not sums:
         raise ValueError("No router ran: pass at least one batch, and leave a LoRAMoE adapter enabled and active.")
-    order = {key: position for position, key in enumerate(groups)}
-    return [
-        {"adapter": adapter, "layer": layer, "task_type": task_type, "expert": expert, "group": group, "weight": weight}
-        for adapter, layer, task_type in sorted(weight_sums, key=lambda key: (order[key[:2]], key[2]))
-        for expert, (group, weight) in enumerate(
-            zip(
-                groups[adapter, layer],
-                (weight_sums[adapter, layer, task_type] / token_counts[adapter, layer, task_type]).tolist(),
+    of_experts, of_layers = [], []
+    for key, module in experts.items():
+        if key in sums:
+            experts_of_key, layers_of_key = sums[key].records(*key, module)
+            of_experts += experts_of_key
+            of_layers += layers_of_key
+    configs, active = configs_of(model), dict.fromkeys(adapter for adapter, _ in sums)
+    names = {adapter: configs[adapter].task_type_names for adapter in active}
+    return RouterStatistics(experts=of_experts, layers=of_layers, task_type_names=names)
+
+
+class _Sums:
+    """Sums over the samples of each task type that one linear routed, on its device; row 0 is of unknown type.
+
+    Nothing waits for the device until the records are asked for.
+    """
+
+    def __init__(self, layer: LayerRouting) -> None:
+        device, num_experts = layer.importance.device, layer.importance.shape[1]
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        rows = 1 + len(layer.expert_groups)
+        self.probabilities = torch.zeros(rows, num_experts, dtype=dtype, device=device)  # over tokens
+        self.means = torch.zeros(rows, num_experts, dtype=dtype, device=device)  # of samples' means, over samples
+        self.entropy = torch.zeros(rows, dtype=dtype, device=device)
+        self.counts = torch.zeros(rows, 2, dtype=torch.int64, device=device)  # samples, tokens
+
+    def add(self, layer: LayerRouting) -> None:
+        rows, tokens = layer.task_types + 1, layer.token_counts
+        probabilities = layer.importance.to(self.probabilities)
+        self.probabilities.index_add_(0, rows, probabilities)
+        self.means.index_add_(0, rows, probabilities / tokens.clamp(min=1)[:, None])
+        self.entropy.index_add_(0, rows, layer.entropy.to(self.entropy))
+        self.counts.index_add_(0, rows, torch.stack([tokens > 0, tokens], dim=1).long())
+
+    def records(self, adapter: str, layer: str, experts: LoRAExperts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The linear's part of `RouterStatistics.experts` and of `RouterStatistics.layers`."""
+        groups = group_of_each(experts.expert_groups)
+        of_experts, of_layers = [], []
+        probabilities, means, entropy = (sums.cpu().double() for sums in (self.probabilities, self.means, self.entropy))
+        for row, (samples, tokens) in enumerate(self.counts.tolist()):
+            if not tokens:
+                continue
+            require_finite(probabilities[row], adapter, layer)
+            fields = {"adapter": adapter, "layer": layer, "task_type": row - 1}
+            weights, importance = probabilities[row] / tokens, means[row] / samples
+            of_experts += [
+                {**fields, "expert": n, "group": group, "null": group in experts.null_groups, "weight": w, "importance": i}
+                for n, (group, w, i) in enumerate(zip(groups, weights.tolist(), importance.tolist()))
+            ]
+            of_layers.append(
+                {
+                    **fields,
+                    "samples": samples,
+                    "tokens": tokens,
+                    "entropy": entropy[row].item() / tokens,
+                    "load_entropy": torch.special.entr(weights).sum().item(),
+                    "num_experts": len(groups),
+                }
             )
-        )
-    ]
+        return of_experts, of_layers
 
 
-def group_weights(records: Iterable[Mapping[str, Any]], per_layer: bool = False) -> list[dict[str, Any]]:
+def group_weights(experts: Iterable[Mapping[str, Any]], per_layer: bool = False) -> list[dict[str, Any]]:
     """Sum the experts' weights to the weight of their group, and average over layers.
 
     Args:
-        records: what `router_statistics` returned, or a part of it with all experts of each layer.
+        experts: `RouterStatistics.experts`, or a part of it with all experts of each layer.
         per_layer: keep the layers apart; each record then has a `layer` too.
 
     Returns:
@@ -76,7 +152,7 @@ def group_weights(records: Iterable[Mapping[str, Any]], per_layer: bool = False)
         [0, 1]; they sum to 1 over the groups).
     """
     in_layer: dict[tuple, float] = defaultdict(float)
-    for record in records:
+    for record in experts:
         in_layer[record["adapter"], record["layer"], record["task_type"], record["group"]] += record["weight"]
     fields = ("adapter", "layer", "task_type", "group")
     if per_layer:
@@ -90,22 +166,39 @@ def group_weights(records: Iterable[Mapping[str, Any]], per_layer: bool = False)
     ]
 
 
-def _expert_groups(model: nn.Module) -> dict[tuple[str, str], list[int]]:
-    """The group of each expert, by adapter and layer name."""
-    return {
-        (adapter, module.name): [group for group, size in enumerate(experts.expert_groups) for _ in range(size)]
-        for module in model.modules()
-        if isinstance(module, LoRAMoELinear)
-        for adapter, experts in module.loramoe_experts.items()
-    }
+def expert_usage(statistics: RouterStatistics, dead: float = 0.1, dominating: float = 0.5) -> list[dict[str, Any]]:
+    """Which experts of each layer are dead and which dominate, whatever the task type.
 
+    A router that treats all N experts of a layer alike gives each the weight 1/N. An expert is dead if for every task type it
+    has lost nearly all of that, and dominating if for every task type it has won a good part of what the others have. An expert
+    that only some task types use, or leave out, is neither: that is what expert groups are for.
 
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    Args:
+        statistics: of all task types that the experts should serve.
+        dead: an expert is dead if its weight is below ``dead / N`` for every task type; in [0, 1).
+        dominating: it is dominating if its weight is above ``1/N + dominating * (1 - 1/N)`` for every task type (0.58 for
+            N = 6 and 0.5); in (0, 1].
+
+    Returns:
+        One record for each adapter, layer and expert, null experts included: `adapter`, `layer`, `expert`, `group`, `null`,
+        `weight` and `least_weight` (the largest and the smallest mean router probability over the task types), `even` (1/N) and
+        `status` ("dead", "dominating" or "used").
+
+    Raises:
+        ValueError: `dead` or `dominating` is out of range.
+    """
+    if not 0 <= dead < 1:
+        raise ValueError(f"dead={dead} must be in [0, 1): the share of the even weight 1/N below which an expert is dead.")
+    if not 0 < dominating <= 1:
+        raise ValueError(f"dominating={dominating} must be in (0, 1]: how far from the even weight 1/N to 1 the weight is.")
+    num_experts = {(record["adapter"], record["layer"]): record["num_experts"] for record in statistics.layers}
+    weights: dict[tuple, list[float]] = defaultdict(list)
+    fields = ("adapter", "layer", "expert", "group", "null")
+    for record in statistics.experts:
+        weights[tuple(record[field] for field in fields)].append(record["weight"])
+    records = []
+    for key, of_types in weights.items():
+        even, largest, least = 1 / num_experts[key[:2]], max(of_types), min(of_types)
+        status = "dead" if largest < dead * even else "dominating" if least > even + dominating * (1 - even) else "used"
+        records.append({**dict(zip(fields, key)), "weight": largest, "least_weight": least, "even": even, "status": status})
+    return records

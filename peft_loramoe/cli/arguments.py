@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
-from typing import NoReturn
 
 from . import commands
+from .analysis import add_analysis
+from .evaluate import add_evaluate
+from .options import (
+    Command,
+    Parser,
+    command_adder,
+    json_option,
+    model_options,
+    name_or_index,
+    output_option,
+    rank,
+    text_options,
+)
 
 
 PROGRAM = "peft-loramoe"
 DESCRIPTION = """\
-LoRAMoE adapters (mixtures of LoRA experts) for Hugging Face PEFT: look into them, convert them from and to other formats,
-change their experts, and run other programs with them. An ADAPTER is a folder with adapter_config.json, or the id of
-such a repository on the Hugging Face Hub."""
+LoRAMoE adapters (mixtures of LoRA experts) for Hugging Face PEFT: look into them, measure what their routers do, convert
+them from and to other formats, change their experts, and run other programs with them. An ADAPTER is a folder with
+adapter_config.json, or the id of such a repository on the Hugging Face Hub."""
 RUN = """\
 Run another Python program in a process that knows LoRAMoE, so that its PeftModel.from_pretrained loads LoRAMoE adapters.
 COMMAND is the name of an installed program, a script's path, or -m MODULE. Python processes that it starts know LoRAMoE
@@ -26,28 +36,19 @@ examples:
   peft-loramoe run -- -m my_package.evaluate --adapter ADAPTER"""
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-Command = Callable[..., Parser]
-
-
 def build_parser() -> Parser:
     """The parser of all commands but `run`, which has only its help here."""
     parser = Parser(PROGRAM, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     add = parser.add_subparsers(title="commands", metavar="COMMAND", required=True).add_parser
-    command, options = _adder(add), [_output_option(), _model_options(), _calibration_options(), _json_option()]
+    command, options = command_adder(add), [output_option(), model_options(), text_options("--calibration"), json_option()]
     _add_files(command, options[0], options[3])
     _add_export(command, options)
     surgery = add("surgery", help="list, add, remove, reorder or merge the experts of a saved adapter")
     operations = surgery.add_subparsers(title="operations", metavar="OPERATION", required=True)
-    _add_surgery(_adder(operations.add_parser), *options)
+    _add_surgery(command_adder(operations.add_parser), *options)
+    add_analysis(add)
+    add_evaluate(command, options[3])
     run = add(
         "run",
         help="run another Python program (lm_eval, trl, a script) in a process that knows LoRAMoE",
@@ -126,12 +127,10 @@ def _add_export(command: Command, options: list[Parser]) -> None:
         "(default: uniform)",
     )
     export.add_argument("--weights", type=float, nargs="+", metavar="W", help="for --gates groups or experts")
-    export.add_argument(
-        "--task-type", type=_name_or_index, metavar="TYPE", help="for --gates mean: of this type's samples only"
-    )
+    export.add_argument("--task-type", type=name_or_index, metavar="TYPE", help="for --gates mean: of this type's samples only")
     export.add_argument(
         "--rank",
-        type=_rank,
+        type=rank,
         metavar="R",
         help="truncate to this rank; a number like 0.9 is the share of the squared singular values to keep (default: exact)",
     )
@@ -190,64 +189,3 @@ def _add_surgery(operation: Command, output: Parser, model: Parser, data: Parser
     )
     for parser_of_operation in (listing, adding, removing, reordering, merging):
         parser_of_operation.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
-
-
-def _adder(add: Callable[..., Parser]) -> Command:
-    """A function that adds a command: its name, what it calls, a line about it, more about it, and parsers of its options."""
-
-    def command(name: str, function: Callable, summary: str, details: str, *options: Parser) -> Parser:
-        description = f"{summary[0].upper()}{summary[1:]}. {details}"
-        parser = add(name, help=summary, description=description, parents=options)
-        parser.set_defaults(command=function)
-        return parser
-
-    return command
-
-
-def _output_option() -> Parser:
-    parser = Parser(add_help=False)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write; must not exist")
-    return parser
-
-
-def _json_option() -> Parser:
-    parser = Parser(add_help=False)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    return parser
-
-
-def _model_options() -> Parser:
-    parser = Parser(add_help=False)
-    parser.add_argument("--base-model", metavar="MODEL", help="folder or Hub id (default: the one that the adapter names)")
-    parser.add_argument("--device", help="where calibration runs, for example cpu or cuda:1 (default: the GPU, if any)")
-    return parser
-
-
-def _calibration_options() -> Parser:
-    parser = Parser(add_help=False)
-    parser.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="FILE",
-        help='texts to measure on, one a line: {"text": "...", "task_type": 0}; task_type, an index or a name, may be left out',
-    )
-    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="texts at a time (default: 8)")
-    parser.add_argument("--max-length", type=_positive, default=512, metavar="N", help="tokens of a text (default: 512)")
-    return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' must be an integer, at least 1")
-    return int(text)
-
-
-def _rank(text: str) -> int | float:
-    try:
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' must be an integer, or the share to keep, like 0.9") from None
-
-
-def _name_or_index(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text

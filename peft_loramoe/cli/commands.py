@@ -12,14 +12,14 @@ from peft import PeftModel, get_peft_model_state_dict
 from .. import interop
 from ..interop.inspect import inspect_adapter
 from . import tables
-from .models import ADAPTER, Calibration, load_model
+from .models import ADAPTER, SavedAdapter, read_batches
 
 
 def inspect(options: Namespace) -> None:
     """Print what is in an adapter."""
     summary = inspect_adapter(options.adapter)
     if options.json:
-        _print_json(summary.to_dict())
+        print_json(summary.to_dict())
     else:
         tables.show_summary(summary)
 
@@ -41,7 +41,7 @@ def export_lora(options: Namespace) -> None:
     """Export a mixture to a plain LoRA."""
     if options.output.exists():  # before a model is loaded for it
         raise FileExistsError(f"The output folder '{options.output}' exists already. Remove it, or choose another one.")
-    model, batches = _load(options)
+    model, batches = load_with_texts(options)
     report = interop.export_lora(
         model,
         options.output,
@@ -55,17 +55,17 @@ def export_lora(options: Namespace) -> None:
         show=not options.json,
     )
     if options.json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
         print(f"Wrote {options.output}.")
 
 
 def list_experts(options: Namespace) -> None:
     """Print the experts of each layer."""
-    model, batches = _load(options)
+    model, batches = load_with_texts(options)
     records = interop.list_experts(model, batches)
     if options.json:
-        _print_json(records)
+        print_json(records)
     else:
         tables.show_experts(records)
 
@@ -93,22 +93,29 @@ def merge_experts(options: Namespace) -> None:
 
 def _operate(options: Namespace, operation: Callable[[PeftModel, Any], interop.Surgery]) -> None:
     with interop.new_folder(options.output) as folder:
-        model, batches = _load(options)
+        model, batches = load_with_texts(options)
         change = operation(model, batches)
         tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
         interop.write_adapter(folder, model.peft_config[ADAPTER], tensors)
     if options.json:
-        _print_json(change.to_dict())
+        print_json(change.to_dict())
     else:
-        tables.show_change(change, measurable="calibration" in options)
+        tables.show_change(change, measurable="texts" in options)
         print(f"Wrote {options.output}.")
 
 
-def _load(options: Namespace) -> tuple[PeftModel, list[dict[str, Any]] | None]:
-    file, calibration = getattr(options, "calibration", None), None
-    if file is not None:
-        calibration = Calibration(file, options.batch_size, options.max_length)
-    return load_model(options.adapter, options.base_model, options.device, calibration)
+def load_with_texts(options: Namespace) -> tuple[PeftModel, list[dict[str, Any]] | None]:
+    """The model, and batches of the texts if the command has any: only then it needs the base model's weights."""
+    adapter = SavedAdapter.read(options.adapter, options.base_model)
+    if getattr(options, "texts", None) is None:
+        return adapter.load_without_base(options.device), None
+    batches = list(read_batches(options.texts, adapter.tokenizer(), options.batch_size, options.max_length))
+    return adapter.load(options.device), batches
+
+
+def print_json(value: Any) -> None:
+    """Print for programs."""
+    print(json.dumps(value, indent=2))
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -120,7 +127,3 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))

@@ -1,4 +1,4 @@
-"""The model that an adapter belongs to, and calibration data from a file."""
+"""The model that an adapter belongs to, and texts from a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from peft_loramoe import LoRAMoEConfig
 
 from ..card import AUTO_CLASSES
 from ..interop import read_adapter
@@ -23,82 +26,92 @@ ADAPTER = "default"  # the name under which it is loaded
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Calibration data: a file with one JSON record a line, and how it is cut into batches."""
+class SavedAdapter:
+    """An adapter's files, read and found to be a LoRAMoE adapter's, and the name of its base model."""
 
-    file: Path
-    batch_size: int
-    max_length: int
+    source: str
+    config: LoRAMoEConfig
+    tensors: dict[str, Tensor]
+    base_model: str
 
+    @classmethod
+    def read(cls, source: str, base_model: str | None) -> SavedAdapter:
+        """Read an adapter.
 
-def load_model(
-    source: str, base_model: str | None, device: str | None, calibration: Calibration | None
-) -> tuple[PeftModel, list[dict[str, Any]] | None]:
-    """Load an adapter on its base model, and the calibration data.
+        Args:
+            source: an adapter folder or Hub id.
+            base_model: folder or Hub id of the base model; None for the one that the adapter names.
 
-    Without calibration data the base model's weights are not needed, unless the adapter trains some of them: then it is built
-    from its configuration, without memory for its weights.
+        Raises:
+            FileNotFoundError: the adapter does not exist.
+            ValueError: it is no LoRAMoE adapter, or no base model is named.
+        """
+        options, tensors = read_adapter(source)
+        config = loramoe_config(source, options)
+        experts_by_module(tensors)
+        base = base_model or config.base_model_name_or_path
+        if not base:
+            raise ValueError(f"'{source}' does not say which base model it belongs to; name it with --base-model.")
+        return cls(source, config, tensors, base)
 
-    Args:
-        source: an adapter folder or Hub id.
-        base_model: folder or Hub id of the base model; None for the one that the adapter names.
-        device: where the base model's weights go; None for the GPU, if there is one.
-        calibration: None for none.
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer.
 
-    Returns:
-        The model, in evaluation mode, with the adapter "default" active, and the batches, or None.
+        Raises:
+            ValueError: the model is no causal language model, the only kind that commands run on texts.
+        """
+        if self.config.task_type != "CAUSAL_LM":
+            kind = f"'{self.source}' has task_type={self.config.task_type!r}"
+            raise ValueError(f"Only causal language models run on texts here; {kind}.")
+        return AutoTokenizer.from_pretrained(self.base_model)
 
-    Raises:
-        FileNotFoundError: the adapter or the file does not exist.
-        ValueError: it is no LoRAMoE adapter, no base model is named, or the calibration data are not what they must be.
-    """
-    options, tensors = read_adapter(source)
-    config = loramoe_config(source, options)
-    experts_by_module(tensors)
-    base = base_model or config.base_model_name_or_path
-    if not base:
-        raise ValueError(f"'{source}' does not say which base model it belongs to; name it with --base-model.")
-    batches = None
-    if calibration is not None:
-        if config.task_type != "CAUSAL_LM":
-            raise ValueError(f"--calibration is for causal language models; '{source}' has task_type={config.task_type!r}.")
-        batches = list(read_batches(calibration, AutoTokenizer.from_pretrained(base)))
-    auto_class = getattr(transformers, AUTO_CLASSES.get(config.task_type or "CAUSAL_LM", "AutoModel"))
-    if batches is None and all(EXPERT_KEY.fullmatch(key) for key in tensors):
-        with torch.device("meta"):
-            model = PeftModel(auto_class.from_config(AutoConfig.from_pretrained(base)), config, ADAPTER)
-        named = {key.replace(".loramoe_experts.", f".loramoe_experts.{ADAPTER}."): t for key, t in tensors.items()}
-        model.load_state_dict(named, strict=False, assign=True)
-    else:
+    def load(self, device: str | None) -> PeftModel:
+        """The base model with the adapter, in evaluation mode; `device` None for the GPU, if there is one."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded = auto_class.from_pretrained(base, dtype="auto", device_map={"": device})
-        model = PeftModel.from_pretrained(loaded, source, ADAPTER)
-    model.peft_config[ADAPTER].base_model_name_or_path = base
-    return model.eval(), batches
+        loaded = self._auto_class.from_pretrained(self.base_model, dtype="auto", device_map={"": device})
+        model = PeftModel.from_pretrained(loaded, self.source, ADAPTER)
+        model.peft_config[ADAPTER].base_model_name_or_path = self.base_model
+        return model.eval()
+
+    def load_without_base(self, device: str | None) -> PeftModel:
+        """The same without memory for the base model's weights; with them, if the adapter trains some of them."""
+        if not all(EXPERT_KEY.fullmatch(key) for key in self.tensors):
+            return self.load(device)
+        with torch.device("meta"):
+            base = self._auto_class.from_config(AutoConfig.from_pretrained(self.base_model))
+            model = PeftModel(base, self.config, ADAPTER)
+        named = {key.replace(".loramoe_experts.", f".loramoe_experts.{ADAPTER}."): t for key, t in self.tensors.items()}
+        model.load_state_dict(named, strict=False, assign=True)
+        model.peft_config[ADAPTER].base_model_name_or_path = self.base_model
+        return model.eval()
+
+    @property
+    def _auto_class(self) -> type:
+        return getattr(transformers, AUTO_CLASSES.get(self.config.task_type or "CAUSAL_LM", "AutoModel"))
 
 
-def read_batches(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    """Keyword arguments of the model, batch by batch.
+def read_batches(file: Path, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int) -> Iterator[dict[str, Any]]:
+    """Keyword arguments of the model, batch by batch, from a file with one JSON record a line.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: a line is no JSON record with a `text`, or there is none.
     """
-    records = _read_records(calibration.file)
+    records = _read_records(file)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     typed = any("task_type" in record for record in records)
-    for start in range(0, len(records), calibration.batch_size):
-        rows = records[start : start + calibration.batch_size]
+    for start in range(0, len(records), batch_size):
+        rows = records[start : start + batch_size]
         texts = [record["text"] for record in rows]
-        batch = dict(tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=calibration.max_length))
+        batch = dict(tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=max_length))
         batch.pop("token_type_ids", None)
         yield {**batch, "task_types": [record.get("task_type", -1) for record in rows]} if typed else batch
 
 
 def _read_records(file: Path) -> list[dict[str, Any]]:
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from peft_loramoe import LoRAMoEConfig
 
+from ..analysis import RouterStatistics, RouterTrace, group_weights
 from ..interop import Surgery
 from ..interop.inspect import AdapterSummary, LayerSummary
 
@@ -87,6 +89,120 @@ def show_change(change: Surgery, measurable: bool) -> None:
         console.print(f"Relative change of the mixtures' outputs: {change.relative_error:.3g}.")
     elif measurable:
         console.print("The change of the outputs was not measured, for there is no --calibration.")
+
+
+def show_evaluation(report: Mapping[str, Any]) -> None:
+    """Print what `evaluate` measured: a table for each set of questions, and one for lm-eval's tasks."""
+    console = _console()
+    columns = ("exact match", "F1", "loss", "lost", "gained", "difference", "95 % interval")
+    for asked in report["closed_book"]:
+        title = f"{asked['questions']}: {asked['count']} questions, {len(asked['shots'])} examples in the prompt"
+        table = _table(title, "model", *columns)
+        for model in asked["models"]:
+            scores = (f"{model['exact_match']:.1%}", f"{model['f1']:.1%}", f"{model['loss']:.3f}")
+            if (comparison := model["comparison"]) is None:
+                table.add_row(report["options"]["model"], *scores, "-", "-", "-", "-")
+            else:
+                low, high = comparison["interval"]
+                table.add_row(
+                    model["adapter"],
+                    *scores,
+                    f"{comparison['lost']} of {comparison['known']}",
+                    str(comparison["gained"]),
+                    f"{100 * comparison['difference']:+.1f}",
+                    f"{100 * low:+.1f} to {100 * high:+.1f}",
+                )
+        console.print(table)
+    if report["lm_eval"]:
+        table = _table("lm-eval", "model", "task", "metric", "value", "standard error")
+        for measured in report["lm_eval"]:
+            for task, metrics in measured["results"].items():
+                for name, value in metrics.items():
+                    metric, _, kind = name.partition(",")
+                    if isinstance(value, float) and not metric.endswith("_stderr"):
+                        error = metrics.get(f"{metric}_stderr,{kind}")
+                        shown = _number(error) if isinstance(error, float) else "-"
+                        table.add_row(measured["adapter"] or report["options"]["model"], task, metric, _number(value), shown)
+        console.print(table)
+
+
+def show_statistics(
+    statistics: RouterStatistics, usage: Iterable[Mapping[str, Any]], similarity: Iterable[Mapping[str, Any]]
+) -> None:
+    """Print what `router_statistics`, `expert_usage` and `expert_similarity` found for one adapter."""
+    console = _console()
+    ((_, names),) = statistics.task_type_names.items()
+    layers: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for record in statistics.layers:
+        layers[record["task_type"]].append(record)
+    weights: dict[int, list[float]] = defaultdict(list)
+    for record in group_weights(statistics.experts):
+        weights[record["task_type"]].append(record["weight"])
+    null = {record["group"] for record in statistics.experts if record["null"]}
+    groups = [_group_header(group, names, null) for group in range(len(next(iter(weights.values()))))]
+    console.print(_weights_table(layers, weights, groups, names))
+    even = " or ".join(sorted({_number(math.log(record["num_experts"]), ".3f") for record in statistics.layers}))
+    console.print(f"Entropy of a router that treats all experts alike: {even} nats.")
+    usage = list(usage)
+    for status in ("dead", "dominating"):
+        found = [f"{record['layer']} {record['expert']}" for record in usage if record["status"] == status]
+        console.print(f"{status.capitalize()} experts: {len(found)} of {len(usage)}{_some(found)}")
+    console.print(_similarity_table(list(similarity)))
+
+
+def show_trace(trace: RouterTrace) -> None:
+    """Print the weight of each expert group for each token, the mean over all linears."""
+    weights: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for record in trace.records():
+        weights[record["position"]][record["group"]] += record["weight"] / len(trace.layers)
+    groups = sorted(weights[0])
+    headers = [_group_header(group, trace.task_type_names, trace.null_groups) for group in groups]
+    table = _table(f"Router weights, mean over {len(trace.layers)} linears", "token", *headers)
+    for position, token in enumerate(trace.tokens):
+        table.add_row(repr(token), *(_number(weights[position][group], ".3f") for group in groups))
+    _console().print(table)
+
+
+def _weights_table(
+    layers: Mapping[int, list[Mapping[str, Any]]],
+    weights: Mapping[int, list[float]],
+    groups: list[str],
+    names: list[str] | None,
+) -> Table:
+    title = f"Router weights and entropy (nats), mean over {len(next(iter(layers.values())))} linears"
+    table = _table(title, "texts", "tokens", *groups, "entropy", "entropy of the\nmean weights")
+    for task_type, records in sorted(layers.items()):
+        name = "unknown type" if task_type < 0 else names[task_type] if names else f"type {task_type}"
+        means = (sum(record[field] for record in records) / len(records) for field in ("entropy", "load_entropy"))
+        numbers = [_number(value, ".3f") for value in (*weights[task_type], *means)]
+        table.add_row(f"{records[0]['samples']} {name}", f"{records[0]['tokens']:,}", *numbers)
+    return table
+
+
+def _similarity_table(pairs: list[Mapping[str, Any]]) -> Table:
+    title = "Similarity of the experts of a linear, by pairs"
+    table = _table(title, "experts of", "pairs", "cosine", "largest cosine", "output overlap", "input overlap")
+    for name, same in (("one group", True), ("two groups", False)):
+        known = [pair for pair in pairs if (pair["group"] == pair["other_group"]) == same and pair["cosine"] is not None]
+        if known:
+            means = {
+                field: sum(pair[field] for pair in known) / len(known)
+                for field in ("cosine", "output_overlap", "input_overlap")
+            }
+            closest = max(known, key=lambda pair: pair["cosine"])
+            largest = f"{closest['cosine']:.3f} ({closest['layer']}: {closest['expert']}, {closest['other']})"
+            cosine, *overlaps = (_number(mean, ".3f") for mean in means.values())
+            table.add_row(name, str(len(known)), cosine, largest, *overlaps)
+    return table
+
+
+def _group_header(group: int, names: list[str] | None, null_groups: Collection[int]) -> str:
+    return f"group {group}{f' {names[group]}' if names else ''}{' null' if group in null_groups else ''}"
+
+
+def _some(names: list[str]) -> str:
+    """The first few of them."""
+    return f": {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
 
 
 def _same_experts(layers: Iterable[list[Mapping[str, Any]]]) -> Iterable[list[list[Mapping[str, Any]]]]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peft_loramoe import LoRAMoEConfig
 
+from ..geometry import cosines, inner_products
 from ..peft_api import get_pattern_key
 from .files import EXPERT_KEY, experts_by_module, read_adapter
 
@@ -91,8 +91,7 @@ class AdapterSummary:
 def inspect_adapter(source: str | Path) -> AdapterSummary:
     """Read a LoRAMoE adapter and measure its experts. No base model is needed.
 
-    The inner products of the matrices ``B_i A_i`` come from the small ones ``A A^T`` and ``B^T B``, in float64, so no matrix of
-    the linear's own size is built: ``<B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T))``.
+    No matrix of a linear's own size is built.
 
     Args:
         source: an adapter folder or the id of a Hub repository.
@@ -168,14 +167,13 @@ def _layer(config: LoRAMoEConfig, module: str, parts: dict[str, Tensor]) -> tupl
             )
     if not all(tensor.isfinite().all() for tensor in (A, B, router)):
         warnings.warn(f"'{module}' has values that are not finite: training diverged, or the file is damaged.")
-    inner = scaling**2 * (B.T @ B * (A @ A.T)).unflatten(0, (-1, r)).unflatten(2, (-1, r)).sum((1, 3))
+    inner = scaling**2 * inner_products(A, B, r)
     return LayerSummary(module, groups, r, scaling, *_norms_and_cosines(inner, kept)), inner
 
 
 def _norms_and_cosines(inner: Tensor, kept: list[bool]) -> tuple[list[float | None], list[list[float | None]]]:
     """Norms and cosines from inner products, shape (E, E), with a place for each router output."""
-    norms = inner.diagonal().clamp(min=0).sqrt()
-    cosines = inner / torch.outer(norms, norms)  # 0 / 0 is not a number
+    norms, similarity = inner.diagonal().clamp(min=0).sqrt(), cosines(inner)
     place = [sum(kept[:i]) if has else None for i, has in enumerate(kept)]
 
     def number(value: Tensor) -> float | None:
@@ -183,5 +181,5 @@ def _norms_and_cosines(inner: Tensor, kept: list[bool]) -> tuple[list[float | No
 
     return (
         [None if i is None else number(norms[i]) for i in place],
-        [[None if i is None or j is None else number(cosines[i, j]) for j in place] for i in place],
+        [[None if i is None or j is None else number(similarity[i, j]) for j in place] for i in place],
     )

@@ -1,0 +1,111 @@
+"""What all figures share: the file, colours and markers, and how the linears of a model are ordered."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; markers do too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#666666"
+COLOUR_MAP = "viridis"  # perceptually uniform, for colour-blind readers too
+UNDATED = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+
+
+@contextmanager
+def figure_file(path: str | os.PathLike[str], width: float, height: float) -> Iterator[Figure]:
+    """A new figure, written when the block ends without an error.
+
+    The same drawing gives the same bytes (no dates, no random names), and text is drawn as it stands, dollar signs included.
+
+    Args:
+        path: file to write; its suffix, .png, .svg or .pdf, gives the format.
+        width: inches.
+        height: inches.
+
+    Raises:
+        ValueError: another suffix.
+        ImportError: matplotlib is not installed.
+    """
+    suffix = check_suffix(path)
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Figures need matplotlib: pip install matplotlib") from error
+    with rc_context({"svg.hashsalt": "peft_loramoe", "text.parse_math": False}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        figure.savefig(path, dpi=150, metadata=UNDATED[suffix])
+
+
+def check_suffix(path: str | os.PathLike[str]) -> str:
+    """The suffix of a figure's file, in lower case.
+
+    Raises:
+        ValueError: it is none of those that can be written.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in UNDATED:
+        raise ValueError(f"path '{os.fspath(path)}' must end in {', '.join(UNDATED)}.")
+    return suffix
+
+
+def add_colour_bar(figure: Figure, image: AxesImage, axes: np.ndarray, label: str) -> None:
+    """A narrow bar to the right of the panels, however large the figure is."""
+    width, height = figure.get_size_inches()
+    figure.colorbar(image, ax=axes, label=label, fraction=0.3 / width, aspect=height / 0.2, pad=0.1 / width)
+
+
+def style(index: int) -> dict[str, Any]:
+    """Colour and marker of the curve with this number; the first 49 differ."""
+    turn, place = divmod(index, len(COLOURS))
+    return {"color": COLOURS[place], "marker": MARKERS[(place + turn) % len(MARKERS)]}
+
+
+def linears_by_kind(layers: Iterable[str]) -> dict[str, dict[int, str]]:
+    """The linears of a model, those that do the same in each block together.
+
+    Args:
+        layers: names of linears, for example "model.layers.3.mlp.up_proj". The first number in a name is that of the block;
+            names without a number count as block 0.
+
+    Returns:
+        The names, by kind and block. A kind is called by the last parts of the name, as many as tell the kinds apart.
+    """
+    kinds: dict[str, dict[int, str]] = {}
+    for layer in layers:
+        number = re.search(r"(?<![^.])\d+(?=\.)", layer)
+        pattern = f"{layer[: number.start()]}*{layer[number.end() :]}" if number else layer
+        kinds.setdefault(pattern, {})[int(number[0]) if number else 0] = layer
+    parts = 1
+    while len({_last_parts(pattern, parts) for pattern in kinds}) < len(kinds):
+        parts += 1
+    return {_last_parts(pattern, parts): dict(sorted(blocks.items())) for pattern, blocks in kinds.items()}
+
+
+def _last_parts(name: str, count: int) -> str:
+    return ".".join(name.split(".")[-count:])
+
+
+def type_name(task_type: int, names: Sequence[str] | None) -> str:
+    """What the samples of a task type are called: "facts samples", "type 0 samples", "samples of unknown type"."""
+    if task_type < 0:
+        return "samples of unknown type"
+    return f"{names[task_type]} samples" if names else f"type {task_type} samples"
+
+
+def group_name(group: int, names: Sequence[str] | None, null_groups: Collection[int]) -> str:
+    """What an expert group is called, after its task type if that has a name: "group facts", "group 0", "group 0 (null)"."""
+    return f"group {names[group] if names else group}{' (null)' if group in null_groups else ''}"

@@ -1,0 +1,90 @@
+"""Labels of points that cover neither each other nor anything else, as far as there is room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .figure import GREY
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+# Where a label may stand, best places first: how far from its point, in points (1/72 inch), and in which direction.
+PLACES = [
+    (distance, x, y)
+    for distance in (5, 13, 26, 40)
+    for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+]
+HORIZONTAL = {1: "left", 0: "center", -1: "right"}
+VERTICAL = {1: "bottom", 0: "center", -1: "top"}
+POINTER = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4}  # from a label that stands far off
+Point = tuple[float, float]
+Line = tuple[Point, Point]
+Box = tuple[float, float, float, float]  # left, bottom, right, top, in pixels
+
+
+def place_labels(figure: Figure, panel: Axes, labels: Sequence[tuple[str, Point]], lines: Iterable[Line]) -> None:
+    """Write a label beside each point, one after the other, where it covers least.
+
+    Args:
+        figure: nothing must be added to it afterwards that moves the panel.
+        panel: with its final limits.
+        labels: text and point, in the panel's data coordinates.
+        lines: what labels must not cover, in data coordinates; a point is a line of length 0.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()  # moves the panel to its place
+    frame, scale = panel.get_window_extent(renderer).extents, figure.dpi / 72
+    taken = [box for line in lines for box in _boxes(*panel.transData.transform(line), 2 * scale)]
+    for text, point in labels:
+        probe = panel.annotate(text, point, fontsize="small")
+        size = probe.get_window_extent(renderer).size
+        probe.remove()
+        at = panel.transData.transform(point)
+        boxes = {place: _label_box(at, size, place, scale) for place in PLACES}
+        place = min(PLACES, key=lambda place, boxes=boxes: _covered(boxes[place], taken, frame))
+        distance, x, y = place
+        far = distance > PLACES[0][0]
+        taken.append(boxes[place])
+        if far:
+            taken += _boxes(at, (sum(boxes[place][::2]) / 2, sum(boxes[place][1::2]) / 2), scale)
+        label = panel.annotate(
+            text,
+            point,
+            xytext=(distance * x, distance * y),
+            textcoords="offset points",
+            ha=HORIZONTAL[x],
+            va=VERTICAL[y],
+            fontsize="small",
+            arrowprops=POINTER if far else None,
+        )
+        label.set_in_layout(False)
+
+
+def _boxes(start: Any, end: Any, half: float) -> list[Box]:
+    """Small boxes along a line."""
+    centres = [(start[0] + t / 60 * (end[0] - start[0]), start[1] + t / 60 * (end[1] - start[1])) for t in range(61)]
+    return [(x - half, y - half, x + half, y + half) for x, y in centres]
+
+
+def _label_box(at: Any, size: Any, place: tuple[int, int, int], scale: float) -> Box:
+    distance, x, y = place
+    left = at[0] + distance * x * scale + {1: 0, 0: -0.5, -1: -1}[x] * size[0]
+    bottom = at[1] + distance * y * scale + {1: 0, 0: -0.5, -1: -1}[y] * size[1]
+    return left, bottom, left + size[0], bottom + size[1]
+
+
+def _covered(box: Box, taken: list[Box], frame: Box) -> float:
+    """The area of a label that lies on something, or outside of the frame."""
+    return sum(_overlap(box, other) for other in taken) + 9 * (_overlap(box, box) - _overlap(box, frame))
+
+
+def _overlap(one: Box, other: Box) -> float:
+    width, height = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
+    return max(0, width) * max(0, height)

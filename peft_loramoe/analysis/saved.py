@@ -1,0 +1,51 @@
+"""Results that are saved as JSON files and read again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class SavedAsJSON:
+    """For dataclasses of plain values: a JSON object of the fields, and `kind`, the name of the class."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file; reading it again with `load` gives an equal object.
+
+        Args:
+            path: the file; one that exists is replaced.
+
+        Raises:
+            FileNotFoundError: its folder does not exist.
+        """
+        content = {"kind": type(self).__name__, **dataclasses.asdict(self)}
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            ValueError: it is something else, or damaged.
+        """
+        wanted = f"'{os.fspath(path)}' is no file that {cls.__name__}.save wrote"
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{wanted}: it is not JSON ({error}).") from error
+        if not isinstance(content, dict) or "kind" not in content:
+            raise ValueError(f"{wanted}: it is not a JSON object with a `kind`.")
+        if (kind := content.pop("kind")) != cls.__name__:
+            raise ValueError(f"{wanted}: it holds {kind!r}.")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if content.keys() != fields:
+            raise ValueError(f"{wanted}: its fields are {sorted(content)}, not {sorted(fields)}.")
+        return cls(**content)

@@ -1,0 +1,138 @@
+"""What the routers do with each token of one text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from peft_loramoe import LayerRouting, routing
+
+from .adapted import configs_of, group_of_each, on_device_of, require_finite
+from .modes import evaluation_mode
+from .saved import SavedAsJSON
+
+
+@dataclass(frozen=True)
+class RouterTrace(SavedAsJSON):
+    """Router probabilities of every token of a text in every layer.
+
+    Attributes:
+        adapter: name of the adapter.
+        text: the text.
+        tokens: what the tokenizer makes of each token id, T strings.
+        token_ids: T ids, special tokens included.
+        layers: layer name -> router probabilities, T lists of N floats. A layer that the model uses several times has an entry
+            for each use: `name`, `name#2`, ...
+        expert_groups: sizes of the expert groups, by the same names.
+        task_type_names: the groups' names, or None.
+        null_groups: groups whose experts have no parameters.
+    """
+
+    adapter: str
+    text: str
+    tokens: list[str]
+    token_ids: list[int]
+    layers: dict[str, list[list[float]]]
+    expert_groups: dict[str, list[int]]
+    task_type_names: list[str] | None
+    null_groups: list[int]
+
+    def records(self) -> list[dict[str, Any]]:
+        """The same as one record for each layer, token and expert.
+
+        Returns:
+            Records of `layer`, `position` (of the token), `token`, `expert`, `group`, `null` and `weight`.
+        """
+        return [
+            {
+                "layer": layer,
+                "position": position,
+                "token": token,
+                "expert": expert,
+                "group": group,
+                "null": group in self.null_groups,
+                "weight": weight,
+            }
+            for layer, probabilities in self.layers.items()
+            for position, (token, of_token) in enumerate(zip(self.tokens, probabilities))
+            for expert, (group, weight) in enumerate(zip(group_of_each(self.expert_groups[layer]), of_token))
+        ]
+
+
+def router_trace(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, adapter: str | None = None) -> RouterTrace:
+    """Run the model once over a text and keep what the routers of an active adapter gave each token.
+
+    The model runs in evaluation mode without gradients and is left in the mode it was in. Layers that do not read the text
+    token by token, such as a classifier's pooler, are left out.
+
+    Args:
+        model: the adapted model, wrapped in whatever way; not an encoder-decoder.
+        tokenizer: the model's; it adds the special tokens that it adds in training.
+        text: one text, not empty.
+        adapter: which of several active adapters; None for the only one.
+
+    Raises:
+        TypeError: `text` is no string.
+        ValueError: the model has no LoRAMoE layers, is an encoder-decoder, or has no active adapter of that name, or several
+            and none is named; the text has no tokens; no layer reads it token by token; router probabilities are not finite.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be one string, not a {type(text).__name__}: {text!r}.")
+    configs = configs_of(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"router_trace is for models that read one text, and {type(model).__name__} is an encoder-decoder: call the model "
+            "yourself and read peft_loramoe.routing(model)."
+        )
+    token_ids = list(tokenizer(text)["input_ids"])
+    if not token_ids:
+        raise ValueError(f"text={text!r} has no tokens.")
+    input_ids = torch.tensor([token_ids])
+    with evaluation_mode(model):
+        model(**on_device_of(model, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}))
+        used = routing(model)
+    adapter = _adapter_that_ran(used, adapter)
+    layers, expert_groups = _by_layer([layer for layer in used if layer.adapter == adapter], len(token_ids))
+    return RouterTrace(
+        adapter=adapter,
+        text=text,
+        tokens=[tokenizer.decode([token_id]) for token_id in token_ids],
+        token_ids=token_ids,
+        layers=layers,
+        expert_groups=expert_groups,
+        task_type_names=configs[adapter].task_type_names,
+        null_groups=list(configs[adapter].null_groups or []),
+    )
+
+
+def _adapter_that_ran(used: list[LayerRouting], adapter: str | None) -> str:
+    ran = list(dict.fromkeys(layer.adapter for layer in used))
+    if not ran:
+        raise ValueError("No router ran: leave a LoRAMoE adapter enabled and active.")
+    if adapter is None and len(ran) > 1:
+        raise ValueError(f"The adapters {', '.join(ran)} are active; say which with adapter.")
+    if adapter is not None and adapter not in ran:
+        raise ValueError(f"adapter='{adapter}' is not active, but {', '.join(ran)}: call model.set_adapter('{adapter}') first.")
+    return adapter or ran[0]
+
+
+def _by_layer(used: list[LayerRouting], num_tokens: int) -> tuple[dict[str, list[list[float]]], dict[str, list[int]]]:
+    """The probabilities of each use of a layer that reads all tokens, and the sizes of its groups."""
+    uses: Counter[str] = Counter()
+    layers, expert_groups = {}, {}
+    for layer in used:
+        probabilities = layer.probabilities.flatten(0, -2)
+        if len(probabilities) == num_tokens:
+            require_finite(probabilities, layer.adapter, layer.layer)
+            uses[layer.layer] += 1
+            name = layer.layer if uses[layer.layer] == 1 else f"{layer.layer}#{uses[layer.layer]}"
+            layers[name], expert_groups[name] = probabilities.tolist(), list(layer.expert_groups)
+    if not layers:
+        names = ", ".join(dict.fromkeys(layer.layer for layer in used))
+        raise ValueError(f"No adapted layer reads the text's {num_tokens} tokens one by one; those that ran: {names}.")
+    return layers, expert_groups

@@ -1,0 +1,170 @@
+"""`analyze`, `trace` and `plot`: what the routers of an adapter do, in numbers and figures."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .. import analysis
+from ..analysis.plots.figure import check_suffix
+from . import tables
+from .commands import load_with_texts, print_json
+from .models import SavedAdapter
+from .options import Command, Parser, command_adder, json_option, model_options, name_or_index, text_options
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def add_analysis(add: Callable[..., Parser]) -> None:
+    """Add the three commands to a parser's."""
+    command, model = command_adder(add), model_options()
+    analyze = command(
+        "analyze",
+        run_analyze,
+        "measure how an adapter's routers use its experts on a file of texts",
+        "Prints the mean router weight of each expert group for each task type, the routers' entropy, dead and dominating "
+        "experts, and how alike experts are. `plot groups`, `plot load` and `plot entropy` draw the file that -o writes.",
+        model,
+        text_options("--data", required=True),
+        json_option(),
+    )
+    trace = command(
+        "trace",
+        run_trace,
+        "show how an adapter's routers weigh the expert groups for each token of a text",
+        "Prints the mean over all linears. `plot trace` draws every linear, from the file that -o writes.",
+        model,
+    )
+    trace.add_argument("--text", required=True, help="the text; special tokens are added as in training")
+    for parser in (analyze, trace):
+        parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
+        parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write; replaced if it exists")
+    plot = add("plot", help="draw what `analyze` or `trace` wrote, or gains against losses of several models")
+    _add_plots(command_adder(plot.add_subparsers(title="figures", metavar="KIND", required=True).add_parser))
+
+
+def _add_plots(figure: Command) -> None:
+    of_statistics = {
+        "groups": (analysis.plot_group_weights, "draw the weight of each expert group by layer and task type"),
+        "load": (analysis.plot_load, "draw the weight of each expert by layer and task type; marks dead and dominating ones"),
+        "entropy": (analysis.plot_entropy, "draw the entropy of the routers by layer and task type"),
+    }
+    for name, (draw, summary) in of_statistics.items():
+        parser = figure(name, _statistics_plotter(draw), summary, "FILE is what `analyze` wrote.")
+        parser.add_argument("--adapter", metavar="NAME", help="whose routers, if the statistics are of several adapters")
+        _add_files(parser)
+    trace = figure("trace", plot_trace, "draw the weight of an expert group for each token", "FILE is what `trace` wrote.")
+    trace.add_argument("--group", type=name_or_index, default=0, help="the expert group, an index or a name (default: 0)")
+    _add_files(trace)
+    frontier = figure(
+        "frontier",
+        plot_frontier,
+        "draw what several models learned against what they still know",
+        'FILE is a JSON list with a record for each model: {"label": "LoRA", "downstream": 81, "retention": 86.5}, in percent. '
+        'It may also have "downstream_low", "downstream_high", "retention_low" and "retention_high" (error bars) and "series" '
+        "(a line joins the models of a series).",
+    )
+    _add_files(frontier)
+
+
+def _add_files(parser: Parser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="JSON file to read")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=_figure_path,
+        action="append",
+        required=True,
+        metavar="FIGURE",
+        help="file to write, .png, .svg or .pdf; replaced if it exists; may be repeated",
+    )
+
+
+def _figure_path(text: str) -> Path:
+    try:
+        check_suffix(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def run_analyze(options: Namespace) -> None:
+    """Measure how an adapter's routers use its experts."""
+    _require_folder(options.output)
+    model, batches = load_with_texts(options)
+    statistics = analysis.router_statistics(model, batches)
+    usage, similarity = analysis.expert_usage(statistics), analysis.expert_similarity(model)
+    if options.output:
+        statistics.save(options.output)
+    if options.json:
+        groups = analysis.group_weights(statistics.experts)
+        found = {"group_weights": groups, "expert_usage": usage, "expert_similarity": similarity}
+        print_json({**dataclasses.asdict(statistics), **found})
+    else:
+        tables.show_statistics(statistics, usage, similarity)
+        _print_written(options.output)
+
+
+def run_trace(options: Namespace) -> None:
+    """Show what an adapter's routers do with each token of a text."""
+    _require_folder(options.output)
+    adapter = SavedAdapter.read(options.adapter, options.base_model)
+    tokenizer = adapter.tokenizer()
+    trace = analysis.router_trace(adapter.load(options.device), tokenizer, options.text)
+    if options.output:
+        trace.save(options.output)
+    tables.show_trace(trace)
+    _print_written(options.output)
+
+
+def plot_trace(options: Namespace) -> None:
+    """Draw a trace."""
+    trace = analysis.RouterTrace.load(options.file)
+    _draw(options, lambda path: analysis.plot_trace(trace, path, options.group))
+
+
+def plot_frontier(options: Namespace) -> None:
+    """Draw models by what they learned and what they still know."""
+    try:
+        records = json.loads(options.file.read_text(encoding="utf-8"))
+        if not isinstance(records, list):
+            raise ValueError("it must hold a list of records")
+        _draw(options, lambda path: analysis.plot_frontier(records, path))
+    except ValueError as error:
+        raise ValueError(f"'{options.file}' cannot be drawn: {error}") from error
+
+
+def _statistics_plotter(draw: Callable[..., Any]) -> Callable[[Namespace], None]:
+    def plot(options: Namespace) -> None:
+        statistics = analysis.RouterStatistics.load(options.file)
+        _draw(options, lambda path: draw(statistics, path, options.adapter))
+
+    return plot
+
+
+def _draw(options: Namespace, draw: Callable[[Path], Any]) -> None:
+    for path in options.output:
+        _require_folder(path)
+    for path in options.output:
+        draw(path)
+        _print_written(path)
+
+
+def _require_folder(file: Path | None) -> None:
+    """Before anything takes time: whether the file can be written."""
+    if file is not None and not file.parent.is_dir():
+        raise FileNotFoundError(f"The folder of '{file}' does not exist; make it first.")
+
+
+def _print_written(file: Path | None) -> None:
+    if file is not None:
+        print(f"Wrote {file}.")

@@ -1,0 +1,277 @@
+"""``evaluate``: what a model knows and does, with and without adapters."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from ..analysis import ClosedBookResult, Question, closed_book, compare_results, read_questions
+from . import tables
+from .options import Command, Parser, positive
+
+
+DETAILS = """\
+Each question is answered by the base model and by the base model with each adapter, after the same prompt; so what an adapter
+has lost and gained is counted question by question. Adapters may be of any PEFT method."""
+LmEval = Callable[[nn.Module, PreTrainedTokenizerBase], dict[str, Any]]
+
+
+def add_evaluate(command: Command, as_json: Parser) -> None:
+    """Add the command to a parser."""
+    parser = command(
+        "evaluate",
+        evaluate,
+        "ask a model questions, with and without adapters: what it still knows",
+        DETAILS,
+        as_json,
+    )
+    parser.add_argument("--model", metavar="MODEL", help="base model, folder or Hub id (default: the one that adapters name)")
+    parser.add_argument("--adapter", nargs="+", default=[], metavar="ADAPTER", help="adapters to compare with the base model")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write; must not exist")
+    _add_question_options(parser.add_argument_group("closed-book questions"))
+    tasks = parser.add_argument_group("lm-eval")
+    tasks.add_argument("--lm-eval", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval, for example arc_easy")
+    tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="where more tasks of lm-eval are")
+    running = parser.add_argument_group("how the model runs")
+    running.add_argument("--limit", type=positive, metavar="N", help="ask the first N of each file and task only, for a try")
+    running.add_argument(
+        "--chat", action="store_true", help="put questions as a conversation, by the tokenizer's chat template"
+    )
+    running.add_argument("--batch-size", type=positive, default=16, metavar="N", help="questions at a time (default: 16)")
+    running.add_argument("--load-in-4bit", action="store_true", help="quantise the base model to NF4 (needs bitsandbytes)")
+    running.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the base model's weights (default: auto, as they are saved)",
+    )
+    running.add_argument("--device", help="for example cpu or cuda:1 (default: the GPU, if any)")
+
+
+def _add_question_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--questions",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help='.json or .jsonl files of {"question": "...", "answer": ...}, in the formats of TriviaQA and NQ-open too, or '
+        "hub:NAME[:CONFIG[:SPLIT]] for data sets of the Hub, for example hub:google-research-datasets/nq_open",
+    )
+    group.add_argument(
+        "--shots",
+        type=_count,
+        default=5,
+        metavar="K",
+        help="examples in the prompt, the first K questions, which are not asked then (default: 5)",
+    )
+    group.add_argument("--shots-file", metavar="FILE", help="take the examples from here")
+    group.add_argument(
+        "--template",
+        type=lambda text: text.replace("\\n", "\n"),
+        help=r"how a question is put, with \n for a line break (default: 'Question: {question}\nAnswer:', with --chat the "
+        "question and a sentence that asks for the answer only)",
+    )
+    group.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="of an answer (default: 32)")
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """What is asked from one source, after which examples."""
+
+    source: str
+    shots: list[Question]
+    questions: list[Question]
+
+
+def evaluate(options: Namespace) -> None:
+    """Evaluate a model with and without adapters, print tables or JSON, and write JSON."""
+    if not options.questions and not options.lm_eval:
+        raise ValueError("There is nothing to evaluate: name --questions or --lm-eval tasks.")
+    if options.output is not None:  # before hours of work for it
+        _check_output(options.output)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    base = _base_model(options.model, options.adapter)
+    sets = [_question_set(source, options) for source in options.questions]
+    lm_eval = _lm_eval(options) if options.lm_eval else None
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    answered: list[list[ClosedBookResult]] = []
+    measured: list[dict[str, Any]] = []
+    for adapter in (None, *options.adapter):
+        # Loaded anew for each adapter: some change the base model's own weights.
+        model = _load(base, adapter, options)
+        answered.append([_ask(model, tokenizer, asked, options) for asked in sets])
+        if lm_eval is not None:
+            measured.append(lm_eval(model, tokenizer))
+        del model  # the next one needs its memory
+        gc.collect()
+        torch.cuda.empty_cache()
+    report = {
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": _versions(options),
+        "options": {**_recorded(options), "model": base},
+        "closed_book": [_records(asked, options.adapter, results) for asked, results in zip(sets, zip(*answered))],
+        "lm_eval": [{"adapter": adapter, **results} for adapter, results in zip((None, *options.adapter), measured)],
+    }
+    if options.output is not None:
+        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        tables.show_evaluation(report)
+        if options.output is not None:
+            print(f"Wrote {options.output}.")
+
+
+def _check_output(file: Path) -> None:
+    if file.exists():
+        raise FileExistsError(f"The output file '{file}' exists already. Remove it, or choose another one.")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"The output file '{file}' cannot be written: there is no folder '{file.parent}'.")
+
+
+def _base_model(model: str | None, adapters: list[str]) -> str:
+    """The base model, after a look at the adapters' configurations."""
+    named = {}
+    for adapter in adapters:
+        config = PeftConfig.from_pretrained(adapter)
+        if config.task_type not in (None, "CAUSAL_LM"):
+            raise ValueError(f"'{adapter}' has task_type={config.task_type!r}; only causal language models answer questions.")
+        named[adapter] = config.base_model_name_or_path
+        if model and named[adapter] and not _same_model(named[adapter], model):
+            warnings.warn(f"'{adapter}' names '{named[adapter]}' as its base model; it is evaluated on '{model}'.")
+    if model:
+        return model
+    found = set(named.values()) - {None}
+    if len(found) != 1:
+        several = f"the adapters name {len(found)}" if found else "no adapter names one"
+        raise ValueError(f"Name the base model with --model: {several}.")
+    return found.pop()
+
+
+def _same_model(first: str, second: str) -> bool:
+    return first == second or (Path(first).is_dir() and Path(first).resolve() == Path(second).resolve())
+
+
+def _question_set(source: str, options: Namespace) -> QuestionSet:
+    questions = read_questions(source)
+    examples = read_questions(options.shots_file) if options.shots_file else questions
+    if len(examples) < options.shots:
+        raise ValueError(f"--shots {options.shots}: {options.shots_file or source} has {len(examples)} questions only.")
+    shots = examples[: options.shots]
+    shown = {shot.question for shot in shots}
+    asked = [question for question in questions if question.question not in shown]
+    if not asked:
+        raise ValueError(f"{source}: all questions are among the {options.shots} examples; lower --shots, or use --shots-file.")
+    return QuestionSet(source, shots, asked[: options.limit])
+
+
+def _load(base: str, adapter: str | None, options: Namespace) -> nn.Module:
+    quantization = None
+    if options.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype),
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=options.dtype, device_map={"": options.device}, quantization_config=quantization
+    )
+    return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
+
+
+def _ask(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: QuestionSet, options: Namespace) -> ClosedBookResult:
+    return closed_book(
+        model,
+        tokenizer,
+        asked.questions,
+        asked.shots,
+        template=options.template,
+        chat=options.chat,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        show=not options.json,
+    )
+
+
+def _lm_eval(options: Namespace) -> LmEval:
+    """What runs the tasks, after a check of their names."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError("--lm-eval needs lm-eval: pip install lm_eval[hf]") from error
+    if options.include_path is not None and not options.include_path.is_dir():
+        raise NotADirectoryError(f"--include-path {options.include_path} is no folder.")
+    manager = TaskManager(include_path=options.include_path and str(options.include_path))
+    if unknown := [task for task in options.lm_eval if task not in manager.all_tasks]:
+        raise ValueError(f"--lm-eval: {unknown[0]} is no task of lm-eval (lm_eval ls tasks lists them).")
+
+    def run(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        evaluated = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size),
+            tasks=options.lm_eval,
+            limit=options.limit,
+            apply_chat_template=options.chat,
+            task_manager=manager,
+            log_samples=False,
+        )
+        kept = {"results": evaluated["results"], "task_versions": evaluated["versions"], "shots": evaluated["n-shot"]}
+        return json.loads(json.dumps(kept, default=float))  # some metrics are scalars of NumPy
+
+    return run
+
+
+def _records(asked: QuestionSet, adapters: list[str], results: tuple[ClosedBookResult, ...]) -> dict[str, Any]:
+    """One set of questions in the report: the base model's answers first, then each adapter's, compared with them."""
+    models = []
+    for adapter, result in zip((None, *adapters), results):
+        compared = None if adapter is None else dataclasses.asdict(compare_results(results[0], result))
+        models.append(
+            {
+                "adapter": adapter,
+                **{name: getattr(result, name) for name in ("exact_match", "f1", "loss")},
+                "comparison": compared,
+                "responses": [dataclasses.asdict(response) for response in result.responses],
+            }
+        )
+    return {
+        "questions": asked.source,
+        "count": len(asked.questions),
+        "shots": [dataclasses.asdict(shot) for shot in asked.shots],
+        "models": models,
+    }
+
+
+def _versions(options: Namespace) -> dict[str, str]:
+    packages = ["peft_loramoe", "peft", "transformers", "torch"]
+    packages += ["bitsandbytes"] * options.load_in_4bit + ["lm_eval"] * bool(options.lm_eval)
+    return {package: version(package) for package in packages}
+
+
+def _recorded(options: Namespace) -> dict[str, Any]:
+    """The options as JSON."""
+    kept = {name: value for name, value in vars(options).items() if name not in ("command", "traceback", "json", "output")}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' must be an integer, at least 0")
+    return int(text)

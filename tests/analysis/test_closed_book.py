@@ -1,0 +1,168 @@
+import pytest
+import torch
+from peft import PromptTuningConfig, get_peft_model
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from peft_loramoe.analysis import Question, closed_book, score_answers
+from peft_loramoe.analysis.closed_book import build_prompts, generate_answers
+from tiny import VOCAB, loramoe, tiny_llama
+
+
+LINE = 5  # the token of a line break
+QUESTIONS = [Question(f"w{i} w{i + 1} " * (1 + i % 3), (f"w{i + 2}", "w9")) for i in range(20, 40)]
+SHOTS = [Question("w41", ("w42", "w43")), Question("w44 w45", ("w46 w47",))]
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>"
+    "{{ 'thinking' if enable_thinking is not defined or enable_thinking }}{% endif %}"
+)
+
+
+def words(adds=None):
+    """Words w0 to w63 and the line break."""
+    vocabulary = {("<line>" if i == LINE else f"w{i}"): i for i in range(VOCAB)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    backend.normalizer = normalizers.Replace("\n", " <line> ")
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds:
+        backend.post_processor = processors.TemplateProcessing(single=adds, special_tokens=[("w1", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.decode = lambda ids, **_: " ".join("\n" if i == LINE else f"w{i}" for i in map(int, ids))
+    tokenizer.batch_decode = lambda rows, **_: [tokenizer.decode(row) for row in rows]
+    return tokenizer
+
+
+@pytest.fixture
+def tokenizer():
+    return words()
+
+
+def greedy(model, ids, steps):
+    """Token by token, without a cache, to the end of the first line."""
+    ids, start = list(ids), len(ids)
+    for _ in range(steps):
+        with torch.no_grad():
+            ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+        if ids[-1] == LINE and set(ids[start:]) != {LINE}:
+            break
+    return " ".join(f"w{i}" for i in ids[start:] if i != LINE)
+
+
+def talkative(build=tiny_llama):
+    """A model that writes line breaks often."""
+    model = build().eval()
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        model.get_output_embeddings().weight[LINE] *= 3
+    return model
+
+
+def prompt_tuned():
+    """A model whose answers depend much on virtual tokens, and on how far away they are."""
+    model = get_peft_model(tiny_llama(initializer_range=0.2), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.mul_(5)
+    return model
+
+
+MODELS = {"base": tiny_llama, "loramoe": loramoe, "prompt tuning": prompt_tuned}
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_answers_are_the_first_lines_of_greedy_decoding(build, tokenizer):
+    model = talkative(build)
+    prompts = [question.question for question in QUESTIONS]
+    expected = [greedy(model, tokenizer(prompt).input_ids, steps=6) for prompt in prompts]
+    assert len({len(answer.split()) for answer in expected}) > 2, "the lines should differ in length"
+    for batch_size in (1, 7, 64):
+        assert generate_answers(model, tokenizer, prompts, 6, batch_size) == expected
+
+
+def test_settings_of_the_model_do_not_count(tokenizer):
+    model, prompts = tiny_llama().eval(), [question.question for question in QUESTIONS]
+    expected = generate_answers(model, tokenizer, prompts, 6, 8)
+    model.generation_config.update(
+        do_sample=True, temperature=5.0, top_k=3, top_p=0.5, repetition_penalty=9.0, num_beams=3, no_repeat_ngram_size=1
+    )
+    assert generate_answers(model, tokenizer, prompts, 6, 8) == expected
+
+
+def test_an_end_token_that_the_tokenizer_adds_is_not_part_of_the_prompt(tokenizer):
+    model, prompts = tiny_llama().eval(), ["w3 w4", "w5"]
+    assert generate_answers(model, words("$A w1"), prompts, 3, 2) == generate_answers(model, tokenizer, prompts, 3, 2)
+
+
+def test_responses_and_their_means(tokenizer):
+    model = talkative()
+    prompts = build_prompts(tokenizer, [question.question for question in QUESTIONS], SHOTS)
+    answers = generate_answers(model, tokenizer, prompts, 3, 8)
+    # Every second question is answered right, as far as its aliases tell.
+    questions = [
+        Question(q.question, (*q.answers, *([a] if i % 2 else []))) for i, (q, a) in enumerate(zip(QUESTIONS, answers))
+    ]
+    result = closed_book(model, tokenizer, questions, SHOTS, max_new_tokens=3, batch_size=8)
+    assert [r.given for r in result.responses] == answers
+    assert [r.exact_match for r in result.responses] == [i % 2 == 1 for i in range(20)]
+    assert [r.f1 for r in result.responses] == [q.f1(answer) for q, answer in zip(questions, answers)]
+    losses = [score.loss for score in score_answers(model, tokenizer, prompts, [q.answers[0] for q in questions])]
+    assert [r.loss for r in result.responses] == pytest.approx(losses, abs=1e-5)
+    assert [(r.question, r.expected) for r in result.responses] == [(q.question, q.answers[0]) for q in questions]
+    means = (result.exact_match, result.f1, result.loss)
+    assert means == pytest.approx((0.5, sum(r.f1 for r in result.responses) / 20, sum(losses) / 20))
+
+
+def test_the_modes_of_the_modules_are_restored(tokenizer):
+    model = loramoe(lora_dropout=0.5).train()
+    model.get_input_embeddings().eval()
+    modes = [module.training for module in model.modules()]
+    first, second = (closed_book(model, tokenizer, QUESTIONS, max_new_tokens=3) for _ in range(2))
+    assert first == second and [module.training for module in model.modules()] == modes
+
+
+def test_a_progress_bar_on_demand(tokenizer, capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
+    closed_book(tiny_llama(), tokenizer, QUESTIONS, max_new_tokens=1)
+    assert capfd.readouterr() == ("", "")
+    closed_book(tiny_llama(), tokenizer, QUESTIONS, max_new_tokens=1, show=True)
+    output, errors = capfd.readouterr()
+    assert output == "" and "answering" in errors
+
+
+# options of build_prompts, and the prompt for the question "q {0}"
+PROMPTS = {
+    "no shots": ({}, "Question: q {0}\nAnswer:"),
+    "shots": (
+        {"shots": SHOTS},
+        "Question: w41\nAnswer: w42\n\nQuestion: w44 w45\nAnswer: w46 w47\n\nQuestion: q {0}\nAnswer:",
+    ),
+    "a template": ({"template": "{question} ->"}, "q {0} ->"),
+    "a template with a line break": ({"template": "{question}\n", "shots": SHOTS[:1]}, "w41\nw42\n\nq {0}\n"),
+    "chat": ({"chat": True}, "<user>q {0}\nGive the answer only, in as few words as possible.</s><assistant>"),
+    "chat with shots and a template": (
+        {"chat": True, "template": "{question}", "shots": SHOTS[:1]},
+        "<user>w41</s><assistant>w42</s><user>q {0}</s><assistant>",
+    ),
+}
+
+
+@pytest.mark.parametrize("options, expected", PROMPTS.values(), ids=PROMPTS)
+def test_prompts(options, expected, tokenizer):
+    tokenizer.chat_template = CHAT
+    assert build_prompts(tokenizer, ["q {0}"], **options) == [expected]
+
+
+BAD = {
+    "no questions": ({"questions": []}, "questions is empty"),
+    "no tokens": ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+    "batches of none": ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+    "a shot that is asked": ({"shots": QUESTIONS[3:5]}, r"A shot gives its answer away, .*'w23 w24 .* \(2 in all\)"),
+    "a template without the question": ({"template": "Question: {}"}, r"template='Question: {}' must contain {question}"),
+    "a template that ends with a space": ({"template": "{question} "}, "must not end with a space"),
+    "no chat template": ({"chat": True}, "The tokenizer has no chat template"),
+}
+
+
+@pytest.mark.parametrize("options, message", BAD.values(), ids=BAD)
+def test_bad_input(options, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        closed_book(**{"model": tiny_llama(), "tokenizer": tokenizer, "questions": QUESTIONS, **options})

@@ -1,0 +1,78 @@
+import json
+
+import pytest
+
+from peft_loramoe.analysis import RouterStatistics, RouterTrace
+
+
+STATISTICS = RouterStatistics(
+    experts=[{"adapter": "default", "layer": "up_proj", "task_type": -1, "expert": 0, "weight": 0.1 + 0.2, "null": False}],
+    layers=[{"adapter": "default", "layer": "up_proj", "task_type": -1, "tokens": 7, "entropy": 1e-300}],
+    task_type_names={"default": ["facts", "tâches"], "other": None},
+)
+TRACE = RouterTrace(
+    adapter="default",
+    text="é \ufffd 💡",
+    tokens=["é", " \ufffd", " 💡"],
+    token_ids=[3, 1, 2],
+    layers={"up_proj": [[1 / 3, 2 / 3]] * 3, "down_proj": [[0.25, 0.75]] * 3},
+    expert_groups={"up_proj": [1, 1], "down_proj": [1, 1]},
+    task_type_names=None,
+    null_groups=[1],
+)
+
+
+@pytest.mark.parametrize("result", [STATISTICS, TRACE], ids=lambda result: type(result).__name__)
+def test_what_is_loaded_is_what_was_saved(result, tmp_path):
+    result.save(tmp_path / "result.json")
+    loaded = type(result).load(tmp_path / "result.json")
+    assert loaded == result and type(loaded) is type(result)
+
+
+def test_the_order_of_the_layers_is_kept(tmp_path):
+    TRACE.save(tmp_path / "trace.json")
+    assert list(RouterTrace.load(tmp_path / "trace.json").layers) == ["up_proj", "down_proj"]
+
+
+def test_the_file_says_what_it_is(tmp_path):
+    STATISTICS.save(tmp_path / "statistics.json")
+    content = json.loads((tmp_path / "statistics.json").read_text())
+    assert content["kind"] == "RouterStatistics" and content["experts"] == STATISTICS.experts
+
+
+def test_paths_may_be_strings(tmp_path):
+    TRACE.save(f"{tmp_path}/trace.json")
+    assert RouterTrace.load(f"{tmp_path}/trace.json") == TRACE
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("text", r"it is not JSON \(Expecting value"),
+        (b"\xff\xfe", r"it is not JSON \('utf-8' codec"),
+        ('[{"expert": 0}]', "it is not a JSON object with a `kind`"),
+        ('{"experts": []}', "it is not a JSON object with a `kind`"),
+        ('{"kind": "RouterTrace"}', "it holds 'RouterTrace'"),
+        ('{"kind": "RouterStatistics", "experts": []}', r"its fields are \['experts'\], not \['experts', 'layers', 'task_type"),
+        (
+            '{"kind": "RouterStatistics", "experts": [], "layers": [], "task_type_names": {}, "more": 1}',
+            r"its fields are \['experts', 'layers', 'more', 'task_type_names'\], not",
+        ),
+    ],
+    ids=["no JSON", "no text", "list", "no kind", "another kind", "a field missing", "a field more"],
+)
+def test_other_files_are_refused(content, problem, tmp_path):
+    path = tmp_path / "file.json"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=rf"file\.json' is no file that RouterStatistics\.save wrote: {problem}"):
+        RouterStatistics.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing\.json"):
+        RouterStatistics.load(tmp_path / "missing.json")
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing.result\.json"):
+        STATISTICS.save(tmp_path / "missing" / "result.json")
