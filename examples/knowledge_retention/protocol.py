@@ -23,6 +23,7 @@ MIXTURE = {
     "num_experts": 6,
     "balance_delta": 0.1,
     "balance_loss_weight": 0.1,
+    "task_type_names": ["knowledge", "tasks"],
     "target_modules": FEED_FORWARD,
 }
 NULL = {**MIXTURE, "lora_alpha": 64, "num_experts": 12, "null_groups": [0], "balance_delta": 0.7}

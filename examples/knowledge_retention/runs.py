@@ -1,0 +1,131 @@
+"""All runs of a variant, in parallel processes and resumable: each ends as a row of a JSONL file."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from .experiment import device, pretrain_model, run_experiment, write_texts
+from .protocol import METHODS, REPLAY, Run, Variant, ablation_runs, choose_learning_rates, selection_runs, test_runs
+
+
+PACKAGES = ("peft_loramoe", "peft", "transformers", "torch")
+ROWS = "rows.jsonl"
+
+
+class Study:
+    """A variant's rows and pretrained models in a folder.
+
+    Args:
+        variant: what to run.
+        folder: may hold the rows of an earlier call, which are not run again.
+
+    Raises:
+        ValueError: the folder's rows were made with other settings.
+    """
+
+    def __init__(self, variant: Variant, folder: Path) -> None:
+        self.variant, self.folder = variant, folder
+        settings = json.loads(json.dumps(dataclasses.asdict(variant)))
+        file = folder / "variant.json"
+        if file.exists() and json.loads(file.read_text()) != settings:
+            raise ValueError(
+                f"'{folder}' holds rows of other settings than variant '{variant.name}' has now; use another folder."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=1) + "\n")
+        self.rows = read_rows(folder / ROWS) if (folder / ROWS).exists() else []
+
+    def run(self, jobs: int) -> None:
+        """Pretrain, choose the learning rates, test, and run the ablations, as far as there are no rows yet."""
+        with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_prepare_process) as pool:
+            try:
+                self._pretrain(pool)
+                write_texts(self.variant, first := self.variant.test_seeds[0], self._model(first), self.folder)
+                self._fine_tune(pool, "learning rates", selection_runs(self.variant))
+                chosen = choose_learning_rates(self.variant, self.rows)
+                self._fine_tune(pool, "tests", test_runs(self.variant, chosen))
+                self._fine_tune(pool, "ablations", ablation_runs(self.variant, chosen))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _pretrain(self, pool: ProcessPoolExecutor) -> None:
+        for partial in self.folder.glob("*.partial"):  # an earlier call was stopped in the middle
+            shutil.rmtree(partial)
+        missing = [seed for seed in self.variant.seeds if not self._model(seed).exists()]
+        self.rows = [row for row in self.rows if row.get("pretraining") not in missing]
+        futures = {pool.submit(pretrain_model, self.variant, seed, self._model(seed)): seed for seed in missing}
+        for future in tqdm(as_completed(futures), "pretraining", len(futures), disable=not futures):
+            seed = futures[future]
+            self._append({"key": f"pretraining {seed}", "pretraining": seed, **future.result()})
+
+    def _fine_tune(self, pool: ProcessPoolExecutor, title: str, runs: list[Run]) -> None:
+        known = {row["key"] for row in self.rows}
+        runs = [run for run in runs if run.key not in known]
+        futures = {
+            pool.submit(run_experiment, self.variant, run, self._model(run.seed), self._adapter(run)): run for run in runs
+        }
+        for future in tqdm(as_completed(futures), title, len(futures), disable=not futures):
+            run = futures[future]
+            self._append({"key": run.key, "run": dataclasses.asdict(run), **future.result()})
+
+    def _append(self, row: dict[str, Any]) -> None:
+        row = {**row, "variant": self.variant.name, **_environment()}
+        self.rows.append(row)
+        with (self.folder / ROWS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _adapter(self, run: Run) -> Path | None:
+        """Where the adapter is kept: one of each method, to look into."""
+        kept = METHODS[run.method].kind != "full" and run.seed == self.variant.test_seeds[0] and not run.options
+        kept = kept and (run.samples, run.replay) == (self.variant.samples[-1], REPLAY)
+        return self.folder / f"adapter-{run.method}" if kept else None
+
+    def _model(self, seed: int) -> Path:
+        return self.folder / f"model-{seed}"
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file, the newest of each key.
+
+    Raises:
+        ValueError: a line is no row.
+    """
+    rows = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            rows[row["key"]] = row
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file}, line {number}: no row of the study ({error!r}); remove the line to run it again."
+            ) from error
+    return list(rows.values())
+
+
+def _prepare_process() -> None:
+    """One thread for each process, and no output but the study's own progress."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if device() == "cuda" else "cpu",
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+    }
