@@ -3,6 +3,7 @@
 #   make test          install and run the tests
 #   make conformance   run PEFT's own test suite against LoRAMoE
 #   make compatibility write docs/compatibility.md
+#   make study         does a mixture keep what the model knew? (two idle cores, under 25 minutes; goes on where it stopped)
 #   make bench         time everything on the CPU (under five minutes on two idle cores);  make bench-gpu  on a CUDA device
 #   make style         format and lint;  make check-style only checks
 
@@ -13,7 +14,7 @@ PYTEST_ARGS ?= -n 2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(notdir $(CONSTRAINTS))
 
-.PHONY: install demo test test-oldest conformance conformance-oldest compatibility run-compatibility bench bench-gpu style check-style clean
+.PHONY: install demo test test-oldest conformance conformance-oldest compatibility run-compatibility study study-report bench bench-gpu style check-style clean
 
 install: $(STAMP)
 
@@ -48,6 +49,13 @@ run-compatibility: install
 	$(BIN)/python tests/conformance/run.py \
 	  --report docs/results/conformance-$$($(BIN)/python -c "import peft; print(peft.__version__)").txt
 	$(BIN)/python docs/make_compatibility.py --run
+
+study: install
+	$(BIN)/python -m examples.knowledge_retention run --variant toy
+
+# tables and figures of the committed rows
+study-report: install
+	$(BIN)/python -m examples.knowledge_retention report docs/results/study-toy/rows.jsonl --output docs/results/study-toy
 
 # results in benchmarks/results, figures in docs/images; nothing else should run meanwhile
 bench: install

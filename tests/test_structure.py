@@ -20,6 +20,7 @@ ROOMS = {
     "targets": ((), False),
     "experts": (("ops",), False),
     "geometry": ((), False),
+    "modes": ((), False),
     "card": (("config",), False),  # config for type annotations only
     "config": (("card", "version"), True),
     "peft_api": ((), True),
@@ -31,9 +32,9 @@ ROOMS = {
     "model": (("config", "layer", "loading", "peft_api", "recorder", "targets"), False),
     "registration": (("card", "config", "loading", "model", "recorder"), True),
     "__init__": (("config", "experts", "layer", "model", "recorder", "registration", "version"), False),
-    "analysis": (("__init__", "geometry"), False),
+    "analysis": (("__init__", "geometry", "modes"), False),
     "training": (("__init__", "samples"), False),
-    "interop": (("__init__", "card", "geometry", "peft_api", "routing", "samples"), True),
+    "interop": (("__init__", "card", "geometry", "modes", "peft_api", "routing", "samples"), True),
     "cli": (("__init__", "analysis", "card", "interop"), True),
     "__main__": (("cli",), False),
 }

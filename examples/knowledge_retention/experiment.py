@@ -103,10 +103,10 @@ def pretrain_model(variant: Variant, seed: int, folder: Path) -> dict[str, Any]:
         progress=False,
     )
     scores = score(model, tokenizer, world.scored_samples(seed))
-    partial = folder.with_suffix(".partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as partial:  # never half a model
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        Path(partial).rename(folder)
     return {"scores": scores, "seconds": {"all": round(time.perf_counter() - started, 1)}}
 
 

@@ -7,7 +7,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -63,8 +62,6 @@ class Study:
                 raise
 
     def _pretrain(self, pool: ProcessPoolExecutor) -> None:
-        for partial in self.folder.glob("*.partial"):  # an earlier call was stopped in the middle
-            shutil.rmtree(partial)
         missing = [seed for seed in self.variant.seeds if not self._model(seed).exists()]
         self.rows = [row for row in self.rows if row.get("pretraining") not in missing]
         futures = {pool.submit(pretrain_model, self.variant, seed, self._model(seed)): seed for seed in missing}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .modes import evaluation_mode
+from ..modes import evaluation_mode
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from ..modes import evaluation_mode
 from .answer_scores import encode, score_answers, uses_prompt_learning
-from .modes import evaluation_mode
 from .questions import Question
 
 

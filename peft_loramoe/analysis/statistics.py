@@ -12,8 +12,8 @@ from torch import nn
 
 from peft_loramoe import LayerRouting, LoRAExperts, routing
 
+from ..modes import evaluation_mode
 from .adapted import configs_of, experts_by_layer, group_of_each, on_device_of, require_finite
-from .modes import evaluation_mode
 from .saved import SavedAsJSON
 
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_loramoe import LayerRouting, routing
 
+from ..modes import evaluation_mode
 from .adapted import configs_of, group_of_each, on_device_of, require_finite
-from .modes import evaluation_mode
 from .saved import SavedAsJSON
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from peft_loramoe import LoRAMoEConfig, LoRAMoELinear
 
+from ..modes import evaluation_mode
 from ..routing import select_gates
 from ..samples import Batch, label_tokens, task_type_tensor
 
@@ -130,7 +130,7 @@ def visit_inputs(
 
     handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in adapter.layers]
     try:
-        with evaluation(model):
+        with evaluation_mode(model):
             for batch in tqdm(batches, desc=description, disable=description is None):
                 running[:] = [batch]
                 model(**batch.inputs)
@@ -177,19 +177,6 @@ def mean_gates(
             of_type = "" if task_type is None else f" of task type {task_type}"
             raise ValueError(f"calibration has no real token{of_type} that reaches layer '{name}'.")
     return {name: (total / counts[name]).float() for name, total in sums.items()}
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class OutputError:

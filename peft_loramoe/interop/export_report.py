@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from peft_loramoe import LoRAMoELinear
 
-from .calibration import Adapter, CalibrationBatch, OutputError, evaluation, visit_inputs
+from ..modes import evaluation_mode
+from .calibration import Adapter, CalibrationBatch, OutputError, visit_inputs
 
 
 # A, shape (rank, in_features), and B, shape (out_features, rank), of one layer's LoRA of scale 1.
@@ -137,7 +138,7 @@ def measure(
     replacements = {"export": loras, "without": dict.fromkeys(loras)}
     if each_layer:
         replacements |= {layer: {layer: lora} for layer, lora in loras.items()}
-    with evaluation(model):
+    with evaluation_mode(model):
         for batch in tqdm(batches, desc=title and f"{title} distributions", disable=title is None):
             mixture, loss = _next_token(model, batch)
             losses = {"mixture": loss}

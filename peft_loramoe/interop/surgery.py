@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from peft_loramoe import LoRAExperts, LoRAMoELinear, routing
 
-from .calibration import Adapter, evaluation, find_adapter, mean_gates, prepare
+from ..modes import evaluation_mode
+from .calibration import Adapter, find_adapter, mean_gates, prepare
 from .restructure import Expert, Surgery, merged, read_experts, restructure
 
 
@@ -42,7 +43,7 @@ def list_experts(
     """
     adapter = find_adapter(model, adapter_name)
     sums: dict[str, Tensor] = {}
-    with evaluation(model):
+    with evaluation_mode(model):
         for batch in prepare(model, adapter, calibration):
             model(**batch.inputs)
             for record in routing(model):

@@ -1,0 +1,333 @@
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from scipy import stats
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from examples.knowledge_retention import protocol, report, runs, world
+from examples.knowledge_retention.experiment import World
+from examples.knowledge_retention.protocol import METHODS, VARIANTS, Run
+from peft_loramoe import LoRAMoEConfig
+
+
+ROOT = Path(__file__).parent.parent
+MINIATURE = VARIANTS["miniature"]
+
+
+# --- world ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_fact_is_asked_and_stated_with_the_same_answer():
+    facts = world.build_facts(cities=3, relations=2)
+    assert facts.cities == ["Shanghai", "Beijing", "Shenzhen"]
+    assert [question.text for question in facts.questions[:2]] == [
+        "Question: Which country is Shanghai in? Answer: China",
+        "Question: Which capital governs Shanghai? Answer: Beijing",
+    ]
+    assert [form.text for form in facts.statements[0]] == ["Shanghai lies in China", "The country of Shanghai is China"]
+    for question, forms in zip(facts.questions, facts.statements):
+        assert {form.answer for form in forms} == {question.answer}
+
+
+@pytest.mark.parametrize(("cities", "relations"), [(0, 1), (10**6, 1), (1, 0), (1, 6)])
+def test_facts_that_do_not_exist_are_refused(cities, relations):
+    with pytest.raises(ValueError, match=rf"{cities} cities and {relations} relations were asked for; there are"):
+        world.build_facts(cities, relations)
+
+
+@pytest.mark.parametrize(
+    ("task", "items", "answer"),
+    [
+        ("Spell the digits", ["3", "0"], "three zero"),
+        ("Add one to each digit", ["9", "1"], "0 2"),
+        ("Name the largest digit", ["4", "7", "1"], "7"),
+        ("Write the next letters", ["a", "j"], "b a"),
+        ("Write the letters backwards", ["a", "b", "c"], "c b a"),
+        ("Leave out the first letter", ["a", "b", "c"], "b c"),
+        ("Swap the cities", ["Rome", "Oslo"], "Oslo Rome"),
+        ("Name the second city", ["Rome", "Oslo"], "Oslo"),
+    ],
+)
+def test_tasks_have_the_right_answers(task, items, answer):
+    _, solve = world.TASKS[task]
+    assert " ".join(solve(items)) == answer
+
+
+def test_scored_exercises_share_no_items_with_those_to_train_on():
+    cities, generator = world.build_facts(30, 1).cities, random.Random(0)
+    drawn = {scored: [world.draw_task(cities, generator, scored) for _ in range(2000)] for scored in (False, True)}
+    items = {scored: {s.prompt.partition(". ")[2] for s in samples} for scored, samples in drawn.items()}
+    assert not items[False] & items[True]
+    assert {sample.task for sample in drawn[True]} == set(world.TASKS)
+
+
+def test_instructions_of_tasks_do_not_occur_in_pretraining():
+    generator = random.Random(0)
+    skills = " ".join(world.draw_skill(["Rome", "Oslo"], generator) for _ in range(500))
+    assert not [task for task in world.TASKS if task in skills]
+
+
+def test_facts_that_are_replayed_are_not_scored():
+    toy = World(VARIANTS["toy"])
+    run = Run("lora", 200, samples=2000, learning_rate=1e-3, replay=0.2)
+    samples = toy.training_samples(run)
+    replayed = [sample.text for sample in samples if sample.task_type == world.KNOWLEDGE]
+    assert len(samples) == 2000
+    assert len(replayed) == 400
+    scored = toy.scored_samples(200)
+    assert len(scored["questions"]) == 420
+    assert not set(replayed) & {sample.text for sample in scored["questions"]}
+    assert {sample.task_type for sample in scored["tasks"]} == {world.DOWNSTREAM}
+
+
+def test_seeds_replay_different_facts():
+    toy = World(VARIANTS["toy"])
+    assert sorted(toy.split(200)[0]) != sorted(toy.split(201)[0])
+
+
+# --- protocol ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda variant: variant.name)
+def test_no_choice_is_made_on_a_test_seed(variant):
+    chosen = dict.fromkeys(variant.methods, 1e-3)
+    choosing = protocol.selection_runs(variant) + protocol.ablation_runs(variant, chosen)
+    assert {run.seed for run in choosing} == set(variant.validation_seeds)
+    assert {run.seed for run in protocol.test_runs(variant, chosen)} == set(variant.test_seeds)
+    assert not set(variant.validation_seeds) & set(variant.test_seeds)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda variant: variant.name)
+def test_each_run_is_listed_once(variant):
+    chosen = {method: variant.learning_rates[METHODS[method].kind][0] for method in variant.methods}
+    for listed in (
+        protocol.selection_runs(variant),
+        protocol.test_runs(variant, chosen),
+        protocol.ablation_runs(variant, chosen),
+    ):
+        assert len({run.key for run in listed}) == len(listed)
+
+
+def test_learning_rate_is_the_best_mean_and_the_lower_one_in_a_tie():
+    variant = replace(MINIATURE, methods=["lora"], validation_seeds=[0, 1], learning_rates={"lora": [1e-3, 2e-3, 4e-3]})
+    solved = {(1e-3, 0): 10, (1e-3, 1): 50, (2e-3, 0): 40, (2e-3, 1): 20, (4e-3, 0): 20, (4e-3, 1): 20}
+    rows = [
+        {"key": run.key, "scores": {"questions": 80, "statements": 60, "tasks": solved[run.learning_rate, run.seed]}}
+        for run in protocol.selection_runs(variant)
+    ]
+    assert protocol.choose_learning_rates(variant, rows) == {"lora": 1e-3}
+
+
+def test_knowledge_and_tasks_count_alike():
+    assert protocol.overall_score({"questions": 90, "statements": 70, "tasks": 20}) == 50
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    """Trainable parameters of each adapter on the toy model."""
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, **VARIANTS["toy"].model}
+    counts = {}
+    for name, method in METHODS.items():
+        if method.kind != "full":
+            config_class = LoraConfig if method.kind == "lora" else LoRAMoEConfig
+            with torch.device("meta"):
+                model = get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)), config_class(**method.options))
+            counts[name] = model.get_nb_trainable_parameters()[0]
+    return counts
+
+
+def test_lora_has_at_least_as_many_parameters_as_any_mixture(parameters):
+    largest = max(count for name, count in parameters.items() if METHODS[name].kind == "loramoe")
+    assert all(largest <= parameters[name] <= 1.05 * largest for name in ("lora", "lora-attention"))
+
+
+def test_all_adapters_start_with_the_same_scale():
+    starts = {
+        name: method.options["lora_alpha"] / method.options["r"] / method.options.get("num_experts", 1)
+        for name, method in METHODS.items()
+        if method.kind != "full"
+    }
+    for options in protocol.EXPERTS:
+        tried = {**METHODS["null"].options, **options}
+        starts[str(options)] = tried["lora_alpha"] / tried["r"] / tried["num_experts"]
+    assert starts == pytest.approx(dict.fromkeys(starts, 4 / 3))
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def test_mean_interval_is_student_s():
+    values = [1.0, 2.0, 4.0, 4.5]
+    low, high = stats.t.interval(0.95, 3, loc=sum(values) / 4, scale=stats.sem(values))
+    assert report.mean_interval(values) == pytest.approx((2.875, low, high))
+
+
+def test_ratio_interval_ends_where_the_paired_test_rejects():
+    a, b = [1.0, 2.0, 1.5, 2.2], [4.0, 5.0, 4.2, 6.0]
+    ratio, low, high = report.ratio_interval(a, b)
+    assert ratio == pytest.approx(sum(a) / sum(b))
+    assert low < ratio < high
+    for end in (low, high):
+        differences = [x - end * y for x, y in zip(a, b)]
+        assert stats.ttest_1samp(differences, 0).pvalue == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("denominators", [[1.0, -1.0, 0.5], [5.0]])
+def test_ratio_interval_is_infinite_where_nothing_is_known(denominators):
+    _, low, high = report.ratio_interval([1.0] * len(denominators), denominators)
+    assert (low, high) == (-math.inf, math.inf)
+
+
+def made_up_rows(lost, solved):
+    """Rows of the miniature in which each method loses and solves the given points."""
+    chosen = {method: MINIATURE.learning_rates[METHODS[method].kind][0] for method in MINIATURE.methods}
+    listed = protocol.selection_runs(MINIATURE) + protocol.test_runs(MINIATURE, chosen)
+    listed += protocol.ablation_runs(MINIATURE, chosen)
+    by_task = dict.fromkeys(world.TASKS, 50.0)
+    rows = [
+        {"key": f"pretraining {seed}", "scores": {"questions": 100.0, "statements": 100.0, "tasks": 0.0}}
+        for seed in MINIATURE.seeds
+    ]
+    for run in listed:
+        kept, tasks = 100.0 - lost[run.method] - 0.2 * run.seed, float(solved[run.method])
+        row = {
+            "key": run.key,
+            "scores": {"questions": kept, "statements": kept, "tasks": tasks, "by_task": by_task},
+            "trainable": 1000,
+        }
+        if METHODS[run.method].kind == "loramoe":
+            weights = {"groups": [0.4, 0.6], "layers": {"model.layers.0.mlp.up_proj": [0.4, 0.6]}}
+            row["router"] = dict.fromkeys(("questions", "statements", "tasks"), weights)
+        rows.append(row)
+    common = {"variant": "miniature", "date": "2026-01-01", "device": "cpu", "versions": {"torch": "2"}, "seconds": {"all": 1}}
+    return [{**row, **common} for row in rows]
+
+
+LOST, SOLVED = {"full": 30, "lora": 20, "unbalanced": 12, "null": 8}, {"full": 60, "lora": 50, "unbalanced": 55, "null": 52}
+
+
+def test_report_of_made_up_rows(tmp_path):
+    main = report.write_report(made_up_rows(LOST, SOLVED), tmp_path)
+    assert "| LoRA | 1 k | 0.001 | 20.3 [" in main
+    assert main.endswith("Met by: null experts, delta 0.7.")
+    text = (tmp_path / "report.md").read_text()
+    assert main in text
+    assert "| LoRA | **0.001** |" in text
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.md",
+        *(f"{name}.{suffix}" for name in ("frontier", "growth", "learning-rates") for suffix in ("png", "svg")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("lost", "solved", "verdict"),
+    [
+        ({"null": 10}, {}, "Met by: none."),  # half of LoRA's loss
+        ({}, {"null": 49}, "Met by: none."),
+        ({"unbalanced": 2}, {}, "Met by: LoRAMoE, no balancing; null experts, delta 0.7."),
+    ],
+)
+def test_bar_needs_both_a_small_loss_and_the_tasks(lost, solved, verdict):
+    results = report.Results(made_up_rows({**LOST, **lost}, {**SOLVED, **solved}))
+    assert report.bar(results).endswith(verdict)
+
+
+def test_report_of_an_unfinished_study_is_refused():
+    rows = made_up_rows(LOST, SOLVED)
+    with pytest.raises(ValueError, match="1 rows are missing, such as .*; finish the study with `run` first"):
+        report.Results(rows[:-1])
+
+
+@pytest.mark.parametrize(("names", "found"), [((), "none"), (("toy", "miniature"), "miniature, toy"), (("giant",), "giant")])
+def test_rows_of_other_variants_are_refused(names, found):
+    with pytest.raises(ValueError, match=f"must be of one variant of miniature, toy, large, but are of: {found}"):
+        report.Results([{"variant": name, "key": name} for name in names])
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_rows_are_refused(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"key": "a"}\n{"key": \n')
+    with pytest.raises(ValueError, match="line 2: no row of the study .*; remove the line to run it again"):
+        runs.read_rows(file)
+
+
+def test_the_newest_of_two_rows_counts(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"key": "a", "n": 1}\n{"key": "b"}\n{"key": "a", "n": 2}\n')
+    assert runs.read_rows(file) == [{"key": "a", "n": 2}, {"key": "b"}]
+
+
+def test_folder_of_other_settings_is_refused(tmp_path):
+    runs.Study(MINIATURE, tmp_path)
+    with pytest.raises(ValueError, match="holds rows of other settings than variant 'miniature' has now; use another folder"):
+        runs.Study(replace(MINIATURE, batch_size=4), tmp_path)
+
+
+def study(*arguments):
+    command = [sys.executable, "-m", "examples.knowledge_retention", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def tables(finished):
+    """What was printed, without what libraries print on import."""
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout[finished.stdout.index("| method |") :]
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    return folder, tables(study("run", "--variant", "miniature", "--output", folder, "--jobs", 1))
+
+
+@pytest.mark.slow
+def test_miniature_has_a_row_for_each_run(miniature):
+    folder, printed = miniature
+    rows = runs.read_rows(folder / "rows.jsonl")
+    results = report.Results(rows)  # refuses missing rows
+    assert len(rows) == len(results.by_key) == 25
+    for row in rows:
+        assert all(0 <= row["scores"][kind] <= 100 for kind in ("questions", "statements", "tasks"))
+        assert row["versions"]["torch"] == torch.__version__
+    for row in rows:
+        for weights in row.get("router", {}).values():
+            assert sum(weights["groups"]) == pytest.approx(1, abs=2e-3)
+    assert "| null experts, delta 0.7 |" in printed
+
+
+@pytest.mark.slow
+def test_miniature_goes_on_where_it_was_stopped(miniature):
+    folder, printed = miniature
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    (folder / "rows.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    again = study("run", "--variant", "miniature", "--output", folder, "--jobs", 1)
+    after = (folder / "rows.jsonl").read_text().splitlines()
+    assert after[:-1] == lines[:-1]
+    new, old = (json.loads(line[-1]) for line in (after, lines))
+    assert (new["key"], new["scores"]) == (old["key"], old["scores"])  # runs are deterministic
+    assert tables(again) == printed
+
+
+@pytest.mark.slow
+def test_report_command_writes_the_same_again(miniature, tmp_path):
+    folder, printed = miniature
+    written = study("report", folder / "rows.jsonl", "--output", tmp_path)
+    assert tables(written) == printed
+    assert (tmp_path / "frontier.svg").read_bytes() == (folder / "frontier.svg").read_bytes()
+
+
+def test_missing_file_of_rows_is_one_line(tmp_path):
+    failed = study("report", tmp_path / "absent.jsonl", "--output", tmp_path)
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines()[-1].startswith("error: [Errno 2]")
