@@ -116,14 +116,34 @@ def test_each_run_is_listed_once(variant):
         assert len({run.key for run in listed}) == len(listed)
 
 
-def test_learning_rate_is_the_best_mean_and_the_lower_one_in_a_tie():
-    variant = replace(MINIATURE, methods=["lora"], validation_seeds=[0, 1], learning_rates={"lora": [1e-3, 2e-3, 4e-3]})
-    solved = {(1e-3, 0): 10, (1e-3, 1): 50, (2e-3, 0): 40, (2e-3, 1): 20, (4e-3, 0): 20, (4e-3, 1): 20}
-    rows = [
-        {"key": run.key, "scores": {"questions": 80, "statements": 60, "tasks": solved[run.learning_rate, run.seed]}}
-        for run in protocol.selection_runs(variant)
-    ]
-    assert protocol.choose_learning_rates(variant, rows) == {"lora": 1e-3}
+def chosen_rates(scores):
+    """What is chosen where each method has (knowledge, tasks) at each learning rate; both seeds 5 points from these means."""
+    rates = {METHODS[method].kind: list(of_method) for method, of_method in scores.items()}
+    variant = replace(MINIATURE, methods=list(scores), validation_seeds=[0, 1], learning_rates=rates)
+    rows = []
+    for run in protocol.selection_runs(variant):
+        knowledge, tasks = (value + (5 if run.seed else -5) for value in scores[run.method][run.learning_rate])
+        rows.append({"key": run.key, "scores": {"questions": knowledge - 1, "statements": knowledge + 1, "tasks": tasks}})
+    return protocol.choose_learning_rates(variant, rows)
+
+
+BASELINE_SCORES = {1e-3: (90, 20), 2e-3: (80, 40), 4e-3: (50, 60)}
+
+
+def test_baseline_gets_the_best_sum_of_knowledge_and_tasks():
+    assert chosen_rates({"lora": BASELINE_SCORES}) == {"lora": 2e-3}
+
+
+@pytest.mark.parametrize(
+    ("scores", "rate"),
+    [
+        ({1e-3: (95, 39), 2e-3: (85, 41), 4e-3: (70, 90)}, 2e-3),  # keeps the most of those that solve 40 %
+        ({1e-3: (95, 10), 2e-3: (90, 39), 4e-3: (70, 30)}, 2e-3),  # solves the most of those that do not
+        ({1e-3: (85, 60), 2e-3: (85, 70), 4e-3: (70, 90)}, 1e-3),  # a tie
+    ],
+)
+def test_other_methods_keep_the_most_at_what_the_baseline_learns(scores, rate):
+    assert chosen_rates({"lora": BASELINE_SCORES, "null": scores})["null"] == rate
 
 
 def test_knowledge_and_tasks_count_alike():

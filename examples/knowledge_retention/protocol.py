@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -261,22 +261,40 @@ def ablation_runs(variant: Variant, chosen: Mapping[str, float]) -> list[Run]:
 
 
 def choose_learning_rates(variant: Variant, rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The learning rate of each method: the best mean over the validation seeds of `overall_score`, the lower one in a tie."""
+    """The learning rate of each method, from means over the validation seeds; the lower one in a tie.
+
+    The baseline gets the best `overall_score`. Every other method gets, among the rates that solve at least as many exercises as
+    the baseline then does, the one that keeps the most knowledge, so that all are compared at what the baseline learns; where
+    no rate solves as many, the one that solves the most.
+    """
     by_key = {row["key"]: row for row in rows}
+    scores: dict[str, dict[float, list[Mapping[str, float]]]] = {method: {} for method in variant.methods}
+    for run in sorted(selection_runs(variant), key=lambda run: run.learning_rate):
+        scores[run.method].setdefault(run.learning_rate, []).append(by_key[run.key]["scores"])
 
-    def mean(runs: list[Run]) -> float:
-        return sum(overall_score(by_key[run.key]["scores"]) for run in runs) / len(runs)
+    def mean(method: str, rate: float, measure: Callable[[Mapping[str, float]], float]) -> float:
+        return sum(map(measure, scores[method][rate])) / len(scores[method][rate])
 
-    chosen = {}
+    chosen = {BASELINE: max(scores[BASELINE], key=lambda rate: mean(BASELINE, rate, overall_score))}
+    wanted = mean(BASELINE, chosen[BASELINE], tasks_solved)
     for method in variant.methods:
-        candidates: dict[float, list[Run]] = {}
-        for run in selection_runs(variant):
-            if run.method == method:
-                candidates.setdefault(run.learning_rate, []).append(run)
-        chosen[method] = max(sorted(candidates), key=lambda rate: mean(candidates[rate]))
+        if method != BASELINE:
+            enough = [rate for rate in scores[method] if mean(method, rate, tasks_solved) >= wanted]
+            measure = knowledge_kept if enough else tasks_solved
+            chosen[method] = max(enough or scores[method], key=lambda rate: mean(method, rate, measure))
     return chosen
 
 
+def knowledge_kept(scores: Mapping[str, float]) -> float:
+    """Mean of questions and statements, in percent."""
+    return (scores["questions"] + scores["statements"]) / 2
+
+
+def tasks_solved(scores: Mapping[str, float]) -> float:
+    """New exercises that are solved, in percent."""
+    return scores["tasks"]
+
+
 def overall_score(scores: Mapping[str, float]) -> float:
-    """Half what is known, half what was learned: the mean of knowledge (questions and statements) and tasks, in percent."""
-    return ((scores["questions"] + scores["statements"]) / 2 + scores["tasks"]) / 2
+    """Half what is known, half what was learned, in percent."""
+    return (knowledge_kept(scores) + tasks_solved(scores)) / 2
