@@ -8,7 +8,8 @@ With a 4-bit model, or on several GPUs:
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/sft.py --model Qwen/Qwen3-8B ...
 
 The data are JSON records (a list, or one record a line) in one of three formats. Each has a task type, which is an expert group
-by index or by name (--task-type-names), or -1 for unknown:
+by index or by name (--task-type-names), or -1 for unknown. Type 0 is for questions about what the model knows already: its
+group has no parameters, unless --null-groups says otherwise.
 
     {"messages": [{"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": "Paris"}], "task_type": 0}
     {"instruction": "What is the capital of France?", "input": "", "output": "Paris", "task_type": 0}
@@ -47,7 +48,16 @@ from peft_loramoe.training import LoRAMoETrainerMixin, RouterCallback, last_comp
 
 FORMATS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "instruction": ("instruction", "output")}
 PLAIN_PROMPT = "### Instruction:\n{}\n\n### Response:\n"  # for tokenizers without a chat template
-LORAMOE_DEFAULTS = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.05, "num_experts": 6}  # the paper's recipe
+# What kept most in docs/evidence.md: type 0, what the model knows, is left to the backbone (null experts). The paper's own
+# recipe: --num-experts 6 --lora-alpha 32 --null-groups null --balance-delta 0.1
+LORAMOE_DEFAULTS = {
+    "r": 4,
+    "lora_alpha": 64,
+    "lora_dropout": 0.05,
+    "num_experts": 12,
+    "null_groups": [0],
+    "balance_delta": 0.7,
+}
 
 # flag -> (field of SFTConfig, type, default, help)
 TRAINING_OPTIONS = {

@@ -58,6 +58,11 @@ METHODS = {
     "detached": Method("loramoe", "LoRAMoE, delta 0.5, detached", {**MIXTURE, "balance_delta": 0.5, "balance_detach": True}),
     "null": Method("loramoe", "null experts, delta 0.7", NULL),
     "null-detached": Method("loramoe", "null experts, delta 0.7, detached", {**NULL, "balance_detach": True}),
+    "null-attention": Method(
+        "loramoe",
+        "null experts, delta 0.7, attention too",
+        {**NULL, "r": 2, "num_experts": 10, "lora_alpha": 80 / 3, "target_modules": ATTENTION + FEED_FORWARD},
+    ),
 }
 BASELINE = "lora"
 
@@ -263,9 +268,9 @@ def ablation_runs(variant: Variant, chosen: Mapping[str, float]) -> list[Run]:
 def choose_learning_rates(variant: Variant, rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The learning rate of each method, from means over the validation seeds; the lower one in a tie.
 
-    The baseline gets the best `overall_score`. Every other method gets, among the rates that solve at least as many exercises as
-    the baseline then does, the one that keeps the most knowledge, so that all are compared at what the baseline learns; where
-    no rate solves as many, the one that solves the most.
+    The baseline gets the best `overall_score`. Every other method gets, among the rates that solve at least as many exercises
+    as the baseline then does, the one that keeps the most knowledge, so that all are compared at what the baseline learns;
+    where no rate solves as many, the one that solves the most.
     """
     by_key = {row["key"]: row for row in rows}
     scores: dict[str, dict[float, list[Mapping[str, float]]]] = {method: {} for method in variant.methods}

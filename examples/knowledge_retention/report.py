@@ -10,7 +10,7 @@ from typing import Any
 from scipy import stats
 
 from peft_loramoe.analysis import plot_frontier
-from peft_loramoe.analysis.plots.figure import figure_file, style
+from peft_loramoe.analysis.plots.figure import add_legend, figure_file, style
 
 from .protocol import BASELINE, METHODS, REPLAY, VARIANTS, Run, ablation_runs, choose_learning_rates, selection_runs, test_runs
 from .world import TASKS
@@ -19,6 +19,7 @@ from .world import TASKS
 Row = Mapping[str, Any]
 BAR = 0.45  # of the points that the baseline loses
 KINDS = ("questions", "statements")
+CURVES = ("full", "lora", "lora-attention", "unbalanced", "null")  # of the figure of learning rates
 
 
 class Results:
@@ -291,9 +292,9 @@ def frontier_records(results: Results) -> list[dict[str, Any]]:
 
 
 def plot_learning_rates(results: Results, path: Path) -> None:
-    """What each method keeps and learns with each learning rate, on the validation seeds."""
+    """What methods keep and learn with each learning rate, on the validation seeds; mixtures that look alike are left out."""
     records = []
-    for method in results.variant.methods:
+    for method in (name for name in CURVES if name in results.variant.methods):
         for rate in results.variant.learning_rates[METHODS[method].kind]:
             runs = [r for r in selection_runs(results.variant) if (r.method, r.learning_rate) == (method, rate)]
             kept, solved = 100 - _mean(results.lost(run, *KINDS) for run in runs), _mean(results.tasks(run) for run in runs)
@@ -324,8 +325,7 @@ def plot_growth(results: Results, path: Path) -> None:
             panel.set_xticks(sizes, [str(size) for size in sizes])
             panel.set_xlabel("fine-tuning samples")
             panel.set_title(title, fontsize="medium")
-        entries = panels[0].get_legend_handles_labels()
-        figure.legend(*entries, loc="outside upper center", ncols=len(entries[0]), frameon=False)
+        add_legend(figure, *panels[0].get_legend_handles_labels())
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

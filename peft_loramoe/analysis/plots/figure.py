@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.artist import Artist
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
@@ -66,6 +67,19 @@ def add_colour_bar(figure: Figure, image: AxesImage, axes: np.ndarray, label: st
     """A narrow bar to the right of the panels, however large the figure is."""
     width, height = figure.get_size_inches()
     figure.colorbar(image, ax=axes, label=label, fraction=0.3 / width, aspect=height / 0.2, pad=0.1 / width)
+
+
+def add_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    """A legend above the panels, in as few rows as the figure is wide enough for."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for rows in range(1, len(labels) + 1):
+        columns = -(-len(labels) // rows)
+        legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+        if columns == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+            break
+        legend.remove()
 
 
 def style(index: int) -> dict[str, Any]:

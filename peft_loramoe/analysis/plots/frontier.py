@@ -9,7 +9,7 @@ from itertools import pairwise
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from .figure import figure_file, style
+from .figure import add_legend, figure_file, style
 from .labels import Line, place_labels
 
 
@@ -56,8 +56,7 @@ def plot_frontier(records: Iterable[Mapping[str, Any]], path: str | os.PathLike[
             _draw_series(panel, name, members, style(number))
         panel.set_xlabel("downstream tasks (%): right is better")
         panel.set_ylabel("knowledge retained (%): up is better")
-        entries = panel.get_legend_handles_labels()
-        figure.legend(*entries, loc="outside upper center", ncols=min(4, len(entries[0])), frameon=False)
+        add_legend(figure, *panel.get_legend_handles_labels())
         labels = [(record["label"], (record["downstream"], record["retention"])) for record in checked]
         place_labels(figure, panel, labels, [*_lines(series), *pairwise(frontier)])
     return figure

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..statistics import RouterStatistics, expert_usage, group_weights
-from .figure import COLOUR_MAP, GREY, add_colour_bar, figure_file, group_name, linears_by_kind, style, type_name
+from .figure import COLOUR_MAP, GREY, add_colour_bar, add_legend, figure_file, group_name, linears_by_kind, style, type_name
 
 
 if TYPE_CHECKING:
@@ -213,9 +213,7 @@ def _add_legend(figure: Figure, axes: Any, more: dict[str, dict[str, Any]]) -> N
     for panel in axes.flat:
         entries |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels())}
     entries |= {label: Line2D([], [], **look) for label, look in more.items()}
-    rows = -(-len(entries) // int(figure.get_figwidth() / 1.9))
-    columns = -(-len(entries) // rows)
-    figure.legend(entries.values(), entries, loc="outside upper center", ncols=columns, frameon=False)
+    add_legend(figure, list(entries.values()), list(entries))
 
 
 def _draw_line(panel: Axes, blocks: dict[int, str], values: Sequence[float], look: dict[str, Any]) -> None:
