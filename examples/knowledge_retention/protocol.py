@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 
@@ -108,7 +109,7 @@ class Variant:
         growth: names of those that are run on all sizes.
         replay_methods: names of those that are run with all replay shares.
         replay_shares: of the samples that are questions about known facts.
-        grid: method -> balance_delta and balance_loss_weight to try.
+        grid: method -> pairs of balance_delta and balance_loss_weight to try.
         experts: options to try in place of those of "null".
     """
 
@@ -131,7 +132,7 @@ class Variant:
     growth: list[str] = field(default_factory=lambda: ["full", "lora", "unbalanced", "null"])
     replay_methods: list[str] = field(default_factory=lambda: ["lora", "unbalanced", "null"])
     replay_shares: list[float] = field(default_factory=lambda: [0.0, 0.02, 0.1, 0.3])
-    grid: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    grid: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     experts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -142,10 +143,12 @@ class Variant:
 
 REPLAY = 0.02  # share of replayed questions wherever it is not what is varied
 REPLAYED_FACTS = 0.3  # share of the facts that may be replayed; the others are scored
-GRID = {"delta-0.1": ([0.1, 0.5, 0.9], [0.03, 0.1, 0.3]), "null": ([0.3, 0.5, 0.7, 0.9], [0.03, 0.1, 0.3])}
+GRID = {
+    "delta-0.1": list(product([0.1, 0.5, 0.9], [0.03, 0.3])),
+    "null": [*product([0.3, 0.5, 0.7, 0.9], [0.03, 0.3]), (0.7, 0.0)],
+}
 EXPERTS = [  # lora_alpha / (r * num_experts), the scale of an expert at the start, is the same for all
     {"num_experts": 2, "r": 24},
-    {"num_experts": 4, "r": 12},
     {"num_experts": 24, "r": 2},
     {"num_experts": 7, "expert_groups": [1, 6], "lora_alpha": 64 * 7 / 12},
     {"r": 2, "lora_alpha": 32},
@@ -175,7 +178,7 @@ VARIANTS = {
             growth=["lora", "null"],
             replay_methods=["lora"],
             replay_shares=[0.0, 0.02],
-            grid={"null": ([0.7], [0.1, 0.3])},
+            grid={"null": [(0.7, 0.1), (0.7, 0.3)]},
             experts=[{"r": 2, "lora_alpha": 32}],
         ),
         Variant(
@@ -184,16 +187,16 @@ VARIANTS = {
             relations=4,
             vocab_size=1280,
             model={"hidden_size": 96, "intermediate_size": 256},
-            pretrain_steps=400,
+            pretrain_steps=350,
             pretrain_rows=32,
             pretrain_learning_rate=3e-3,
-            samples=[3200, 6400, 12800],
-            ablation_samples=6400,
+            samples=[2400, 4800, 9600],
+            ablation_samples=4800,
             batch_size=64,
             scored_exercises=400,
             learning_rates={"full": [2.5e-4, 5e-4, 1e-3], "lora": [2e-3, 4e-3, 8e-3], "loramoe": [2e-3, 4e-3, 8e-3]},
             validation_seeds=[100, 101],
-            test_seeds=[200, 201, 202, 203, 204],
+            test_seeds=[300, 301, 302, 303, 304],
             grid=GRID,
             experts=EXPERTS,
         ),
@@ -255,9 +258,8 @@ def ablation_runs(variant: Variant, chosen: Mapping[str, float]) -> list[Run]:
 
     found = [
         run
-        for method, (deltas, weights) in variant.grid.items()
-        for delta in deltas
-        for weight in weights
+        for method, pairs in variant.grid.items()
+        for delta, weight in pairs
         for run in runs(method, balance_delta=delta, balance_loss_weight=weight)
     ]
     found += [run for options in variant.experts for run in runs("null", **options)]
