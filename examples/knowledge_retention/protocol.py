@@ -59,6 +59,7 @@ METHODS = {
     "detached": Method("loramoe", "LoRAMoE, delta 0.5, detached", {**MIXTURE, "balance_delta": 0.5, "balance_detach": True}),
     "null": Method("loramoe", "null experts, delta 0.7", NULL),
     "null-detached": Method("loramoe", "null experts, delta 0.7, detached", {**NULL, "balance_detach": True}),
+    "null-single": Method("loramoe", "one null and one LoRA expert, delta 0.7", {**NULL, "r": 24, "num_experts": 2}),
     "null-attention": Method(
         "loramoe",
         "null experts, delta 0.7, attention too",
@@ -148,7 +149,7 @@ GRID = {
     "null": [*product([0.3, 0.5, 0.7, 0.9], [0.03, 0.3]), (0.7, 0.0)],
 }
 EXPERTS = [  # lora_alpha / (r * num_experts), the scale of an expert at the start, is the same for all
-    {"num_experts": 2, "r": 24},
+    {"num_experts": 4, "r": 12},
     {"num_experts": 24, "r": 2},
     {"num_experts": 7, "expert_groups": [1, 6], "lora_alpha": 64 * 7 / 12},
     {"r": 2, "lora_alpha": 32},
