@@ -107,7 +107,7 @@ def test_no_choice_is_made_on_a_test_seed(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda variant: variant.name)
 def test_each_run_is_listed_once(variant):
-    chosen = {method: variant.learning_rates[METHODS[method].kind][0] for method in variant.methods}
+    chosen = {method: variant.candidates(method)[0] for method in variant.methods}
     for listed in (
         protocol.selection_runs(variant),
         protocol.test_runs(variant, chosen),
@@ -208,7 +208,7 @@ def test_ratio_interval_is_infinite_where_nothing_is_known(denominators):
 
 def made_up_rows(lost, solved):
     """Rows of the miniature in which each method loses and solves the given points."""
-    chosen = {method: MINIATURE.learning_rates[METHODS[method].kind][0] for method in MINIATURE.methods}
+    chosen = {method: MINIATURE.candidates(method)[0] for method in MINIATURE.methods}
     listed = protocol.selection_runs(MINIATURE) + protocol.test_runs(MINIATURE, chosen)
     listed += protocol.ablation_runs(MINIATURE, chosen)
     by_task = dict.fromkeys(world.TASKS, 50.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -29,18 +30,15 @@ from peft_loramoe.analysis import group_weights, router_statistics, score_answer
 from peft_loramoe.training import LoRAMoETrainerMixin
 
 from ..toy_world import build_model, pretrain, train_tokenizer
-from .protocol import METHODS, REPLAYED_FACTS, Method, Run, Variant
-from .world import DOWNSTREAM, KNOWLEDGE, Facts, Sample, build_facts, draw_skill, draw_task
+from .protocol import METHODS, REPLAYED_CITIES, Method, Run, Variant
+from .world import DOWNSTREAM, KNOWLEDGE, Sample, build_facts, draw_skill, draw_task
 
 
 class LoRAMoETrainer(LoRAMoETrainerMixin, Trainer):
     """Trainer with task types and the balance term; with a model without LoRAMoE layers, the plain Trainer."""
 
 
-@functools.cache
-def facts_of(cities: int, relations: int) -> Facts:
-    """The facts, read once in a process."""
-    return build_facts(cities, relations)
+facts_of = functools.cache(build_facts)  # read once in a process
 
 
 class World:
@@ -51,18 +49,22 @@ class World:
         self.facts = facts_of(variant.cities, variant.relations)
 
     def split(self, seed: int) -> tuple[list[int], list[int]]:
-        """Indices of the facts that may be replayed, and of those that are scored."""
-        indices = list(range(len(self.facts.questions)))
-        random.Random(f"split {seed}").shuffle(indices)
-        replayed = round(REPLAYED_FACTS * len(indices))
-        return indices[:replayed], indices[replayed:]
+        """Indices of the facts that may be replayed, and of those that are scored: no city has facts among both."""
+        cities = list(range(len(self.facts.cities)))
+        random.Random(f"split {seed}").shuffle(cities)
+        replayed = set(cities[: round(REPLAYED_CITIES * len(cities))])
+        parts: tuple[list[int], list[int]] = ([], [])
+        for fact, city in enumerate(self.facts.city_of):
+            parts[city not in replayed].append(fact)
+        return parts
 
     def training_samples(self, run: Run) -> list[Sample]:
-        """The run's samples in the order of training."""
+        """The run's samples, the same for all methods; Trainer shuffles them by the run's seed."""
         generator = random.Random(f"training {run.seed}")
         questions = [self.facts.questions[i] for i in self.split(run.seed)[0]]
         replayed = round(run.replay * run.samples)
         samples = [draw_task(self.facts.cities, generator, scored=False) for _ in range(run.samples - replayed)]
+        generator.shuffle(questions)
         samples += [questions[i % len(questions)] for i in range(replayed)]
         generator.shuffle(samples)
         return samples
@@ -70,7 +72,8 @@ class World:
     def scored_samples(self, seed: int) -> dict[str, list[Sample]]:
         """What is scored: questions and statements of facts that fine-tuning never shows, and exercises."""
         scored = self.split(seed)[1]
-        generator = random.Random(f"exercises {seed}")
+        generator = random.Random(f"scored {seed}")
+        generator.shuffle(scored)  # so that any part of them has facts of all relations
         return {
             "questions": [self.facts.questions[i] for i in scored],
             "statements": [statement for i in scored for statement in self.facts.statements[i]],
@@ -103,10 +106,11 @@ def pretrain_model(variant: Variant, seed: int, folder: Path) -> dict[str, Any]:
         progress=False,
     )
     scores = score(model, tokenizer, world.scored_samples(seed))
-    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as partial:  # never half a model
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        Path(partial).rename(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as partial:  # never half a model
+        model.save_pretrained(Path(partial, "model"))
+        tokenizer.save_pretrained(Path(partial, "model"))
+        Path(partial, "model").rename(folder)
     return {"scores": scores, "seconds": {"all": round(time.perf_counter() - started, 1)}}
 
 
@@ -172,6 +176,7 @@ def train(
             weight_decay=0.0,
             max_grad_norm=1.0,
             bf16=device() == "cuda",
+            use_cpu=device() == "cpu",  # the Trainer would take an MPS device
             seed=run.seed,
             logging_strategy="no",
             save_strategy="no",
@@ -184,8 +189,11 @@ def train(
             data_collator=DataCollatorForSeq2Seq(tokenizer),
             train_dataset=[_encode(sample, tokenizer) for sample in samples],
         )
+        if arguments.n_gpu > 1:
+            raise ValueError(f"{arguments.n_gpu} GPUs are visible, and Trainer would use them all; set CUDA_VISIBLE_DEVICES=0.")
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # scored in float32, as before the training
 
 
 def _encode(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -225,14 +233,12 @@ def routing(
         batch = dict(collate([_encode(sample, tokenizer) for sample in samples[:size]]))
         types = batch.pop("task_type").tolist()
         statistics = router_statistics(model, [{**batch, "task_types": types}])
+        layers: dict[str, list[dict[str, Any]]] = {}
+        for record in group_weights(statistics.experts, per_layer=True):
+            layers.setdefault(record["layer"], []).append(record)
         weights[kind] = {
             "groups": _rounded(group_weights(statistics.experts)),
-            "layers": {
-                layer: _rounded(
-                    [record for record in group_weights(statistics.experts, per_layer=True) if record["layer"] == layer]
-                )
-                for layer in dict.fromkeys(record["layer"] for record in statistics.experts)
-            },
+            "layers": {layer: _rounded(records) for layer, records in layers.items()},
         }
     return weights
 

@@ -16,7 +16,7 @@ from typing import Any
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
-# Group 0 is for knowledge, group 1 for the tasks. All mixtures have 24 rank channels. LoRA has, at its rank, at least as many
+# Group 0 is for knowledge, group 1 for the tasks. All mixtures on the feed-forward linears have 24 rank channels. LoRA has, at its rank, at least as many
 # parameters as any of them with its routers, and the scale with which the mixtures start.
 MIXTURE = {
     "r": 4,
@@ -103,7 +103,7 @@ class Variant:
         ablation_samples: size of the data for grids, experts and replay.
         batch_size: samples of a step.
         scored_exercises: number of new exercises that are scored.
-        learning_rates: candidates by kind of method.
+        learning_rates: candidates, by method or kind of method.
         validation_seeds: for choosing, and for grids.
         test_seeds: for what is reported.
         methods: names of those that take part.
@@ -136,6 +136,10 @@ class Variant:
     grid: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     experts: list[dict[str, Any]] = field(default_factory=list)
 
+    def candidates(self, method: str) -> list[float]:
+        """The learning rates to choose from."""
+        return self.learning_rates.get(method) or self.learning_rates[METHODS[method].kind]
+
     @property
     def seeds(self) -> list[int]:
         """All of them."""
@@ -143,7 +147,7 @@ class Variant:
 
 
 REPLAY = 0.02  # share of replayed questions wherever it is not what is varied
-REPLAYED_FACTS = 0.3  # share of the facts that may be replayed; the others are scored
+REPLAYED_CITIES = 0.3  # share of the cities whose facts may be replayed; those of the others are scored
 GRID = {
     "delta-0.1": list(product([0.1, 0.5, 0.9], [0.03, 0.3])),
     "null": [*product([0.3, 0.5, 0.7, 0.9], [0.03, 0.3]), (0.7, 0.0)],
@@ -191,11 +195,17 @@ VARIANTS = {
             pretrain_steps=350,
             pretrain_rows=32,
             pretrain_learning_rate=3e-3,
-            samples=[2400, 4800, 9600],
-            ablation_samples=4800,
+            samples=[2048, 4096, 8192],
+            ablation_samples=4096,
             batch_size=64,
             scored_exercises=400,
-            learning_rates={"full": [2.5e-4, 5e-4, 1e-3], "lora": [2e-3, 4e-3, 8e-3], "loramoe": [2e-3, 4e-3, 8e-3]},
+            learning_rates={
+                "full": [1.25e-4, 2.5e-4, 5e-4, 1e-3],
+                "lora": [2e-3, 4e-3, 8e-3],
+                "loramoe": [2e-3, 4e-3, 8e-3],
+                "lora-attention": [1e-3, 2e-3, 4e-3],
+                "null-attention": [1e-3, 2e-3, 4e-3],
+            },
             validation_seeds=[100, 101],
             test_seeds=[300, 301, 302, 303, 304],
             grid=GRID,
@@ -232,7 +242,7 @@ def selection_runs(variant: Variant) -> list[Run]:
     return [
         Run(method, seed, variant.samples[-1], learning_rate, REPLAY)
         for method in variant.methods
-        for learning_rate in variant.learning_rates[METHODS[method].kind]
+        for learning_rate in variant.candidates(method)
         for seed in variant.validation_seeds
     ]
 

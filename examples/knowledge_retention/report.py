@@ -295,7 +295,7 @@ def plot_learning_rates(results: Results, path: Path) -> None:
     """What methods keep and learn with each learning rate, on the validation seeds; mixtures that look alike are left out."""
     records = []
     for method in (name for name in CURVES if name in results.variant.methods):
-        for rate in results.variant.learning_rates[METHODS[method].kind]:
+        for rate in results.variant.candidates(method):
             runs = [r for r in selection_runs(results.variant) if (r.method, r.learning_rate) == (method, rate)]
             kept, solved = 100 - _mean(results.lost(run, *KINDS) for run in runs), _mean(results.tasks(run) for run in runs)
             records.append({"label": f"{rate:g}", "series": METHODS[method].title, "downstream": solved, "retention": kept})

@@ -7,7 +7,8 @@ import datetime
 import importlib.metadata
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,22 +38,24 @@ class Study:
 
     def __init__(self, variant: Variant, folder: Path) -> None:
         self.variant, self.folder = variant, folder
-        settings = json.loads(json.dumps(dataclasses.asdict(variant)))
-        file = folder / "variant.json"
-        if file.exists() and json.loads(file.read_text()) != settings:
+        methods = {name: dataclasses.asdict(METHODS[name]) for name in variant.methods}
+        settings = json.loads(json.dumps({**dataclasses.asdict(variant), "methods": methods}))
+        file, rows = folder / "variant.json", folder / ROWS
+        if (file.exists() or rows.exists()) and not (file.exists() and json.loads(file.read_text()) == settings):
             raise ValueError(
-                f"'{folder}' holds rows of other settings than variant '{variant.name}' has now; use another folder."
+                f"'{folder}' holds rows of other settings than variant '{variant.name}' has now; use another folder (--output)."
             )
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(settings, indent=1) + "\n")
-        self.rows = read_rows(folder / ROWS) if (folder / ROWS).exists() else []
+        self.rows = read_rows(rows) if rows.exists() else []
 
     def run(self, jobs: int) -> None:
         """Pretrain, choose the learning rates, test, and run the ablations, as far as there are no rows yet."""
         with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_prepare_process) as pool:
             try:
                 self._pretrain(pool)
-                write_texts(self.variant, first := self.variant.test_seeds[0], self._model(first), self.folder)
+                seed = self.variant.test_seeds[0]
+                write_texts(self.variant, seed, self._model(seed), self.folder)
                 self._fine_tune(pool, "learning rates", selection_runs(self.variant))
                 chosen = choose_learning_rates(self.variant, self.rows)
                 self._fine_tune(pool, "tests", test_runs(self.variant, chosen))
@@ -62,22 +65,24 @@ class Study:
                 raise
 
     def _pretrain(self, pool: ProcessPoolExecutor) -> None:
-        missing = [seed for seed in self.variant.seeds if not self._model(seed).exists()]
-        self.rows = [row for row in self.rows if row.get("pretraining") not in missing]
+        rows = {row["pretraining"] for row in self.rows if "pretraining" in row}
+        missing = [seed for seed in self.variant.seeds if seed not in rows or not self._model(seed).exists()]
+        # Scores of another model's fine-tuning say nothing about the new one.
+        self.rows = [row for row in self.rows if _seed(row) not in missing]
         futures = {pool.submit(pretrain_model, self.variant, seed, self._model(seed)): seed for seed in missing}
-        for future in tqdm(as_completed(futures), "pretraining", len(futures), disable=not futures):
-            seed = futures[future]
-            self._append({"key": f"pretraining {seed}", "pretraining": seed, **future.result()})
+        for seed, result in _finished(futures, "pretraining"):
+            self._append({"key": f"pretraining {seed}", "pretraining": seed, **result})
 
     def _fine_tune(self, pool: ProcessPoolExecutor, title: str, runs: list[Run]) -> None:
         known = {row["key"] for row in self.rows}
-        runs = [run for run in runs if run.key not in known]
         futures = {
-            pool.submit(run_experiment, self.variant, run, self._model(run.seed), self._adapter(run)): run for run in runs
+            pool.submit(run_experiment, self.variant, run, self._model(run.seed), self._adapter(run)): run
+            for run in runs
+            if run.key not in known
         }
-        for future in tqdm(as_completed(futures), title, len(futures), disable=not futures):
-            run = futures[future]
-            self._append({"key": run.key, "run": dataclasses.asdict(run), **future.result()})
+        for run, result in _finished(futures, title):
+            config = {**METHODS[run.method].options, **run.options}
+            self._append({"key": run.key, "run": dataclasses.asdict(run), "config": config, **result})
 
     def _append(self, row: dict[str, Any]) -> None:
         row = {**row, "variant": self.variant.name, **_environment()}
@@ -93,6 +98,27 @@ class Study:
 
     def _model(self, seed: int) -> Path:
         return self.folder / f"model-{seed}"
+
+
+def _finished(futures: dict[Future, Any], title: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """What each future is of and its result, as they finish; a failure is raised when what runs beside it has finished."""
+    failed = None
+    for future in tqdm(as_completed(futures), title, len(futures), disable=not futures):
+        if future.cancelled():
+            continue
+        if (error := future.exception()) is None:
+            yield futures[future], future.result()
+        elif failed is None:
+            failed = RuntimeError(f"{futures[future]} failed; `run` goes on from here.")
+            failed.__cause__ = error
+            for other in futures:
+                other.cancel()
+    if failed is not None:
+        raise failed
+
+
+def _seed(row: dict[str, Any]) -> int:
+    return row["pretraining"] if "pretraining" in row else row["run"]["seed"]
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

@@ -53,11 +53,13 @@ class Facts:
     Attributes:
         questions: one for each fact, in the format that fine-tuning replays.
         statements: two for each fact, in formats that occur in pretraining only.
+        city_of: for each fact the number of its city.
         cities: the names.
     """
 
     questions: list[Sample]
     statements: list[tuple[Sample, Sample]]
+    city_of: list[int]
     cities: list[str]
 
 
@@ -78,13 +80,14 @@ def build_facts(cities: int, relations: int) -> Facts:
         raise ValueError(
             f"{cities} cities and {relations} relations were asked for; there are {len(known)} and {len(RELATIONS)}."
         )
-    questions, statements = [], []
-    for name in list(known)[:cities]:
+    questions, statements, city_of = [], [], []
+    for number, name in enumerate(list(known)[:cities]):
         for relation, answer in known[name].items():
             question, forms = RELATIONS[relation]
             questions.append(Sample(QUESTION.format(question.format(name)), answer, KNOWLEDGE, relation))
             statements.append(tuple(Sample(form.format(name), answer, KNOWLEDGE, relation) for form in forms))
-    return Facts(questions, statements, list(known)[:cities])
+            city_of.append(number)
+    return Facts(questions, statements, city_of, list(known)[:cities])
 
 
 def _answers(city: dict, country: dict) -> dict[str, str | None]:
