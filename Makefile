@@ -11,6 +11,9 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?= -n 2
+SAME_FOR_OLDEST = analysis/test_plots.py test_balance.py test_benchmarks.py test_mixture_triton.py test_ops.py
+STUDY ?= build/study/toy
+ROWS ?= docs/results/study-toy/rows.jsonl
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(notdir $(CONSTRAINTS))
 
@@ -31,8 +34,10 @@ demo: install
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# without the benchmarks, and tests of what uses neither peft nor transformers
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
+	  PYTEST_ARGS="$(PYTEST_ARGS) $(SAME_FOR_OLDEST:%=--ignore=tests/%)"
 
 conformance: install
 	$(BIN)/python tests/conformance/run.py
@@ -50,12 +55,13 @@ run-compatibility: install
 	  --report docs/results/conformance-$$($(BIN)/python -c "import peft; print(peft.__version__)").txt
 	$(BIN)/python docs/make_compatibility.py --run
 
+# rows, models, report and figures in $(STUDY)
 study: install
-	$(BIN)/python -m examples.knowledge_retention run --variant toy
+	$(BIN)/python -m examples.knowledge_retention run --variant toy --output $(STUDY)
 
-# tables and figures of the committed rows
+# tables and figures of rows, the committed ones if not ROWS=$(STUDY)/rows.jsonl
 study-report: install
-	$(BIN)/python -m examples.knowledge_retention report docs/results/study-toy/rows.jsonl --output docs/results/study-toy
+	$(BIN)/python -m examples.knowledge_retention report $(ROWS) --output $(dir $(ROWS))
 
 # results in benchmarks/results, figures in docs/images; nothing else should run meanwhile
 bench: install

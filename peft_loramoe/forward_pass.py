@@ -102,8 +102,8 @@ class ForwardPass:
             samples = self.batch.samples(tuple(tokens), record.layer, self._row_types(record.adapter), device)
             if not torch.compiler.is_compiling() and not samples.real.any():
                 raise ValueError(
-                    "The balance term was asked for in a batch without a real token: attention_mask is zero everywhere. "
-                    "Leave such batches out, or set balance_loss_weight=0."
+                    "Nothing can be averaged over a batch without a real token: attention_mask is zero everywhere. Leave such "
+                    "batches out, or train without a balance term (balance_loss_weight=0)."
                 )
             self._samples.append((key, samples))
         return samples

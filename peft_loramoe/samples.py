@@ -185,8 +185,9 @@ class Batch:
                 return mask[:, -width:]  # the mask covers the cached tokens too
             return torch.ones(rows, width, dtype=torch.bool)  # pooled, or not text: no mask speaks of these tokens
         raise ValueError(
-            f"The balance term cannot tell to which of the {rows} rows of the batch the {tokens} tokens of layer '{layer}' "
-            "belong. Leave the layer out with exclude_modules, or set balance_loss_weight=0."
+            f"Nothing tells to which of the {rows} rows of the batch the {tokens} tokens of layer '{layer}' belong, so its "
+            "router probabilities cannot be summed by sample. Leave the layer out with exclude_modules; to train without a "
+            "balance term, set balance_loss_weight=0."
         )
 
     def _mask_of(self, layer: str) -> Tensor | None:
@@ -206,8 +207,8 @@ class Batch:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 shape = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
                 raise ValueError(
-                    f"The balance term cannot read padding from {name} of {shape}; pass shape (batch, seq), or set "
-                    "balance_loss_weight=0."
+                    f"Padding cannot be read from {name} of {shape}; pass shape (batch, seq), or train without a balance term "
+                    "(balance_loss_weight=0)."
                 )
             return mask != 0
         for source in tokens:

@@ -1,5 +1,6 @@
 """The command line: each command as `main` runs it, and the console script with the real lm-eval."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,10 +14,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from peft_loramoe.analysis import RouterStatistics, RouterTrace, expert_similarity, expert_usage, router_statistics
 from peft_loramoe.cli import main
+from peft_loramoe.cli.models import read_batches
 from peft_loramoe.cli.run import STARTUP
 from peft_loramoe.cli.tables import show_statistics
 from perplexity_task import NAME, word_perplexity, write_task
@@ -287,10 +290,41 @@ def test_analyze_measures_every_text(base, adapter, calibration, capsys):
     assert len(weights) == 4 and weights[0, 0] + weights[0, 1] == pytest.approx(1)
 
 
+def test_texts_are_padded_on_the_right_for_models_that_count_from_the_left(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_head=2, n_layer=1, n_positions=32))
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")  # pads on the left
+    adapter = saved(tmp_path / "adapter", tmp_path / "base")
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text, _ in TEXTS))
+    together, alone = (
+        printed(capsys, "analyze", adapter, "--data", file, "--batch-size", size)["experts"] for size in (len(TEXTS), 1)
+    )
+    assert [one["weight"] for one in together] == pytest.approx([one["weight"] for one in alone], abs=1e-6)
+
+
+def test_texts_that_begin_with_bos_get_no_second_one(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "w2"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w2 $A", special_tokens=[("w2", 2)])
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "w2 w5 w9"}\n{"text": "w5"}')
+    (batch,) = read_batches(file, tokenizer, 2, 512)
+    assert [ids[mask == 1].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])] == [[2, 5, 9], [2, 5]]
+
+
 def test_analyze_prints_weights_entropy_usage_and_similarity(adapter, calibration, capsys):
     call("analyze", adapter, "--data", calibration)
     output = " ".join(capsys.readouterr().out.split())
-    for part in ("mean over 6 linears", "2 facts", "group 1 skills", "alike: 1.386 nats", "Dead experts: 0 of 24", "one group"):
+    for part in (
+        "mean over 6 linears",
+        "2 facts",
+        "group skills",
+        "alike: 1.386 nats",
+        "Dead experts: 0 of 24",
+        "one group",
+    ):
         assert part in output, output
     assert "Wrote" not in output
 
@@ -315,7 +349,7 @@ def test_dead_experts_and_null_groups_are_named(capsys):
     pair = {"layer": "fc1", "expert": 0, "other": 1, "group": 0, "other_group": 1, "cosine": None}
     show_statistics(statistics, expert_usage(statistics), [pair])
     output = " ".join(capsys.readouterr().out.split())
-    for part in ("group 0 null", "3 unknown type", "1,234", "0.990", "0.250", "0.500", "alike: 0.693 nats"):
+    for part in ("group 0 (null)", "3 samples", "1,234", "0.990", "0.250", "0.500", "alike: 0.693 nats"):
         assert part in output, output
     assert "Dead experts: 2 of 4: fc1 1, fc2 1" in output and "Dominating experts: 2 of 4: fc1 0, fc2 0" in output
     assert "two groups" not in output  # no pair whose similarity is known
@@ -340,6 +374,7 @@ def test_a_text_is_traced_and_drawn(tmp_path, adapter, capsys):
         of_facts = [sum(probabilities[position][:2]) for probabilities in trace.layers.values()]
         mean = sum(of_facts) / len(of_facts)
         assert [float(weight) for weight in weights] == pytest.approx([mean, 1 - mean], abs=1e-3)
+    assert printed(capsys, "trace", adapter, "--text", TEXTS[0][0]) == dataclasses.asdict(trace)
     figures = {group: tmp_path / f"{group}.svg" for group in ("0", "facts", "skills")}
     for group, file in figures.items():
         call("plot", "trace", tmp_path / "trace.json", "--group", group, "-o", file)
@@ -447,6 +482,10 @@ BAD = {
     "groups torn apart": ("surgery reorder {adapter} -o {out} --order 0 2 1 3", "would be torn apart"),
     "too few to merge": ("surgery merge {adapter} -o {out} --experts 1", "expected 2 arguments"),
     "nothing to analyze": ("analyze {adapter}", "arguments are required: --data"),
+    "a type that is no type": (
+        "analyze {adapter} --data {half_type}",
+        "half_type, line 2: task_type=0.5 must be an index or a name",
+    ),
     "an unknown type of text": ("analyze {adapter} --data {sports}", "unknown name 'sports'"),
     "statistics without a folder": ("analyze {adapter} --data {texts} -o {out}/s.json", "does not exist; make it first"),
     "no text to trace": ("trace {adapter}", "arguments are required: --text"),
@@ -479,7 +518,7 @@ BAD = {
 def paths(base, adapter, loras, calibration, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     names = ("out", "empty", "nowhere", "homeless", "wrong", "half", "nothing", "textless", "config", "classifier", "other")
-    names += ("sports", "models")
+    names += ("sports", "half_type", "models")
     found = {name: folder / name for name in names} | {"adapter": adapter, "lora": loras[0], "texts": calibration}
     found["empty"].mkdir()
 
@@ -497,6 +536,7 @@ def paths(base, adapter, loras, calibration, tmp_path_factory):
     found["textless"].write_text('{"text": "w3"}\n{"texts": "w4"}\n')
     found["config"].write_text("{")
     found["sports"].write_text('{"text": "w3", "task_type": "sports"}')
+    found["half_type"].write_text('{"text": "w3", "task_type": 0}\n{"text": "w3", "task_type": 0.5}')
     found["models"].write_text('[{"downstream": 1, "retention": 2}]')
     tiny_llama(intermediate_size=40).config.save_pretrained(found["other"])
     return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from importlib.metadata import version
 
@@ -11,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_loramoe.analysis import Question, closed_book, compare_results
-from peft_loramoe.cli import main
+from peft_loramoe.cli import evaluate, main
 from peft_loramoe.cli.tables import show_evaluation
 from perplexity_task import NAME, word_perplexity, write_task
 from tiny import loramoe, tiny_llama, tiny_tokenizer
@@ -121,7 +122,7 @@ def test_the_report_says_how_it_came_about(base, questions, capsys):
     named = {"model": str(base), "adapter": [], "questions": [str(questions)], "lm_eval": [], "include_path": None}
     prompt = {"shots": 5, "shots_file": None, "template": "{question}", "chat": False, "max_new_tokens": 2, "limit": None}
     running = {"batch_size": 4, "load_in_4bit": False, "dtype": "auto", "device": "cpu"}
-    assert found["options"] == {**named, **prompt, **running}
+    assert found["options"] == {**named, **prompt, **running, "tokenizer": None, "revision": "main"}
 
 
 def in_the_file(questions):
@@ -196,6 +197,7 @@ def test_a_table_is_printed_and_the_report_is_written(base, adapters, questions,
     monkeypatch.setenv("COLUMNS", "200")
     output = tmp_path / "report.json"
     words = ["--adapter", adapters["lora"], "--questions", questions, questions, *ASK]
+    output.write_text("{}")  # is replaced
     call(*words, "-o", output)
     printed = capsys.readouterr().out
     written = json.loads(output.read_text())
@@ -204,8 +206,59 @@ def test_a_table_is_printed_and_the_report_is_written(base, adapters, questions,
     comparison = written["closed_book"][0]["models"][1]["comparison"]
     lost = f"{comparison['lost']} of {comparison['known']}"
     low, high = (f"{100 * value:+.1f}" for value in comparison["interval"])
-    for part in (lost, f"{100 * comparison['difference']:+.1f}", f"{low} to {high}", f"Wrote {output}."):
+    p_value = format(comparison["p_value"], ".2g")
+    for part in (lost, p_value, f"{100 * comparison['difference']:+.1f}", f"{low} to {high}", f"Wrote {output}."):
         assert part in printed, printed
+
+
+def test_what_was_measured_before_a_failure_is_in_the_file(base, paths, questions, tmp_path, capsys):
+    output = tmp_path / "report.json"
+    words = ["--adapter", paths["lora"], paths["no weights"], "--questions", questions, *ASK, "-o", output]
+    assert main(["evaluate", *map(str, words)]) == 2
+    written = json.loads(output.read_text())
+    (expected,) = report(capsys, "--adapter", paths["lora"], "--questions", questions, *ASK)["closed_book"]
+    assert written["closed_book"] == [expected] and written["options"]["adapter"][1] == str(paths["no weights"])
+
+
+def test_a_tokenizer_of_choice(base, questions, tmp_path, capsys):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT.replace("w6", "w9")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    words = ["--base-model", base, "--tokenizer", tmp_path / "tokenizer", "--questions", questions, "--chat", *ASK]
+    found = report(capsys, *words)
+    every = in_the_file(questions)
+    expected = closed_book(loaded(base), tokenizer, every[5:], every[:5], "{question}", chat=True, max_new_tokens=2)
+    (asked,) = found["closed_book"]
+    assert asked["models"][0]["loss"] == pytest.approx(expected.loss, abs=1e-6)
+    assert found["options"]["tokenizer"] == str(tmp_path / "tokenizer")
+
+
+REVISIONS = {"the adapter's": ([], "v2"), "with --model": (["--model", "{base}"], "main")}
+
+
+@pytest.mark.parametrize("words, expected", REVISIONS.values(), ids=REVISIONS)
+def test_the_revision_of_the_base_model(words, expected, base, paths, questions, capsys, monkeypatch):
+    asked = []
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        read = getattr(evaluate, name).from_pretrained
+
+        def from_pretrained(source, revision, read=read, **options):
+            asked.append((str(source), revision))
+            return read(source, **options)
+
+        monkeypatch.setattr(getattr(evaluate, name), "from_pretrained", from_pretrained)
+    words = [word.format(base=base) for word in words]
+    found = report(capsys, "--adapter", paths["revision"], *words, "--questions", questions, "--limit", 1, *ASK)
+    assert asked == [(str(base), expected)] * 3 and found["options"]["revision"] == expected
+
+
+def test_logits_that_are_not_finite_are_an_error(base, questions, tmp_path, capsys):
+    model = loaded(base)
+    torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    words = ["--model", tmp_path / "model", "--tokenizer", base, "--questions", questions, *ASK]
+    assert main(["evaluate", *map(str, words)]) == 2
+    assert "The model's logits (torch.float32) are not finite" in capsys.readouterr().err
 
 
 def test_another_base_model_is_warned_about(base, adapters, questions, tmp_path, capsys, monkeypatch):
@@ -242,6 +295,34 @@ def test_tasks_of_lm_eval(base, adapters, tmp_path, capsys, monkeypatch):
         main(["--traceback", "evaluate", "--model", str(base), "--lm-eval", "tiny_preplexity"])
 
 
+@pytest.fixture
+def task_of_lm_eval(tmp_path, monkeypatch):
+    """The options for a task whose one text is scored."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = write_task(tmp_path / "tasks", TEXTS)
+    return ["--lm-eval", NAME, "--include-path", folder, "--limit", 1, "--device", "cpu"]
+
+
+@pytest.mark.slow
+def test_lm_eval_gets_a_tokenizer_of_its_own(base, task_of_lm_eval, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None  # lm-eval gives it one
+    monkeypatch.setattr(evaluate.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    call("--model", base, *task_of_lm_eval)
+    assert tokenizer.pad_token is None
+
+
+@pytest.mark.slow
+def test_results_of_lm_eval_that_are_no_numbers(base, task_of_lm_eval, tmp_path, capsys):
+    model = loaded(base)
+    torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    found = report(capsys, "--model", tmp_path / "model", "--tokenizer", base, *task_of_lm_eval)
+    assert found["lm_eval"][0]["results"][NAME]["word_perplexity,none"] is None
+    show_evaluation(found)
+    assert "word_perplexity" in capsys.readouterr().out
+
+
 def test_tasks_need_lm_eval(base, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["evaluate", "--model", str(base), "--lm-eval", "arc_easy"]) == 2
@@ -255,12 +336,19 @@ BAD = {
     "nothing to do": ("--model {base}", "There is nothing to evaluate: name --questions or --lm-eval tasks"),
     "no model": ("--questions {questions}", "Name the base model with --model: no adapter names one"),
     "an adapter without a base model": ("--adapter {homeless} --questions {questions}", "no adapter names one"),
-    "two base models": ("--adapter {lora} {elsewhere} --questions {questions}", "--model: the adapters name 2"),
+    "two base models": (
+        "--adapter {lora} {elsewhere} --questions {questions}",
+        "--model: the adapters name '{base}' (main) and 'gpt2' (main)",
+    ),
+    "two revisions": ("--adapter {lora} {revision} --questions {questions}", "name '{base}' (main) and '{base}' (v2)"),
     "no adapter": ("--model {base} --adapter {nowhere} --questions {questions}", "nowhere"),
     "a classifier": ("--adapter {classifier} --questions {questions}", "has task_type='SEQ_CLS'; only causal language models"),
     "no such model": ("--model {nowhere} --questions {questions}", "nowhere"),
     "no such questions": ("--model {base} --questions {nowhere}.json", "No such file or directory"),
-    "the output exists": ("--model {base} --questions {questions} -o {questions}", "exists already"),
+    "the output is a folder": (
+        "--model {base} --questions {questions} -o {base}",
+        "'{base}' cannot be written: it is a folder",
+    ),
     "the output has no folder": (
         "--model {base} --questions {questions} -o {nowhere}/a.json",
         "there is no folder '{nowhere}'",
@@ -275,6 +363,31 @@ BAD = {
     "a limit of nothing": ("--model {base} --limit 0", "'0' must be an integer, at least 1"),
     "an unknown dtype": ("--model {base} --dtype int8", "invalid choice: 'int8'"),
     "a template without the question": ("--model {base} --questions {questions} --template Q", "must contain {{question}}"),
+    "no chat template": (
+        "--model {base} --tokenizer {plain} --chat --questions {questions}",
+        "The tokenizer '{plain}' has no chat template",
+    ),
+    "examples without questions": ("--model {base} --lm-eval x --shots 2", "--shots 2 has no effect without --questions"),
+    "a file of examples without questions": (
+        "--model {base} --lm-eval x --shots-file {two}",
+        "--shots-file {two} has no effect without --questions",
+    ),
+    "a template without questions": (
+        "--model {base} --lm-eval x --template Q",
+        "--template Q has no effect without --questions",
+    ),
+    "a length without questions": (
+        "--model {base} --lm-eval x --max-new-tokens 3",
+        "--max-new-tokens 3 has no effect without --questions",
+    ),
+    "a folder of tasks without tasks": (
+        "--model {base} --questions {questions} --include-path {base}",
+        "--include-path {base} has no effect without --lm-eval",
+    ),
+    "no examples from a file": (
+        "--model {base} --questions {questions} --shots 0 --shots-file {two}",
+        "--shots-file {two} has no effect with --shots 0",
+    ),
     "no folder of tasks": ("--model {base} --lm-eval x --include-path {two}", "--include-path {two} is no folder"),
 }
 
@@ -288,12 +401,17 @@ def paths(base, adapters, questions, tmp_path_factory):
         "homeless": {"base_model_name_or_path": None},
         "elsewhere": {"base_model_name_or_path": "gpt2"},
         "classifier": {"task_type": "SEQ_CLS"},
+        "revision": {"revision": "v2"},
+        "no weights": {},
     }
     for name, change in changes.items():
         found[name] = folder / name
         found[name].mkdir()
         config = json.loads((adapters["lora"] / "adapter_config.json").read_text())
         (found[name] / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    shutil.copy(adapters["lora"] / "adapter_model.safetensors", found["revision"])
+    found["plain"] = folder / "plain"
+    tiny_tokenizer().save_pretrained(found["plain"])
     return found
 
 

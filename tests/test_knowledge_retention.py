@@ -1,8 +1,11 @@
+import dataclasses
 import json
 import math
 import random
+import re
 import subprocess
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +15,11 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples.knowledge_retention import protocol, report, runs, world
+from examples.knowledge_retention import intervals, protocol, report, runs, world
+from examples.knowledge_retention.__main__ import main
 from examples.knowledge_retention.experiment import World
 from examples.knowledge_retention.protocol import METHODS, VARIANTS, Run
+from examples.knowledge_retention.results import Results
 from peft_loramoe import LoRAMoEConfig
 
 
@@ -83,8 +88,13 @@ def test_facts_that_are_replayed_are_not_scored():
     assert len(samples) == 2000
     assert len(replayed) == 400
     scored = toy.scored_samples(200)
-    assert len(scored["questions"]) == 420
-    assert not set(replayed) & {sample.text for sample in scored["questions"]}
+    assert (len(scored["questions"]), len(scored["statements"])) == (420, 840)
+    cities = {city for city in toy.facts.cities if any(f" {city}?" in text or f" {city} in?" in text for text in replayed)}
+    assert len(cities) == 45
+    scored_cities = {toy.facts.cities[toy.facts.city_of[fact]] for fact in toy.split(200)[1]}
+    assert not cities & scored_cities
+    statements = {form for fact in toy.split(200)[1] for form in toy.facts.statements[fact]}
+    assert set(scored["statements"]) == statements
     assert {sample.task_type for sample in scored["tasks"]} == {world.DOWNSTREAM}
 
 
@@ -187,12 +197,12 @@ def test_all_adapters_start_with_the_same_scale():
 def test_mean_interval_is_student_s():
     values = [1.0, 2.0, 4.0, 4.5]
     low, high = stats.t.interval(0.95, 3, loc=sum(values) / 4, scale=stats.sem(values))
-    assert report.mean_interval(values) == pytest.approx((2.875, low, high))
+    assert intervals.mean_interval(values) == pytest.approx((2.875, low, high))
 
 
 def test_ratio_interval_ends_where_the_paired_test_rejects():
     a, b = [1.0, 2.0, 1.5, 2.2], [4.0, 5.0, 4.2, 6.0]
-    ratio, low, high = report.ratio_interval(a, b)
+    ratio, low, high = intervals.ratio_interval(a, b)
     assert ratio == pytest.approx(sum(a) / sum(b))
     assert low < ratio < high
     for end in (low, high):
@@ -202,7 +212,7 @@ def test_ratio_interval_ends_where_the_paired_test_rejects():
 
 @pytest.mark.parametrize("denominators", [[1.0, -1.0, 0.5], [5.0]])
 def test_ratio_interval_is_infinite_where_nothing_is_known(denominators):
-    _, low, high = report.ratio_interval([1.0] * len(denominators), denominators)
+    _, low, high = intervals.ratio_interval([1.0] * len(denominators), denominators)
     assert (low, high) == (-math.inf, math.inf)
 
 
@@ -213,13 +223,18 @@ def made_up_rows(lost, solved):
     listed += protocol.ablation_runs(MINIATURE, chosen)
     by_task = dict.fromkeys(world.TASKS, 50.0)
     rows = [
-        {"key": f"pretraining {seed}", "scores": {"questions": 100.0, "statements": 100.0, "tasks": 0.0}}
+        {
+            "key": f"pretraining {seed}",
+            "pretraining": seed,
+            "scores": {"questions": 100.0, "statements": 100.0, "tasks": 0.0, "by_task": {}},
+        }
         for seed in MINIATURE.seeds
     ]
     for run in listed:
         kept, tasks = 100.0 - lost[run.method] - 0.2 * run.seed, float(solved[run.method])
         row = {
             "key": run.key,
+            "run": dataclasses.asdict(run),
             "scores": {"questions": kept, "statements": kept, "tasks": tasks, "by_task": by_task},
             "trainable": 1000,
         }
@@ -237,10 +252,10 @@ LOST, SOLVED = {"full": 30, "lora": 20, "unbalanced": 12, "null": 8}, {"full": 6
 def test_report_of_made_up_rows(tmp_path):
     main = report.write_report(made_up_rows(LOST, SOLVED), tmp_path)
     assert "| LoRA | 1 k | 0.001 | 20.3 [" in main
-    assert main.endswith("Met by: null experts, delta 0.7.")
+    assert "Null experts, delta 0.7: met. Other methods that would meet it: none." in main
     text = (tmp_path / "report.md").read_text()
     assert main in text
-    assert "| LoRA | **0.001** |" in text
+    assert "| LoRA | **0.001** (edge) | 20.0 |" in text
     assert {path.name for path in tmp_path.iterdir()} == {
         "report.md",
         *(f"{name}.{suffix}" for name in ("frontier", "growth", "learning-rates") for suffix in ("png", "svg")),
@@ -250,48 +265,119 @@ def test_report_of_made_up_rows(tmp_path):
 @pytest.mark.parametrize(
     ("lost", "solved", "verdict"),
     [
-        ({"null": 10}, {}, "Met by: none."),  # half of LoRA's loss
-        ({}, {"null": 49}, "Met by: none."),
-        ({"unbalanced": 2}, {}, "Met by: LoRAMoE, no balancing; null experts, delta 0.7."),
+        ({}, {}, "met. Other methods that would meet it: none."),
+        ({"null": 10}, {}, "missed (the interval of questions reaches above 0.45, the interval of statements reaches above"),
+        ({}, {"null": 49}, "missed (the interval of the tasks reaches below LoRA's)."),
+        ({"full": 2, "unbalanced": 2}, {}, "met. Other methods that would meet it: full fine-tuning; LoRAMoE, no balancing."),
+        ({"lora": -1, "null": 0}, {}, "missed"),  # nothing is lost in the mean, and the recipe loses more
     ],
 )
 def test_bar_needs_both_a_small_loss_and_the_tasks(lost, solved, verdict):
-    results = report.Results(made_up_rows({**LOST, **lost}, {**SOLVED, **solved}))
-    assert report.bar(results).endswith(verdict)
+    results = Results(made_up_rows({**LOST, **lost}, {**SOLVED, **solved}))
+    assert f"Null experts, delta 0.7: {verdict}" in report.bar(results)
+
+
+def test_bar_says_where_an_interval_leaves_it_open():
+    rows = made_up_rows(LOST, SOLVED)
+    for row in rows:
+        if row.get("run", {}).get("method") == "null" and row["run"]["seed"] == 1:
+            row["scores"] = {**row["scores"], "questions": 100.0}
+    assert "met (the interval of questions reaches above 0.45)" in report.bar(Results(rows))
 
 
 def test_report_of_an_unfinished_study_is_refused():
     rows = made_up_rows(LOST, SOLVED)
     with pytest.raises(ValueError, match="1 rows are missing, such as .*; finish the study with `run` first"):
-        report.Results(rows[:-1])
+        Results(rows[:-1])
 
 
 @pytest.mark.parametrize(("names", "found"), [((), "none"), (("toy", "miniature"), "miniature, toy"), (("giant",), "giant")])
 def test_rows_of_other_variants_are_refused(names, found):
     with pytest.raises(ValueError, match=f"must be of one variant of miniature, toy, large, but are of: {found}"):
-        report.Results([{"variant": name, "key": name} for name in names])
+        Results([{"variant": name, "key": name} for name in names])
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def test_damaged_rows_are_refused(tmp_path):
+ROW = {"variant": "toy", "scores": {}}
+
+
+@pytest.mark.parametrize("damaged", ['{"key": ', "[]", '{"key": "b"}'])
+def test_damaged_rows_are_refused(tmp_path, damaged):
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"key": "a"}\n{"key": \n')
+    file.write_text(f"{json.dumps({'key': 'a', **ROW})}\n{damaged}\n")
     with pytest.raises(ValueError, match="line 2: no row of the study .*; remove the line to run it again"):
         runs.read_rows(file)
 
 
 def test_the_newest_of_two_rows_counts(tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"key": "a", "n": 1}\n{"key": "b"}\n{"key": "a", "n": 2}\n')
-    assert runs.read_rows(file) == [{"key": "a", "n": 2}, {"key": "b"}]
+    rows = [{"key": "a", "n": 1, **ROW}, {"key": "b", **ROW}, {"key": "a", "n": 2, **ROW}]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert runs.read_rows(file) == [rows[2], rows[1]]
 
 
-def test_folder_of_other_settings_is_refused(tmp_path):
+def test_folder_of_other_settings_is_refused(tmp_path, monkeypatch):
     runs.Study(MINIATURE, tmp_path)
-    with pytest.raises(ValueError, match="holds rows of other settings than variant 'miniature' has now; use another folder"):
+    other = "holds rows of other settings than variant 'miniature' has now; use another folder"
+    with pytest.raises(ValueError, match=other):
         runs.Study(replace(MINIATURE, batch_size=4), tmp_path)
+    monkeypatch.setitem(METHODS, "null", METHODS["unbalanced"])
+    with pytest.raises(ValueError, match=other):
+        runs.Study(MINIATURE, tmp_path)
+
+
+def test_rows_without_their_settings_are_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds rows of other settings"):
+        runs.Study(MINIATURE, tmp_path)
+
+
+class OneAfterTheOther:
+    """A pool that does its work when it is given it; `fails` says for which argument it fails."""
+
+    def __init__(self, fails=lambda *arguments: False):
+        self.fails, self.done = fails, []
+
+    def submit(self, function, *arguments):
+        future = Future()
+        if self.fails(*arguments):
+            future.set_exception(MemoryError("full"))
+        else:
+            self.done.append(arguments)
+            future.set_result({"scores": {}})
+        return future
+
+
+def test_seed_is_pretrained_again_if_its_row_or_its_model_is_missing(tmp_path):
+    study = runs.Study(MINIATURE, tmp_path)
+    for seed in (0, 1):
+        (tmp_path / f"model-{seed}").mkdir()
+    row = {"key": "x", "run": {"seed": 2}, **ROW}
+    study.rows = [{"key": f"pretraining {seed}", "pretraining": seed, **ROW} for seed in (0, 2)] + [row]
+    pool = OneAfterTheOther()
+    study._pretrain(pool)
+    assert [seed for _, seed, _ in pool.done] == [1, 2]
+    assert row not in study.rows  # made with the old model of seed 2
+
+
+def test_failed_run_is_named_and_the_others_are_kept(tmp_path):
+    study = runs.Study(MINIATURE, tmp_path)
+    listed = protocol.selection_runs(MINIATURE)[:3]
+    pool = OneAfterTheOther(fails=lambda variant, run, *_: run is listed[1])
+    with pytest.raises(RuntimeError, match=re.escape(f"{listed[1]} failed; `run` goes on from here")) as error:
+        study._fine_tune(pool, "test", listed)
+    assert isinstance(error.value.__cause__, MemoryError)
+    assert {row["key"] for row in runs.read_rows(tmp_path / "rows.jsonl")} == {listed[0].key, listed[2].key}
+
+
+def test_only_one_adapter_of_each_method_is_kept(tmp_path):
+    study = runs.Study(MINIATURE, tmp_path)
+    chosen = {method: MINIATURE.candidates(method)[0] for method in MINIATURE.methods}
+    listed = protocol.test_runs(MINIATURE, chosen) + protocol.ablation_runs(MINIATURE, chosen)
+    kept = [folder.name for run in listed if (folder := study._adapter(run))]
+    assert sorted(kept) == ["adapter-lora", "adapter-null", "adapter-unbalanced"]
 
 
 def study(*arguments):
@@ -315,9 +401,11 @@ def miniature(tmp_path_factory):
 def test_miniature_has_a_row_for_each_run(miniature):
     folder, printed = miniature
     rows = runs.read_rows(folder / "rows.jsonl")
-    results = report.Results(rows)  # refuses missing rows
+    results = Results(rows)  # refuses missing rows
     assert len(rows) == len(results.by_key) == 25
     for row in rows:
+        if "run" in row:
+            assert row["config"] == {**METHODS[row["run"]["method"]].options, **row["run"]["options"]}
         assert all(0 <= row["scores"][kind] <= 100 for kind in ("questions", "statements", "tasks"))
         assert row["versions"]["torch"] == torch.__version__
     for row in rows:
@@ -347,7 +435,11 @@ def test_report_command_writes_the_same_again(miniature, tmp_path):
     assert (tmp_path / "frontier.svg").read_bytes() == (folder / "frontier.svg").read_bytes()
 
 
-def test_missing_file_of_rows_is_one_line(tmp_path):
-    failed = study("report", tmp_path / "absent.jsonl", "--output", tmp_path)
-    assert failed.returncode == 2
-    assert failed.stderr.splitlines()[-1].startswith("error: [Errno 2]")
+def test_no_jobs_are_refused(capsys):
+    assert main(["run", "--variant", "miniature", "--jobs", "0"]) == 2
+    assert "error: --jobs 0 must be at least 1." in capsys.readouterr().err
+
+
+def test_missing_file_of_rows_is_one_line(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "absent.jsonl"), "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: [Errno 2]")

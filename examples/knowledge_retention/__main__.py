@@ -13,6 +13,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from .protocol import VARIANTS
 from .report import write_report
 from .runs import Study, read_rows
@@ -28,17 +30,25 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run everything that has no row yet, and write the report")
     run.add_argument("--variant", choices=VARIANTS, default="toy", help="default: toy (large is for a GPU)")
     run.add_argument("--output", type=Path, help="folder for models, rows and report (default: build/study/VARIANT)")
-    run.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
+    run.add_argument("--jobs", type=int, default=_jobs(), help="processes (default: one for each core, with a GPU one)")
     report = commands.add_parser("report", help="write the tables and figures of a file of rows")
     report.add_argument("rows", type=Path, help="JSONL file that `run` wrote")
     report.add_argument("--output", type=Path, required=True, help="folder for report.md and the figures")
     return parser
 
 
+def _jobs() -> int:
+    if torch.cuda.is_available():
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         if args.command == "run":
+            if args.jobs < 1:
+                raise ValueError(f"--jobs {args.jobs} must be at least 1.")
             folder = args.output or Path("build/study") / args.variant
             study = Study(VARIANTS[args.variant], folder)
             study.run(args.jobs)

@@ -16,8 +16,8 @@ from typing import Any
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
-# Group 0 is for knowledge, group 1 for the tasks. All mixtures on the feed-forward linears have 24 rank channels. LoRA has, at its rank, at least as many
-# parameters as any of them with its routers, and the scale with which the mixtures start.
+# Group 0 is for knowledge, group 1 for the tasks. All mixtures on the feed-forward linears have 24 rank channels. LoRA has, at
+# its rank, at least as many parameters as any of them with its routers, and the scale with which the mixtures start.
 MIXTURE = {
     "r": 4,
     "lora_alpha": 32,
@@ -67,6 +67,7 @@ METHODS = {
     ),
 }
 BASELINE = "lora"
+RECIPE = "null"  # what is recommended, and tested against the bar
 
 
 @dataclass(frozen=True)

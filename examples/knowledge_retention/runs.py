@@ -131,7 +131,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
-            rows[row["key"]] = row
+            rows[row["key"]] = {"variant": row["variant"], "scores": row["scores"], **row}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file}, line {number}: no row of the study ({error!r}); remove the line to run it again."

@@ -1,12 +1,14 @@
-"""What the analyses need of an adapted model: its experts by layer, and batches on its device."""
+"""What the analyses share: the experts of an adapted model by layer, and how a model is called."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from peft_loramoe import LoRAExperts, LoRAMoEConfig, LoRAMoELinear
 
@@ -35,11 +37,43 @@ def group_of_each(expert_groups: list[int]) -> list[int]:
     return [group for group, size in enumerate(expert_groups) for _ in range(size)]
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device that a model's inputs belong on."""
+    # What is offloaded to disk is on the meta device until its layer runs.
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of one call, their tensors on the model's device."""
-    # What is offloaded to disk is on the meta device until its layer runs.
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    device = device_of(model)
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def uses_prompt_learning(model: nn.Module) -> bool:
+    """Whether the adapter is one of virtual tokens before the text, such as prompt tuning."""
+    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+
+
+def takes_logits_to_keep(model: nn.Module) -> bool:
+    """Whether the model takes `logits_to_keep`, and its positions are the text's: virtual tokens would come first."""
+    return not uses_prompt_learning(model) and takes(model, "logits_to_keep")
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the forward of the base model has an argument of that name."""
+    return argument in inspect.signature(_base_of(model).forward).parameters
+
+
+def adapts_only_below_head(model: nn.Module) -> bool:
+    """Whether all adapted linears are in the part of the model that is below its head; False if it is not told apart."""
+    base = _base_of(model)
+    below = getattr(base, "base_model", base)
+    return below is not base and {*_linears(model)} <= {*below.modules()}
+
+
+def adds_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a text gets the tokenizer's special tokens: not if it begins with BOS, as chat templates make it."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def require_finite(values: Tensor, adapter: str, layer: str) -> None:
@@ -60,3 +94,7 @@ def _linears(model: nn.Module) -> list[LoRAMoELinear]:
     if not linears:
         raise ValueError(f"{type(model).__name__} has no LoRAMoE layers; attach them with get_peft_model first.")
     return linears
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

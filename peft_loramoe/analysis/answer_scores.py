@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modes import evaluation_mode
+from .adapted import adds_special_tokens, device_of, takes_logits_to_keep
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ def score_answers(
     prompts: Sequence[str],
     answers: Sequence[str],
     batch_size: int = 64,
+    add_special_tokens: bool = True,
 ) -> list[AnswerScore]:
     """Score given answers in one forward pass each, without generating.
 
@@ -44,23 +45,26 @@ def score_answers(
 
     Args:
         model: a causal language model, with or without a PEFT adapter.
-        tokenizer: its tokenizer, a fast one.
+        tokenizer: its tokenizer, one that says which characters its tokens cover.
         prompts: n texts.
         answers: n texts, one for each prompt; whitespace around them is dropped.
         batch_size: texts at a time.
+        add_special_tokens: False where the prompts have all their special tokens, as those of chat templates do.
 
     Returns:
         The n scores, in the order of the prompts.
 
     Raises:
-        ValueError: the numbers of prompts and answers differ, `batch_size` is not positive, the tokenizer is no fast one, an
-            answer is empty or has no tokens, or a text begins with its answer, so that nothing predicts it.
+        ValueError: the model is an encoder-decoder, the numbers of prompts and answers differ, `batch_size` is not positive,
+            the tokenizer does not say which characters its tokens cover, an answer is empty or has no tokens, a text begins
+            with its answer, so that nothing predicts it, or the logits are not finite.
     """
+    _require_decoder_only(model)
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers: each prompt needs one answer.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
-    texts = _encode(tokenizer, prompts, answers)
+    texts = _encode(tokenizer, prompts, answers, add_special_tokens)
     # Alike texts together: little padding, and few positions whose logits are computed. The longest first: if memory is
     # short, that shows at once.
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i].ids), texts[i].start), reverse=True)
@@ -72,31 +76,37 @@ def score_answers(
     return [scores[i] for i in range(len(texts))]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool = True
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """Token ids of each text, and the characters that each token covers: (0, 0) for special tokens that were added.
 
-    A text gets the special tokens that the tokenizer adds, but no second BOS token where it begins with one.
+    A text gets the special tokens that the tokenizer adds, but no second BOS token where it begins with one; none without
+    `add_special_tokens`.
 
     Raises:
-        ValueError: the tokenizer is no fast one.
+        ValueError: the tokenizer does not say which characters its tokens cover.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"{type(tokenizer).__name__} does not say which characters its tokens cover; load a fast tokenizer (use_fast=True)."
+            f"{type(tokenizer).__name__} does not say which characters its tokens cover (is_fast), which tells an answer from "
+            "its prompt; load a tokenizer of this model that does."
         )
-    bos = tokenizer.bos_token
     encoded: dict[int, tuple[list[int], list[tuple[int, int]]]] = {}
-    for has_bos in (False, True):
-        rows = [i for i, text in enumerate(texts) if bool(bos and text.startswith(bos)) is has_bos]
+    for special in (True, False):
+        rows = [i for i, text in enumerate(texts) if (add_special_tokens and adds_special_tokens(tokenizer, text)) is special]
         if rows:
-            batch = tokenizer([texts[i] for i in rows], add_special_tokens=not has_bos, return_offsets_mapping=True)
+            batch = tokenizer([texts[i] for i in rows], add_special_tokens=special, return_offsets_mapping=True)
             encoded.update(zip(rows, zip(batch["input_ids"], batch["offset_mapping"])))
     return [encoded[i] for i in range(len(texts))]
 
 
-def uses_prompt_learning(model: nn.Module) -> bool:
-    """Whether the adapter is one of virtual tokens before the text, such as prompt tuning."""
-    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+def _require_decoder_only(model: nn.Module) -> None:
+    """Refuse an encoder-decoder: its decoder does not continue the prompt, which the encoder reads."""
+    # The outermost of them: PEFT's and other wrappers need not show its configuration.
+    pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if pretrained is not None and pretrained.config.is_encoder_decoder:
+        raise ValueError(f"{type(pretrained).__name__} is an encoder-decoder; only causal language models answer questions.")
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,9 @@ class _Text:
     start: int
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]) -> list[_Text]:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str], add_special_tokens: bool
+) -> list[_Text]:
     markers = tuple(tokenizer.get_added_vocab())
     texts, starts = [], []
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
@@ -117,7 +129,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers:
             prompt += " "
         starts.append(len(prompt))
         texts.append(prompt + answer.strip())
-    return [_locate(i, answers[i], starts[i], *encoded) for i, encoded in enumerate(encode(tokenizer, texts))]
+    encoded = encode(tokenizer, texts, add_special_tokens)
+    return [_locate(i, answers[i], starts[i], *encoded[i]) for i in range(len(texts))]
 
 
 def _locate(i: int, answer: str, start: int, ids: list[int], offsets: list[tuple[int, int]]) -> _Text:
@@ -131,7 +144,7 @@ def _locate(i: int, answer: str, start: int, ids: list[int], offsets: list[tuple
 
 
 def _score_batch(model: nn.Module, texts: list[_Text]) -> list[AnswerScore]:
-    device = next(model.parameters()).device
+    device = device_of(model)
     lengths = torch.tensor([len(text.ids) - 1 for text in texts])  # nothing is predicted from the last token
     width = int(lengths.max())
     input_ids = torch.tensor([text.ids[:-1] + [0] * (width + 1 - len(text.ids)) for text in texts])
@@ -142,6 +155,10 @@ def _score_batch(model: nn.Module, texts: list[_Text]) -> list[AnswerScore]:
     logits = _logits_at(model, input_ids.to(device), attention_mask.to(device), rows, positions)
     targets = torch.tensor([token for text in texts for token in text.ids[text.start :]], device=logits.device)
     losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none").cpu()
+    if not torch.isfinite(losses).all():
+        raise ValueError(
+            f"The model's logits ({logits.dtype}) are not finite: training diverged, or the model overflows in its dtype."
+        )
     right = (logits.argmax(-1) == targets).cpu()
     return [
         AnswerScore(correct=bool(r.all()), loss=loss.mean().item())
@@ -156,18 +173,10 @@ def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows
     the rest.
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if _takes_logits_to_keep(model):
+    if takes_logits_to_keep(model):
         kept, columns = positions.unique(return_inverse=True)
         logits = model(**inputs, logits_to_keep=kept.to(input_ids.device)).logits
     else:
         logits = model(**inputs).logits
         columns = positions + logits.shape[1] - input_ids.shape[1]  # after the virtual tokens of prompt learning
     return logits[rows.to(logits.device), columns.to(logits.device)]
-
-
-def _takes_logits_to_keep(model: nn.Module) -> bool:
-    """Whether the model takes `logits_to_keep`, and its positions are the text's: virtual tokens would come first."""
-    if uses_prompt_learning(model):
-        return False
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters

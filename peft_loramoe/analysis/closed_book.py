@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..modes import evaluation_mode
-from .answer_scores import encode, score_answers, uses_prompt_learning
+from .adapted import device_of, uses_prompt_learning
+from .answer_scores import encode, score_answers
 from .questions import Question
 
 
@@ -77,14 +80,14 @@ def closed_book(
     """Let a model answer questions by greedy decoding, and score what it answers.
 
     The prompt is the shots, each with its first accepted answer, and the question, as `build_prompts` describes. The model's
-    answer is the first line that it writes. The settings of the model's own `generation_config` (sampling, penalties) do not
-    count. The loss is that of the first accepted answer after the same prompt, from `score_answers`.
+    answer is the first line that it writes. Of the model's own `generation_config`, the end and BOS tokens count and
+    nothing else. The loss is that of the first accepted answer after the same prompt, from `score_answers`.
 
     The model runs in evaluation mode without gradients, and its modules are left in the modes they were in.
 
     Args:
         model: a causal language model, with or without a PEFT adapter.
-        tokenizer: its tokenizer, a fast one.
+        tokenizer: its tokenizer, one that says which characters its tokens cover.
         questions: what is asked.
         shots: questions that the prompt shows with their answers; none of them may be asked.
         template: how a question is put, with `{question}` for its text; None for `TEMPLATE`, with `chat` for `CHAT_TEMPLATE`.
@@ -109,8 +112,10 @@ def closed_book(
     if leaked := [question.question for question in questions if question.question in shown]:
         raise ValueError(f"A shot gives its answer away, so it cannot be asked: {leaked[0]!r} ({len(leaked)} in all).")
     prompts = build_prompts(tokenizer, [question.question for question in questions], shots, template, chat)
-    given = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, show)
-    scores = score_answers(model, tokenizer, prompts, [question.answers[0] for question in questions], batch_size)
+    special = not chat  # the chat template has put all that belong there
+    # First what takes less time and refuses more.
+    scores = score_answers(model, tokenizer, prompts, [question.answers[0] for question in questions], batch_size, special)
+    given = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, special, show)
     return ClosedBookResult(
         [
             Response(q.question, q.answers[0], text, exact_match=q.exact_match(text), f1=q.f1(text), loss=score.loss)
@@ -141,7 +146,10 @@ def build_prompts(
     if template.endswith(" "):  # it belongs to the answer's first token
         raise ValueError(f"template={template!r} must not end with a space: a space is put before the answer.")
     if chat and not tokenizer.chat_template:
-        raise ValueError("The tokenizer has no chat template, so questions cannot be put as a conversation (chat, --chat).")
+        raise ValueError(
+            f"The tokenizer '{tokenizer.name_or_path}' has no chat template, so questions cannot be put as a conversation; "
+            "choose another tokenizer (--tokenizer), or leave out --chat."
+        )
 
     def put(question: str) -> str:
         return template.replace("{question}", question)
@@ -172,10 +180,11 @@ def generate_answers(
     prompts: Sequence[str],
     max_new_tokens: int,
     batch_size: int,
+    add_special_tokens: bool = True,
     show: bool = False,
 ) -> list[str]:
     """The first line that greedy decoding gives after each prompt, without whitespace around it."""
-    ids = [_without_end(*encoded) for encoded in encode(tokenizer, prompts)]
+    ids = [_without_end(*encoded) for encoded in encode(tokenizer, prompts, add_special_tokens)]
     batches: list[list[int]] = []
     for i in sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True):
         # Padding would come between virtual tokens and prompt, and PEFT ignores the positions that tell it from tokens.
@@ -198,27 +207,41 @@ def _without_end(ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
 
 
 def _generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    device = next(model.parameters()).device
+    device = device_of(model)
     width = len(max(prompts, key=len))
     padding = tokenizer.pad_token_id or 0
     input_ids = torch.tensor([[padding] * (width - len(ids)) + ids for ids in prompts], device=device)
     lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=(torch.arange(width, device=device) >= width - lengths[:, None]).long(),
+    own = model.generation_config
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
+        eos_token_id=own.eos_token_id,
+        bos_token_id=own.bos_token_id,
         pad_token_id=padding,
-        stopping_criteria=StoppingCriteriaList([_FirstLine(tokenizer, width)]),
-        # Options of the model's generation_config that would make it something other than greedy decoding.
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        temperature=None,
-        top_p=None,
-        top_k=None,
     )
-    return [_first_line(tokenizer, ids) for ids in output[:, width:]]
+    with _generation_config(model, greedy):
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=(torch.arange(width, device=device) >= width - lengths[:, None]).long(),
+            stopping_criteria=StoppingCriteriaList([_FirstLine(tokenizer, width)]),
+        )
+    # A row that ended before the others is filled up with padding, which may be any token.
+    rows = [list(takewhile(lambda token: token not in ends, row)) for row in output[:, width:].tolist()]
+    return [_first_line(tokenizer, row) for row in rows]
+
+
+@contextmanager
+def _generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Another generation config for a while; `generate` fills in from the model's own what a given one leaves open."""
+    own = {module: module.generation_config for module in model.modules() if "generation_config" in vars(module)}
+    try:
+        for module in own:
+            module.generation_config = config
+        yield
+    finally:
+        for module, before in own.items():
+            module.generation_config = before
 
 
 class _FirstLine(StoppingCriteria):
@@ -232,5 +255,5 @@ class _FirstLine(StoppingCriteria):
         return torch.tensor(["\n" in text.lstrip() for text in texts], device=input_ids.device)
 
 
-def _first_line(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
+def _first_line(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True).strip().partition("\n")[0].strip()

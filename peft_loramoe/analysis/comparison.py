@@ -23,7 +23,7 @@ class Comparison:
         gained: number of questions that only the second knows.
         difference: of the shares of questions known, second minus first, in [-1, 1].
         interval: 95 % interval of the difference, a percentile bootstrap over the questions, which keeps the two answers to a
-            question together. It has no width if nothing was lost or gained.
+            question together. It has no width if none or all of the questions were lost, or gained.
         p_value: of McNemar's exact test: how likely so unequal numbers of lost and gained questions are if a question is as
             likely lost as gained.
     """

@@ -19,21 +19,42 @@ ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 @dataclass(frozen=True)
 class Question:
-    """A question and the answers that count as right, the usual one first."""
+    """A question and the answers that count as right, the usual one first.
+
+    An accepted answer is compared after `normalize_answer`; one of which that leaves nothing, such as the letter A or a plus
+    sign, with its articles, and if need be with its punctuation.
+
+    Raises:
+        ValueError: the answers are not a tuple of texts, there is none, or one is blank.
+    """
 
     question: str
     answers: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        answers = self.answers
+        if not isinstance(answers, tuple) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+            raise ValueError(
+                f"answers={answers!r} must be a tuple of at least one text, none of them blank (the question is "
+                f"{self.question!r})."
+            )
+
     def exact_match(self, given: str) -> bool:
         """Whether an answer is, normalised, an accepted one."""
-        return normalize_answer(given) in map(normalize_answer, self.answers)
+        return any(first == second for first, second in self._normalized(given))
 
     def f1(self, given: str) -> float:
         """How far the words of an answer are those of the accepted answer that they fit best, in [0, 1].
 
         The harmonic mean of precision and recall over normalised words.
         """
-        return max(_f1(normalize_answer(given).split(), normalize_answer(answer).split()) for answer in self.answers)
+        return max(_f1(first.split(), second.split()) for first, second in self._normalized(given))
+
+    def _normalized(self, given: str) -> Iterator[tuple[str, str]]:
+        """The given and each accepted answer, both normalised in the first way that leaves something of the accepted one."""
+        for accepted in self.answers:
+            normalize = next(way for way in (normalize_answer, _words, _lower_case) if way(accepted))
+            yield normalize(given), normalize(accepted)
 
 
 def normalize_answer(text: str) -> str:
@@ -41,7 +62,7 @@ def normalize_answer(text: str) -> str:
 
     As in TriviaQA's evaluation (https://github.com/mandarjoshi90/triviaqa, evaluation/triviaqa_evaluation.py).
     """
-    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
+    return _lower_case(ARTICLES.sub(" ", _words(text)))
 
 
 def read_questions(source: str | Path) -> list[Question]:
@@ -68,6 +89,14 @@ def read_questions(source: str | Path) -> list[Question]:
     if not questions:
         raise ValueError(f"{source} has no question.")
     return questions
+
+
+def _words(text: str) -> str:
+    return _lower_case(text.lower().translate(PUNCTUATION))
+
+
+def _lower_case(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def _f1(given: list[str], accepted: list[str]) -> float:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 
 if TYPE_CHECKING:
@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 class SavedAsJSON:
-    """For dataclasses of plain values: a JSON object of the fields, and `kind`, the name of the class."""
+    """For dataclasses of plain values: a JSON object of the fields, and `kind`, the name of the class.
+
+    Attributes:
+        RECORDS: names of the fields that are lists of records -> what each record must have.
+    """
+
+    RECORDS: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file; reading it again with `load` gives an equal object.
@@ -48,4 +54,16 @@ class SavedAsJSON:
         fields = {field.name for field in dataclasses.fields(cls)}
         if content.keys() != fields:
             raise ValueError(f"{wanted}: its fields are {sorted(content)}, not {sorted(fields)}.")
+        for name, required in cls.RECORDS.items():
+            _check_records(content[name], name, required, wanted)
         return cls(**content)
+
+
+def _check_records(records: Any, name: str, required: tuple[str, ...], wanted: str) -> None:
+    if not isinstance(records, list):
+        raise ValueError(f"{wanted}: {name} is no list of records.")
+    for i, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise ValueError(f"{wanted}: {name}[{i}]={record!r} is no record.")
+        if missing := [field for field in required if field not in record]:
+            raise ValueError(f"{wanted}: {name}[{i}] lacks {', '.join(missing)}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,8 +13,21 @@ from torch import nn
 from peft_loramoe import LayerRouting, LoRAExperts, routing
 
 from ..modes import evaluation_mode
-from .adapted import configs_of, experts_by_layer, group_of_each, on_device_of, require_finite
+from .adapted import (
+    adapts_only_below_head,
+    configs_of,
+    experts_by_layer,
+    group_of_each,
+    on_device_of,
+    require_finite,
+    takes,
+    takes_logits_to_keep,
+)
+from .names import blocks_and_kinds
 from .saved import SavedAsJSON
+
+
+OF_LAYER = ("adapter", "layer", "block", "linear", "task_type")  # what all records begin with
 
 
 @dataclass(frozen=True)
@@ -26,14 +39,15 @@ class RouterStatistics(SavedAsJSON):
 
     Attributes:
         experts: one record for each adapter, layer, task type and expert: `adapter`, `layer` (name inside the base model),
-            `task_type`, `expert`, `group`, `null` (whether it has no parameters), `weight` (mean router probability over the
-            type's real tokens; sums to 1 over the experts) and `importance` (mean over the type's samples of the sample's mean
-            router probability, so that short samples count as much as long ones: what the balance term compares with
-            `balance_importance="mean"`; sums to 1 too).
-        layers: one record for each adapter, layer and task type: `adapter`, `layer`, `task_type`, `samples`, `tokens` (real
-            ones), `entropy` (mean over tokens of the entropy of the router's probabilities, in nats: how undecided it is about
-            a token), `load_entropy` (entropy of the mean probabilities, in nats: how evenly the experts are used; never below
-            `entropy`, and at most ln N) and `num_experts` (N, null experts included).
+            `block` (its number, None for a linear outside of blocks) and `linear` (which of the block's linears, for example
+            "up_proj"), `task_type`, `expert`, `group`, `null` (whether it has no parameters), `weight` (mean router probability
+            over the type's real tokens; sums to 1 over the experts) and `importance` (mean over the type's samples of the
+            sample's mean router probability, so that short samples count as much as long ones: what the balance term compares
+            with `balance_importance="mean"`; sums to 1 too).
+        layers: one record for each adapter, layer and task type: `adapter`, `layer`, `block`, `linear`, `task_type`, `samples`,
+            `tokens` (real ones), `entropy` (mean over tokens of the entropy of the router's probabilities, in nats: how
+            undecided it is about a token), `load_entropy` (entropy of the mean probabilities, in nats: how evenly the experts
+            are used; never below `entropy`, and at most ln N) and `num_experts` (N, null experts included).
         task_type_names: the names of the task types, which are those of the expert groups too, by adapter; None for an
             adapter without.
     """
@@ -42,13 +56,18 @@ class RouterStatistics(SavedAsJSON):
     layers: list[dict[str, Any]]
     task_type_names: dict[str, list[str] | None]
 
+    RECORDS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "experts": (*OF_LAYER, "expert", "group", "null", "weight", "importance"),
+        "layers": (*OF_LAYER, "samples", "tokens", "entropy", "load_entropy", "num_experts"),
+    }
+
 
 def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> RouterStatistics:
     """Run the model over batches and average what the routers of its active adapters did, by task type.
 
     The model runs in evaluation mode without gradients and is left in the mode it was in. Only sums are kept between
-    batches, on the layers' devices, so the data may be of any size. With several processes, each gets the statistics of its own
-    batches.
+    batches, on the layers' devices, so the data may be of any size. Without `labels` in a batch, only the last token's logits
+    are computed, where the model can leave the others out. With several processes, each gets the statistics of its own batches.
 
     Args:
         model: the adapted model, wrapped in whatever way.
@@ -63,6 +82,7 @@ def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) ->
     """
     experts = experts_by_layer(model)
     sums: dict[tuple[str, str], _Sums] = {}
+    lean = _lean_options(model)
     with evaluation_mode(model):
         for batch in batches:
             if not isinstance(batch, Mapping):
@@ -70,7 +90,9 @@ def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) ->
                     f"batches gave a {type(batch).__name__}; it must give dictionaries of the model's arguments, such as "
                     "{'input_ids': ..., 'attention_mask': ..., 'task_types': ...}."
                 )
-            model(**on_device_of(model, batch))
+            # A loss needs all logits.
+            options = {name: value for name, value in lean.items() if name != "logits_to_keep" or "labels" not in batch}
+            model(**options | on_device_of(model, batch))
             for layer in routing(model):
                 key = (layer.adapter, layer.layer)
                 if key not in sums:
@@ -78,15 +100,28 @@ def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) ->
                 sums[key].add(layer)
     if not sums:
         raise ValueError("No router ran: pass at least one batch, and leave a LoRAMoE adapter enabled and active.")
-    of_experts, of_layers = [], []
-    for key, module in experts.items():
-        if key in sums:
-            experts_of_key, layers_of_key = sums[key].records(*key, module)
-            of_experts += experts_of_key
-            of_layers += layers_of_key
     configs, active = configs_of(model), dict.fromkeys(adapter for adapter, _ in sums)
     names = {adapter: configs[adapter].task_type_names for adapter in active}
+    places = {adapter: blocks_and_kinds(layer for name, layer in sums if name == adapter) for adapter in active}
+    of_experts, of_layers = [], []
+    for (adapter, layer), module in experts.items():
+        if (adapter, layer) in sums:
+            fields = dict(zip(OF_LAYER, (adapter, layer, *places[adapter][layer])))
+            experts_of_layer, layers_of_layer = sums[adapter, layer].records(fields, module)
+            of_experts += experts_of_layer
+            of_layers += layers_of_layer
     return RouterStatistics(experts=of_experts, layers=of_layers, task_type_names=names)
+
+
+def _lean_options(model: nn.Module) -> dict[str, Any]:
+    """Arguments that spare the model what nobody reads: the cache, and logits unless the head is adapted.
+
+    With a cache, transformers would also let the samples of a packed row attend to each other, unlike in training.
+    """
+    options: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
+    if takes_logits_to_keep(model) and adapts_only_below_head(model):
+        options["logits_to_keep"] = 1
+    return options
 
 
 class _Sums:
@@ -112,16 +147,16 @@ class _Sums:
         self.entropy.index_add_(0, rows, layer.entropy.to(self.entropy))
         self.counts.index_add_(0, rows, torch.stack([tokens > 0, tokens], dim=1).long())
 
-    def records(self, adapter: str, layer: str, experts: LoRAExperts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The linear's part of `RouterStatistics.experts` and of `RouterStatistics.layers`."""
+    def records(self, of_layer: dict[str, Any], experts: LoRAExperts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The linear's part of `RouterStatistics.experts` and of `RouterStatistics.layers`, its own fields in front."""
         groups = group_of_each(experts.expert_groups)
         of_experts, of_layers = [], []
         probabilities, means, entropy = (sums.cpu().double() for sums in (self.probabilities, self.means, self.entropy))
         for row, (samples, tokens) in enumerate(self.counts.tolist()):
             if not tokens:
                 continue
-            require_finite(probabilities[row], adapter, layer)
-            fields = {"adapter": adapter, "layer": layer, "task_type": row - 1}
+            require_finite(probabilities[row], of_layer["adapter"], of_layer["layer"])
+            fields = {**of_layer, "task_type": row - 1}
             weights, importance = probabilities[row] / tokens, means[row] / samples
             of_experts += [
                 {**fields, "expert": n, "group": group, "null": group in experts.null_groups, "weight": w, "importance": i}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from peft_loramoe import LayerRouting, routing
 
 from ..modes import evaluation_mode
-from .adapted import configs_of, group_of_each, on_device_of, require_finite
+from .adapted import adds_special_tokens, configs_of, group_of_each, on_device_of, require_finite
 from .saved import SavedAsJSON
 
 
@@ -72,7 +73,7 @@ def router_trace(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str
 
     Args:
         model: the adapted model, wrapped in whatever way; not an encoder-decoder.
-        tokenizer: the model's; it adds the special tokens that it adds in training.
+        tokenizer: the model's; it adds the special tokens that it adds in training, but none to a text that begins with BOS.
         text: one text, not empty.
         adapter: which of several active adapters; None for the only one.
 
@@ -89,7 +90,7 @@ def router_trace(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str
             f"router_trace is for models that read one text, and {type(model).__name__} is an encoder-decoder: call the model "
             "yourself and read peft_loramoe.routing(model)."
         )
-    token_ids = list(tokenizer(text)["input_ids"])
+    token_ids = list(tokenizer(text, add_special_tokens=adds_special_tokens(tokenizer, text))["input_ids"])
     if not token_ids:
         raise ValueError(f"text={text!r} has no tokens.")
     input_ids = torch.tensor([token_ids])
@@ -126,8 +127,8 @@ def _by_layer(used: list[LayerRouting], num_tokens: int) -> tuple[dict[str, list
     uses: Counter[str] = Counter()
     layers, expert_groups = {}, {}
     for layer in used:
-        probabilities = layer.probabilities.flatten(0, -2)
-        if len(probabilities) == num_tokens:
+        if _reads_tokens(layer.probabilities.shape[:-1], num_tokens):
+            probabilities = layer.probabilities.flatten(0, -2)
             require_finite(probabilities, layer.adapter, layer.layer)
             uses[layer.layer] += 1
             name = layer.layer if uses[layer.layer] == 1 else f"{layer.layer}#{uses[layer.layer]}"
@@ -136,3 +137,11 @@ def _by_layer(used: list[LayerRouting], num_tokens: int) -> tuple[dict[str, list
         names = ", ".join(dict.fromkeys(layer.layer for layer in used))
         raise ValueError(f"No adapted layer reads the text's {num_tokens} tokens one by one; those that ran: {names}.")
     return layers, expert_groups
+
+
+def _reads_tokens(shape: tuple[int, ...], num_tokens: int) -> bool:
+    """Whether a layer whose input has these leading dimensions reads a row of tokens, flattened or not.
+
+    Of one token, (1,) may as well be what a pooler reads.
+    """
+    return math.prod(shape) == num_tokens and num_tokens in shape and (num_tokens > 1 or len(shape) > 1)

@@ -23,7 +23,7 @@ from .options import Command, Parser, command_adder, json_option, model_options,
 
 def add_analysis(add: Callable[..., Parser]) -> None:
     """Add the three commands to a parser's."""
-    command, model = command_adder(add), model_options()
+    command, model, as_json = command_adder(add), model_options(), json_option()
     analyze = command(
         "analyze",
         run_analyze,
@@ -32,7 +32,7 @@ def add_analysis(add: Callable[..., Parser]) -> None:
         "experts, and how alike experts are. `plot groups`, `plot load` and `plot entropy` draw the file that -o writes.",
         model,
         text_options("--data", required=True),
-        json_option(),
+        as_json,
     )
     trace = command(
         "trace",
@@ -40,8 +40,9 @@ def add_analysis(add: Callable[..., Parser]) -> None:
         "show how an adapter's routers weigh the expert groups for each token of a text",
         "Prints the mean over all linears. `plot trace` draws every linear, from the file that -o writes.",
         model,
+        as_json,
     )
-    trace.add_argument("--text", required=True, help="the text; special tokens are added as in training")
+    trace.add_argument("--text", required=True, help="the text; special tokens are added, unless it begins with BOS")
     for parser in (analyze, trace):
         parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
         parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write; replaced if it exists")
@@ -122,8 +123,11 @@ def run_trace(options: Namespace) -> None:
     trace = analysis.router_trace(adapter.load(options.device), tokenizer, options.text)
     if options.output:
         trace.save(options.output)
-    tables.show_trace(trace)
-    _print_written(options.output)
+    if options.json:
+        print_json(dataclasses.asdict(trace))
+    else:
+        tables.show_trace(trace)
+        _print_written(options.output)
 
 
 def plot_trace(options: Namespace) -> None:

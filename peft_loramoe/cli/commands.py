@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
@@ -104,12 +104,12 @@ def _operate(options: Namespace, operation: Callable[[PeftModel, Any], interop.S
         print(f"Wrote {options.output}.")
 
 
-def load_with_texts(options: Namespace) -> tuple[PeftModel, list[dict[str, Any]] | None]:
+def load_with_texts(options: Namespace) -> tuple[PeftModel, Iterator[dict[str, Any]] | None]:
     """The model, and batches of the texts if the command has any: only then it needs the base model's weights."""
     adapter = SavedAdapter.read(options.adapter, options.base_model)
     if getattr(options, "texts", None) is None:
         return adapter.load_without_base(options.device), None
-    batches = list(read_batches(options.texts, adapter.tokenizer(), options.batch_size, options.max_length))
+    batches = read_batches(options.texts, adapter.tokenizer(), options.batch_size, options.max_length)
     return adapter.load(options.device), batches
 
 

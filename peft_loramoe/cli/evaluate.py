@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import gc
 import json
@@ -28,6 +29,14 @@ from .options import Command, Parser, positive
 DETAILS = """\
 Each question is answered by the base model and by the base model with each adapter, after the same prompt; so what an adapter
 has lost and gained is counted question by question. Adapters may be of any PEFT method."""
+# Options, their defaults, and the option without which they would be ignored.
+DEPENDENT = {
+    "shots": (5, "questions"),
+    "shots_file": (None, "questions"),
+    "template": (None, "questions"),
+    "max_new_tokens": (32, "questions"),
+    "include_path": (None, "lm_eval"),
+}
 LmEval = Callable[[nn.Module, PreTrainedTokenizerBase], dict[str, Any]]
 
 
@@ -40,15 +49,21 @@ def add_evaluate(command: Command, as_json: Parser) -> None:
         DETAILS,
         as_json,
     )
-    parser.add_argument("--model", metavar="MODEL", help="base model, folder or Hub id (default: the one that adapters name)")
+    parser.add_argument(
+        "--model",
+        "--base-model",
+        metavar="MODEL",
+        help="base model, folder or Hub id (default: the one that adapters name)",
+    )
     parser.add_argument("--adapter", nargs="+", default=[], metavar="ADAPTER", help="adapters to compare with the base model")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write; must not exist")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write; replaced if it exists")
     _add_question_options(parser.add_argument_group("closed-book questions"))
     tasks = parser.add_argument_group("lm-eval")
     tasks.add_argument("--lm-eval", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval, for example arc_easy")
     tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="where more tasks of lm-eval are")
     running = parser.add_argument_group("how the model runs")
     running.add_argument("--limit", type=positive, metavar="N", help="ask the first N of each file and task only, for a try")
+    running.add_argument("--tokenizer", metavar="TOKENIZER", help="folder or Hub id (default: the base model's)")
     running.add_argument(
         "--chat", action="store_true", help="put questions as a conversation, by the tokenizer's chat template"
     )
@@ -75,7 +90,6 @@ def _add_question_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--shots",
         type=_count,
-        default=5,
         metavar="K",
         help="examples in the prompt, the first K questions, which are not asked then (default: 5)",
     )
@@ -86,7 +100,7 @@ def _add_question_options(group: argparse._ArgumentGroup) -> None:
         help=r"how a question is put, with \n for a line break (default: 'Question: {question}\nAnswer:', with --chat the "
         "question and a sentence that asks for the answer only)",
     )
-    group.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="of an answer (default: 32)")
+    group.add_argument("--max-new-tokens", type=positive, metavar="N", help="of an answer (default: 32)")
 
 
 @dataclass(frozen=True)
@@ -100,67 +114,90 @@ class QuestionSet:
 
 def evaluate(options: Namespace) -> None:
     """Evaluate a model with and without adapters, print tables or JSON, and write JSON."""
-    if not options.questions and not options.lm_eval:
-        raise ValueError("There is nothing to evaluate: name --questions or --lm-eval tasks.")
+    _check_options(options)
     if options.output is not None:  # before hours of work for it
         _check_output(options.output)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    base = _base_model(options.model, options.adapter)
+    base, revision = _base_model(options.model, options.adapter)
     sets = [_question_set(source, options) for source in options.questions]
     lm_eval = _lm_eval(options) if options.lm_eval else None
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or base, revision="main" if options.tokenizer else revision)
+    described = {
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": _versions(options),
+        "options": {**_recorded(options), "model": base, "revision": revision},
+    }
     answered: list[list[ClosedBookResult]] = []
     measured: list[dict[str, Any]] = []
     for adapter in (None, *options.adapter):
         # Loaded anew for each adapter: some change the base model's own weights.
-        model = _load(base, adapter, options)
+        model = _load(base, revision, adapter, options)
         answered.append([_ask(model, tokenizer, asked, options) for asked in sets])
         if lm_eval is not None:
             measured.append(lm_eval(model, tokenizer))
         del model  # the next one needs its memory
         gc.collect()
         torch.cuda.empty_cache()
-    report = {
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": _versions(options),
-        "options": {**_recorded(options), "model": base},
-        "closed_book": [_records(asked, options.adapter, results) for asked, results in zip(sets, zip(*answered))],
-        "lm_eval": [{"adapter": adapter, **results} for adapter, results in zip((None, *options.adapter), measured)],
-    }
-    if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        report = {
+            **described,
+            "closed_book": [_records(asked, options.adapter, results) for asked, results in zip(sets, zip(*answered))],
+            "lm_eval": [{"adapter": adapter, **results} for adapter, results in zip((None, *options.adapter), measured)],
+        }
+        text = json.dumps(report, indent=1, allow_nan=False)
+        if options.output is not None:  # already now: the next model may fail
+            options.output.write_text(text + "\n", encoding="utf-8")
     if options.json:
-        print(json.dumps(report, indent=2))
+        print(text)
     else:
         tables.show_evaluation(report)
         if options.output is not None:
             print(f"Wrote {options.output}.")
 
 
+def _check_options(options: Namespace) -> None:
+    """Refuse options that would be ignored, and give the others their defaults."""
+    if not options.questions and not options.lm_eval:
+        raise ValueError("There is nothing to evaluate: name --questions or --lm-eval tasks.")
+    for name, (default, needed) in DEPENDENT.items():
+        value = getattr(options, name)
+        if value is not None and not getattr(options, needed):
+            raise ValueError(f"{_flag(name)} {value} has no effect without {_flag(needed)}.")
+        if value is None and getattr(options, needed):
+            setattr(options, name, default)
+    if options.shots_file and options.shots == 0:
+        raise ValueError(f"--shots-file {options.shots_file} has no effect with --shots 0; leave out one of them.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _check_output(file: Path) -> None:
-    if file.exists():
-        raise FileExistsError(f"The output file '{file}' exists already. Remove it, or choose another one.")
+    if file.is_dir():
+        raise IsADirectoryError(f"The output file '{file}' cannot be written: it is a folder.")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"The output file '{file}' cannot be written: there is no folder '{file.parent}'.")
 
 
-def _base_model(model: str | None, adapters: list[str]) -> str:
-    """The base model, after a look at the adapters' configurations."""
-    named = {}
+def _base_model(model: str | None, adapters: list[str]) -> tuple[str, str]:
+    """The base model and its revision, after a look at the adapters' configurations."""
+    named = set()
     for adapter in adapters:
         config = PeftConfig.from_pretrained(adapter)
         if config.task_type not in (None, "CAUSAL_LM"):
             raise ValueError(f"'{adapter}' has task_type={config.task_type!r}; only causal language models answer questions.")
-        named[adapter] = config.base_model_name_or_path
-        if model and named[adapter] and not _same_model(named[adapter], model):
-            warnings.warn(f"'{adapter}' names '{named[adapter]}' as its base model; it is evaluated on '{model}'.")
+        base = config.base_model_name_or_path
+        if base:
+            named.add((base, config.revision or "main"))
+        if model and base and not _same_model(base, model):
+            warnings.warn(f"'{adapter}' names '{base}' as its base model; it is evaluated on '{model}'.")
     if model:
-        return model
-    found = set(named.values()) - {None}
-    if len(found) != 1:
-        several = f"the adapters name {len(found)}" if found else "no adapter names one"
-        raise ValueError(f"Name the base model with --model: {several}.")
-    return found.pop()
+        return model, "main"
+    if len(named) != 1:
+        several = " and ".join(f"'{base}' ({revision})" for base, revision in sorted(named))
+        found = f"the adapters name {several}" if named else "no adapter names one"
+        raise ValueError(f"Name the base model with --model: {found}.")
+    return named.pop()
 
 
 def _same_model(first: str, second: str) -> bool:
@@ -180,7 +217,7 @@ def _question_set(source: str, options: Namespace) -> QuestionSet:
     return QuestionSet(source, shots, asked[: options.limit])
 
 
-def _load(base: str, adapter: str | None, options: Namespace) -> nn.Module:
+def _load(base: str, revision: str, adapter: str | None, options: Namespace) -> nn.Module:
     quantization = None
     if options.load_in_4bit:
         quantization = BitsAndBytesConfig(
@@ -190,7 +227,11 @@ def _load(base: str, adapter: str | None, options: Namespace) -> nn.Module:
             bnb_4bit_compute_dtype=torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype),
         )
     model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=options.dtype, device_map={"": options.device}, quantization_config=quantization
+        base,
+        revision=revision,
+        dtype=options.dtype,
+        device_map={"": options.device},
+        quantization_config=quantization,
     )
     return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
 
@@ -224,6 +265,7 @@ def _lm_eval(options: Namespace) -> LmEval:
         raise ValueError(f"--lm-eval: {unknown[0]} is no task of lm-eval (lm_eval ls tasks lists them).")
 
     def run(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
         evaluated = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size),
             tasks=options.lm_eval,
@@ -233,7 +275,8 @@ def _lm_eval(options: Namespace) -> LmEval:
             log_samples=False,
         )
         kept = {"results": evaluated["results"], "task_versions": evaluated["versions"], "shots": evaluated["n-shot"]}
-        return json.loads(json.dumps(kept, default=float))  # some metrics are scalars of NumPy
+        # Some metrics are scalars of NumPy, and those of few samples may be no numbers: null.
+        return json.loads(json.dumps(kept, default=float), parse_constant=lambda _: None)
 
     return run
 

@@ -12,10 +12,12 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from peft_loramoe import LoRAMoEConfig
 
+from ..analysis.adapted import adds_special_tokens
 from ..card import AUTO_CLASSES
 from ..interop import read_adapter
 from ..interop.files import EXPERT_KEY, experts_by_module
@@ -91,22 +93,32 @@ class SavedAdapter:
 
 
 def read_batches(file: Path, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int) -> Iterator[dict[str, Any]]:
-    """Keyword arguments of the model, batch by batch, from a file with one JSON record a line.
+    """Keyword arguments of the model, batch by batch, from a file with one JSON record a line; the whole file is checked first.
+
+    Padding is on the right, whatever the tokenizer does, since some models count positions from the left. A text that begins
+    with BOS gets no special tokens.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: a line is no JSON record with a `text`, or there is none.
+        ValueError: a line is no JSON record with a `text`, its `task_type` is no integer or name, or there is no record.
     """
     records = _read_records(file)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     typed = any("task_type" in record for record in records)
-    for start in range(0, len(records), batch_size):
-        rows = records[start : start + batch_size]
-        texts = [record["text"] for record in rows]
-        batch = dict(tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=max_length))
-        batch.pop("token_type_ids", None)
-        yield {**batch, "task_types": [record.get("task_type", -1) for record in rows]} if typed else batch
+
+    def encode(text: str) -> Tensor:
+        special = adds_special_tokens(tokenizer, text)
+        ids = tokenizer(text, add_special_tokens=special, truncation=True, max_length=max_length)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = [encode(record["text"]) for record in rows]
+        inputs = {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        }
+        return {**inputs, "task_types": [record.get("task_type", -1) for record in rows]} if typed else inputs
+
+    return (batch(records[start : start + batch_size]) for start in range(0, len(records), batch_size))
 
 
 def _read_records(file: Path) -> list[dict[str, Any]]:
@@ -114,14 +126,16 @@ def _read_records(file: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{file}, line {number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number}: no valid JSON ({error}).") from error
+            raise ValueError(f"{where}: no valid JSON ({error}).") from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str) or not record["text"].strip():
-            raise ValueError(
-                f'{file}, line {number}: must be a record like {{"text": "...", "task_type": 0}}; text is missing.'
-            )
+            raise ValueError(f'{where}: must be a record like {{"text": "...", "task_type": 0}}; text is missing.')
+        task_type = record.get("task_type", -1)
+        if isinstance(task_type, bool) or not isinstance(task_type, (int, str)):
+            raise ValueError(f"{where}: task_type={task_type!r} must be an index or a name; leave it out if unknown.")
         records.append(record)
     if not records:
         raise ValueError(f"{file} has no record.")

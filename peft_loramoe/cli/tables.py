@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.table import Table
 from peft_loramoe import LoRAMoEConfig
 
 from ..analysis import RouterStatistics, RouterTrace, group_weights
+from ..analysis.names import group_name, type_name
 from ..interop import Surgery
 from ..interop.inspect import AdapterSummary, LayerSummary
 
@@ -66,7 +67,7 @@ def show_experts(records: Iterable[Mapping[str, Any]]) -> None:
     console = _console()
     for alike in _same_experts(layers.values()):
         first = alike[0]
-        headers = [f"{record['expert']}\ngroup {record['group']}{' null' if record['null'] else ''}" for record in first]
+        headers = [f"{record['expert']}\ngroup {record['group']}{' (null)' if record['null'] else ''}" for record in first]
         table = _table("Experts and their load", "linear", *headers)
         for experts in alike:
             table.add_row(experts[0]["layer"], *(_number(record["load"], ".3f") for record in experts))
@@ -94,14 +95,14 @@ def show_change(change: Surgery, measurable: bool) -> None:
 def show_evaluation(report: Mapping[str, Any]) -> None:
     """Print what `evaluate` measured: a table for each set of questions, and one for lm-eval's tasks."""
     console = _console()
-    columns = ("exact match", "F1", "loss", "lost", "gained", "difference", "95 % interval")
+    columns = ("exact match", "F1", "loss", "lost", "gained", "difference", "95 % interval", "p (McNemar)")
     for asked in report["closed_book"]:
         title = f"{asked['questions']}: {asked['count']} questions, {len(asked['shots'])} examples in the prompt"
         table = _table(title, "model", *columns)
         for model in asked["models"]:
             scores = (f"{model['exact_match']:.1%}", f"{model['f1']:.1%}", f"{model['loss']:.3f}")
             if (comparison := model["comparison"]) is None:
-                table.add_row(report["options"]["model"], *scores, "-", "-", "-", "-")
+                table.add_row(report["options"]["model"], *scores, *["-"] * 5)
             else:
                 low, high = comparison["interval"]
                 table.add_row(
@@ -111,6 +112,7 @@ def show_evaluation(report: Mapping[str, Any]) -> None:
                     str(comparison["gained"]),
                     f"{100 * comparison['difference']:+.1f}",
                     f"{100 * low:+.1f} to {100 * high:+.1f}",
+                    _number(comparison["p_value"], ".2g"),
                 )
         console.print(table)
     if report["lm_eval"]:
@@ -119,7 +121,7 @@ def show_evaluation(report: Mapping[str, Any]) -> None:
             for task, metrics in measured["results"].items():
                 for name, value in metrics.items():
                     metric, _, kind = name.partition(",")
-                    if isinstance(value, float) and not metric.endswith("_stderr"):
+                    if (value is None or isinstance(value, float)) and not metric.endswith("_stderr"):
                         error = metrics.get(f"{metric}_stderr,{kind}")
                         shown = _number(error) if isinstance(error, float) else "-"
                         table.add_row(measured["adapter"] or report["options"]["model"], task, metric, _number(value), shown)
@@ -139,7 +141,7 @@ def show_statistics(
     for record in group_weights(statistics.experts):
         weights[record["task_type"]].append(record["weight"])
     null = {record["group"] for record in statistics.experts if record["null"]}
-    groups = [_group_header(group, names, null) for group in range(len(next(iter(weights.values()))))]
+    groups = [group_name(group, names, null) for group in range(len(next(iter(weights.values()))))]
     console.print(_weights_table(layers, weights, groups, names))
     even = " or ".join(sorted({_number(math.log(record["num_experts"]), ".3f") for record in statistics.layers}))
     console.print(f"Entropy of a router that treats all experts alike: {even} nats.")
@@ -156,7 +158,7 @@ def show_trace(trace: RouterTrace) -> None:
     for record in trace.records():
         weights[record["position"]][record["group"]] += record["weight"] / len(trace.layers)
     groups = sorted(weights[0])
-    headers = [_group_header(group, trace.task_type_names, trace.null_groups) for group in groups]
+    headers = [group_name(group, trace.task_type_names, trace.null_groups) for group in groups]
     table = _table(f"Router weights, mean over {len(trace.layers)} linears", "token", *headers)
     for position, token in enumerate(trace.tokens):
         table.add_row(repr(token), *(_number(weights[position][group], ".3f") for group in groups))
@@ -172,10 +174,9 @@ def _weights_table(
     title = f"Router weights and entropy (nats), mean over {len(next(iter(layers.values())))} linears"
     table = _table(title, "texts", "tokens", *groups, "entropy", "entropy of the\nmean weights")
     for task_type, records in sorted(layers.items()):
-        name = "unknown type" if task_type < 0 else names[task_type] if names else f"type {task_type}"
         means = (sum(record[field] for record in records) / len(records) for field in ("entropy", "load_entropy"))
         numbers = [_number(value, ".3f") for value in (*weights[task_type], *means)]
-        table.add_row(f"{records[0]['samples']} {name}", f"{records[0]['tokens']:,}", *numbers)
+        table.add_row(f"{records[0]['samples']} {type_name(task_type, names)}", f"{records[0]['tokens']:,}", *numbers)
     return table
 
 
@@ -194,10 +195,6 @@ def _similarity_table(pairs: list[Mapping[str, Any]]) -> Table:
             cosine, *overlaps = (_number(mean, ".3f") for mean in means.values())
             table.add_row(name, str(len(known)), cosine, largest, *overlaps)
     return table
-
-
-def _group_header(group: int, names: list[str] | None, null_groups: Collection[int]) -> str:
-    return f"group {group}{f' {names[group]}' if names else ''}{' null' if group in null_groups else ''}"
 
 
 def _some(names: list[str]) -> str:

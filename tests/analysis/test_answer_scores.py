@@ -1,8 +1,9 @@
 import pytest
 import torch
-from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from torch import nn
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from peft_loramoe.analysis import score_answers
 from tiny import VOCAB, loramoe, tiny_llama
@@ -134,6 +135,14 @@ def test_what_the_tokenizer_puts_after_the_text_is_not_scored():
     assert with_end == without
 
 
+@pytest.mark.parametrize("prompt, before", [("Answer:", []), ("<s>Answer:", [1])], ids=["no BOS", "BOS in the prompt"])
+def test_prompts_may_have_all_their_special_tokens(prompt, before):
+    tokenizer, model = fast(byte_level(), adds="<s> $A </s>"), tiny_llama(vocab_size=500).eval()
+    prompt_ids, answer_ids = (tokenizer(part, add_special_tokens=False).input_ids for part in ("Answer:", " Paris"))
+    scores = score_answers(model, tokenizer, [prompt], ["Paris"], add_special_tokens=False)
+    check(scores, [expected_score(model, before + prompt_ids, answer_ids)])
+
+
 def test_logits_are_computed_only_where_they_are_needed(tokenizer):
     model, shapes = loramoe(), []
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
@@ -171,6 +180,32 @@ def test_bad_input(options, message, tokenizer):
     given = {"tokenizer": tokenizer, "prompts": ["w4", "w5"], "answers": ["w6", "w7"], **options}
     with pytest.raises(ValueError, match=message):
         score_answers(tiny_llama(), **given)
+
+
+def tiny_t5():
+    sizes = {"vocab_size": VOCAB, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+
+WRAPPERS = {
+    "bare": lambda model: model,
+    "adapted": lambda model: get_peft_model(model, LoraConfig(target_modules=["q"])),
+    "wrapped": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_encoder_decoders_are_refused(wrap, tokenizer):
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder; only causal"):
+        score_answers(wrap(tiny_t5()), tokenizer, PROMPTS, ANSWERS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite(value, tokenizer):
+    model = tiny_llama()
+    nn.init.constant_(model.get_output_embeddings().weight, value)
+    with pytest.raises(ValueError, match=r"logits \(torch.float32\) are not finite: training diverged, or the model overflows"):
+        score_answers(model, tokenizer, PROMPTS, ANSWERS)
 
 
 def test_an_answer_without_tokens():

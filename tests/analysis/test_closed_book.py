@@ -37,12 +37,14 @@ def tokenizer():
     return words()
 
 
-def greedy(model, ids, steps):
-    """Token by token, without a cache, to the end of the first line."""
+def greedy(model, ids, steps, ends=()):
+    """Token by token, without a cache, to the end of the first line, or to an end token."""
     ids, start = list(ids), len(ids)
     for _ in range(steps):
         with torch.no_grad():
             ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+        if ids[-1] in ends:
+            return " ".join(f"w{i}" for i in ids[start:-1] if i != LINE)
         if ids[-1] == LINE and set(ids[start:]) != {LINE}:
             break
     return " ".join(f"w{i}" for i in ids[start:] if i != LINE)
@@ -78,13 +80,66 @@ def test_answers_are_the_first_lines_of_greedy_decoding(build, tokenizer):
         assert generate_answers(model, tokenizer, prompts, 6, batch_size) == expected
 
 
-def test_settings_of_the_model_do_not_count(tokenizer):
-    model, prompts = tiny_llama().eval(), [question.question for question in QUESTIONS]
+ENDS = {"one end token": 40, "several": [2, *range(30, 50)]}
+
+
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+def test_answers_end_before_an_end_token(ends, tokenizer):
+    model = tiny_llama().eval()
+    model.generation_config.eos_token_id = ends
+    with torch.no_grad():
+        model.get_output_embeddings().weight[40] *= 3
+    prompts = [question.question for question in QUESTIONS]
+    expected = [greedy(model, tokenizer(p).input_ids, 6, ends if isinstance(ends, list) else [ends]) for p in prompts]
+    assert len({len(answer.split()) for answer in expected}) > 2, "the answers should differ in length"
+    assert tokenizer.pad_token is None
+    for batch_size in (1, 7, 64):
+        assert generate_answers(model, tokenizer, prompts, 6, batch_size) == expected
+
+
+# What a model's generation config may ask for; the suppressed tokens are all those that it would choose.
+CONFIGS = {
+    "sampling": {"do_sample": True, "temperature": 5.0, "top_k": 3, "top_p": 0.5},
+    "penalties": {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1},
+    "beams": {"num_beams": 3},
+    "a shortest length": {"min_new_tokens": 6},
+    "no end at first": {"begin_suppress_tokens": list(range(2, VOCAB))},
+    "suppressed tokens": {"suppress_tokens": list(range(2, VOCAB))},
+    "another output": {"return_dict_in_generate": True, "output_scores": True},
+    "texts that end": {"stop_strings": ["w"]},
+    "several answers": {"num_return_sequences": 2, "num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("build", [tiny_llama, loramoe], ids=["base", "loramoe"])
+@pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
+def test_settings_of_the_model_do_not_count(settings, build, tokenizer):
+    model, prompts = build().eval(), [question.question for question in QUESTIONS]
+    model.generation_config.eos_token_id = 40
+    with torch.no_grad():
+        model.get_output_embeddings().weight[40] *= 3
     expected = generate_answers(model, tokenizer, prompts, 6, 8)
-    model.generation_config.update(
-        do_sample=True, temperature=5.0, top_k=3, top_p=0.5, repetition_penalty=9.0, num_beams=3, no_repeat_ngram_size=1
-    )
+    model.generation_config.update(**settings)
+    own, before = model.generation_config, model.generation_config.to_dict()
     assert generate_answers(model, tokenizer, prompts, 6, 8) == expected
+    assert model.generation_config is own and own.to_dict() == before
+
+
+def test_an_error_leaves_the_settings_of_the_model(tokenizer):
+    model = tiny_llama()
+    own = model.generation_config
+    model.get_output_embeddings().register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate_answers(model, tokenizer, ["w3"], 6, 8)
+    assert model.generation_config is own
+
+
+def test_the_chat_template_puts_all_special_tokens():
+    results = []
+    for tokenizer in (words(), words("w1 $A w1")):
+        tokenizer.chat_template = "{% for m in messages %}w1 {{ m.content }} w6 {% endfor %}"
+        results.append(closed_book(tiny_llama(), tokenizer, QUESTIONS, template="{question}", chat=True, max_new_tokens=3))
+    assert results[0] == results[1]
 
 
 def test_an_end_token_that_the_tokenizer_adds_is_not_part_of_the_prompt(tokenizer):
@@ -117,6 +172,16 @@ def test_the_modes_of_the_modules_are_restored(tokenizer):
     modes = [module.training for module in model.modules()]
     first, second = (closed_book(model, tokenizer, QUESTIONS, max_new_tokens=3) for _ in range(2))
     assert first == second and [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("build", [loramoe, prompt_tuned], ids=["loramoe", "prompt tuning"])
+def test_a_disabled_adapter_leaves_the_base_model(build, tokenizer):
+    model = build()
+    with model.disable_adapter():
+        before = closed_book(model, tokenizer, QUESTIONS, max_new_tokens=3)
+    after = closed_book(model, tokenizer, QUESTIONS, max_new_tokens=3)
+    base = tiny_llama(initializer_range=model.get_base_model().config.initializer_range)
+    assert before == closed_book(base, tokenizer, QUESTIONS, max_new_tokens=3) != after
 
 
 def test_a_progress_bar_on_demand(tokenizer, capfd, monkeypatch):
@@ -158,8 +223,15 @@ BAD = {
     "a shot that is asked": ({"shots": QUESTIONS[3:5]}, r"A shot gives its answer away, .*'w23 w24 .* \(2 in all\)"),
     "a template without the question": ({"template": "Question: {}"}, r"template='Question: {}' must contain {question}"),
     "a template that ends with a space": ({"template": "{question} "}, "must not end with a space"),
-    "no chat template": ({"chat": True}, "The tokenizer has no chat template"),
+    "no chat template": ({"chat": True}, r"The tokenizer '' has no chat template, .*\(--tokenizer\)"),
 }
+
+
+def test_encoder_decoders_are_refused(tokenizer):
+    model = loramoe()
+    model.get_base_model().config.is_encoder_decoder = True
+    with pytest.raises(ValueError, match="LlamaForCausalLM is an encoder-decoder"):
+        closed_book(model, tokenizer, QUESTIONS)
 
 
 @pytest.mark.parametrize("options, message", BAD.values(), ids=BAD)

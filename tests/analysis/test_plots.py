@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+import time
 from itertools import combinations
 
 import pytest
@@ -417,6 +418,14 @@ def test_labels_of_models_cover_neither_each_other_nor_points(tmp_path, records)
     for box in boxes.values():
         assert frame.contains(*box.min) and frame.contains(*box.max)
         assert not any(box.contains(*point) for point in (between if "series" in records[0] else points))
+
+
+def test_many_labels_are_placed_at_once(tmp_path):
+    records = [model(f"model number {i}", 80 + 7 * i % 10, 90 - 3 * i % 17, series="ab"[i % 2]) for i in range(20)]
+    plot_frontier(records[:1], tmp_path / "warm.png")  # matplotlib loads its fonts
+    start = time.process_time()
+    plot_frontier(records, tmp_path / "frontier.png")
+    assert time.process_time() - start < 2  # drawing alone takes a few tenths
 
 
 BAD = {

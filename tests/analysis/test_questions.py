@@ -138,6 +138,11 @@ MATCHES = {
     "a word too often": (["York"], "York York", False, 2 * 0.5 * 1 / (0.5 + 1)),
     "nothing": (["York"], "", False, 0.0),
     "nothing in common": (["York"], "London", False, 0.0),
+    "an article as answer": (["A"], "a.", True, 1.0),
+    "another article": (["A"], "the", False, 0.0),
+    "nothing for an article": (["A"], "", False, 0.0),
+    "a sign as answer": (["+"], " + ", True, 1.0),
+    "another sign": (["+"], "-", False, 0.0),
 }
 
 
@@ -145,3 +150,9 @@ MATCHES = {
 def test_answers_are_compared_after_normalisation(answers, given, exact, f1):
     question = Question("q", tuple(answers))
     assert (question.exact_match(given), question.f1(given)) == (exact, pytest.approx(f1))
+
+
+@pytest.mark.parametrize("answers", ["Paris", ["Paris"], (), ("Paris", " "), (4,)])
+def test_bad_answers(answers):
+    with pytest.raises(ValueError, match="must be a tuple of at least one text, none of them blank .*'q'"):
+        Question("q", answers)

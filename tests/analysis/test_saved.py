@@ -5,9 +5,11 @@ import pytest
 from peft_loramoe.analysis import RouterStatistics, RouterTrace
 
 
+OF_LAYER = {"adapter": "default", "layer": "up_proj", "block": None, "linear": "up_proj", "task_type": -1}
+EXPERT = {**OF_LAYER, "expert": 0, "group": 0, "null": False, "weight": 0.1 + 0.2, "importance": 0.25}
 STATISTICS = RouterStatistics(
-    experts=[{"adapter": "default", "layer": "up_proj", "task_type": -1, "expert": 0, "weight": 0.1 + 0.2, "null": False}],
-    layers=[{"adapter": "default", "layer": "up_proj", "task_type": -1, "tokens": 7, "entropy": 1e-300}],
+    experts=[EXPERT],
+    layers=[{**OF_LAYER, "samples": 1, "tokens": 7, "entropy": 1e-300, "load_entropy": 0.5, "num_experts": 1}],
     task_type_names={"default": ["facts", "tâches"], "other": None},
 )
 TRACE = RouterTrace(
@@ -66,6 +68,21 @@ def test_other_files_are_refused(content, problem, tmp_path):
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ValueError, match=rf"file\.json' is no file that RouterStatistics\.save wrote: {problem}"):
         RouterStatistics.load(path)
+
+
+@pytest.mark.parametrize(
+    ("experts", "problem"),
+    [
+        ([EXPERT, {k: v for k, v in EXPERT.items() if k not in ("block", "null")}], r"experts\[1\] lacks block, null\."),
+        ([7], r"experts\[0\]=7 is no record\."),
+        (7, r"experts is no list of records\."),
+    ],
+    ids=["fields missing", "no record", "no list"],
+)
+def test_records_that_are_not_whole_are_refused(experts, problem, tmp_path):
+    RouterStatistics(experts, STATISTICS.layers, STATISTICS.task_type_names).save(tmp_path / "file.json")
+    with pytest.raises(ValueError, match=rf"file\.json' is no file that RouterStatistics\.save wrote: {problem}"):
+        RouterStatistics.load(tmp_path / "file.json")
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -7,7 +7,7 @@ from transformers import AlbertConfig, AlbertModel
 from peft_loramoe import LoRAMoEConfig
 from peft_loramoe.analysis import RouterStatistics, expert_usage, group_weights, router_statistics
 from peft_loramoe.experts import LoRAExperts
-from tiny import loramoe, tiny_llama, token_batch
+from tiny import labelled, loramoe, tiny_llama, token_batch
 
 
 def batch(seed, types, **shape):
@@ -100,7 +100,8 @@ def test_each_segment_of_a_packed_row_is_a_sample(task_types):
         inputs["task_types"] = torch.tensor(task_types).repeat_interleave(torch.tensor([3, 2, 4]))[None]
     model = loramoe()
     samples = list(zip(task_types or (-1, -1, -1), (0, 0, 0), (slice(0, 3), slice(3, 5), slice(5, 9))))
-    check(router_statistics(model, [inputs]), observed(model, [inputs], [samples]))
+    without_cache = {**inputs, "use_cache": False}  # with one, transformers lets the samples of a row see each other
+    check(router_statistics(model, [inputs]), observed(model, [without_cache], [samples]))
 
 
 def test_batches_without_task_types_are_of_unknown_type():
@@ -156,6 +157,42 @@ def test_records_have_the_groups_of_their_layer():
         groups.setdefault(record["layer"].rpartition(".")[2], {})[record["expert"]] = record["group"]
     assert groups["up_proj"] == {0: 0, 1: 0, 2: 1, 3: 1, 4: 1}
     assert groups["down_proj"] == {0: 0, 1: 1, 2: 1}
+
+
+def test_records_name_block_and_kind_of_their_linear():
+    model = loramoe(target_modules=["up_proj", "down_proj", "lm_head"])
+    names = {r["layer"]: (r["block"], r["linear"]) for r in router_statistics(model, BATCHES).layers}
+    blocks = {f"model.layers.{i}.mlp.{kind}": (i, kind) for i in (0, 1) for kind in ("up_proj", "down_proj")}
+    assert names == {**blocks, "lm_head": (None, "lm_head")}
+
+
+def logits_shapes(model, batches):
+    """The shapes of the logits that the model computes while its statistics are taken."""
+    shapes = []
+    handle = model.get_base_model().register_forward_hook(lambda m, args, output: shapes.append(tuple(output.logits.shape)))
+    router_statistics(model, batches)
+    handle.remove()
+    return shapes
+
+
+def test_logits_that_nobody_reads_are_not_computed():
+    assert logits_shapes(loramoe(), BATCHES[:1]) == [(3, 1, 64)]
+
+
+def test_a_loss_gets_its_logits():
+    assert logits_shapes(loramoe(), [labelled(BATCHES[0])]) == [(3, 7, 64)]
+
+
+def test_an_adapted_head_reads_every_token():
+    model = loramoe(target_modules=["lm_head"])
+    check(router_statistics(model, BATCHES), observed(model, BATCHES, rows_of(BATCHES)))
+
+
+def test_no_cache_is_made():
+    model, caches = loramoe(), []
+    model.get_base_model().register_forward_hook(lambda m, args, output: caches.append(output.past_key_values))
+    router_statistics(model, BATCHES[:1])
+    assert caches == [None]
 
 
 def test_statistics_can_be_saved(tmp_path):

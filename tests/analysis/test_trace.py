@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AlbertConfig,
     AlbertModel,
@@ -115,6 +116,21 @@ def bert(**options):
 def test_layers_that_read_no_tokens_are_left_out():
     model = bert(target_modules=["intermediate.dense", "pooler.dense"])
     assert list(trace(model).layers) == ["bert.encoder.layer.0.intermediate.dense"]
+
+
+def test_a_pooler_is_left_out_of_a_trace_of_one_token():
+    model = bert(target_modules=["intermediate.dense", "pooler.dense"])
+    assert list(trace(model, text="w5").layers) == ["bert.encoder.layer.0.intermediate.dense"]
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one():
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "w2"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w2 $A", special_tokens=[("w2", 2)])
+    model = loramoe()
+    assert (
+        router_trace(model, tokenizer, "w5 w9").token_ids == router_trace(model, tokenizer, "w2 w5 w9").token_ids == [2, 5, 9]
+    )
 
 
 def test_a_model_none_of_whose_layers_reads_tokens_is_refused():

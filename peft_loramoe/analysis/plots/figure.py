@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from ..names import blocks_and_kinds
 
 
 if TYPE_CHECKING:
@@ -89,37 +90,11 @@ def style(index: int) -> dict[str, Any]:
 
 
 def linears_by_kind(layers: Iterable[str]) -> dict[str, dict[int, str]]:
-    """The linears of a model, those that do the same in each block together.
+    """The linears of a model, those that do the same in each block together: their names, by kind and block.
 
-    Args:
-        layers: names of linears, for example "model.layers.3.mlp.up_proj". The first number in a name is that of the block;
-            names without a number count as block 0.
-
-    Returns:
-        The names, by kind and block. A kind is called by the last parts of the name, as many as tell the kinds apart.
+    Linears outside of blocks count as in block 0; see `names.blocks_and_kinds`.
     """
     kinds: dict[str, dict[int, str]] = {}
-    for layer in layers:
-        number = re.search(r"(?<![^.])\d+(?=\.)", layer)
-        pattern = f"{layer[: number.start()]}*{layer[number.end() :]}" if number else layer
-        kinds.setdefault(pattern, {})[int(number[0]) if number else 0] = layer
-    parts = 1
-    while len({_last_parts(pattern, parts) for pattern in kinds}) < len(kinds):
-        parts += 1
-    return {_last_parts(pattern, parts): dict(sorted(blocks.items())) for pattern, blocks in kinds.items()}
-
-
-def _last_parts(name: str, count: int) -> str:
-    return ".".join(name.split(".")[-count:])
-
-
-def type_name(task_type: int, names: Sequence[str] | None) -> str:
-    """What the samples of a task type are called: "facts samples", "type 0 samples", "samples of unknown type"."""
-    if task_type < 0:
-        return "samples of unknown type"
-    return f"{names[task_type]} samples" if names else f"type {task_type} samples"
-
-
-def group_name(group: int, names: Sequence[str] | None, null_groups: Collection[int]) -> str:
-    """What an expert group is called, after its task type if that has a name: "group facts", "group 0", "group 0 (null)"."""
-    return f"group {names[group] if names else group}{' (null)' if group in null_groups else ''}"
+    for layer, (block, kind) in blocks_and_kinds(layers).items():
+        kinds.setdefault(kind, {})[block or 0] = layer
+    return {kind: dict(sorted(blocks.items())) for kind, blocks in kinds.items()}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .figure import GREY
 
@@ -47,8 +50,9 @@ def place_labels(figure: Figure, panel: Axes, labels: Sequence[tuple[str, Point]
         size = probe.get_window_extent(renderer).size
         probe.remove()
         at = panel.transData.transform(point)
-        boxes = {place: _label_box(at, size, place, scale) for place in PLACES}
-        place = min(PLACES, key=lambda place, boxes=boxes: _covered(boxes[place], taken, frame))
+        boxes, obstacles = {place: _label_box(at, size, place, scale) for place in PLACES}, np.array(taken)
+        cost = {place: _covered(box, obstacles, frame) for place, box in boxes.items()}
+        place = min(cost, key=cost.get)
         distance, x, y = place
         far = distance > PLACES[0][0]
         taken.append(boxes[place])
@@ -68,8 +72,8 @@ def place_labels(figure: Figure, panel: Axes, labels: Sequence[tuple[str, Point]
 
 
 def _boxes(start: Any, end: Any, half: float) -> list[Box]:
-    """Small boxes along a line."""
-    centres = [(start[0] + t / 60 * (end[0] - start[0]), start[1] + t / 60 * (end[1] - start[1])) for t in range(61)]
+    """Small boxes along a line, as many as cover it: one for a point."""
+    centres = np.linspace(start, end, 1 + math.ceil(math.dist(start, end) / (2 * half)))
     return [(x - half, y - half, x + half, y + half) for x, y in centres]
 
 
@@ -80,11 +84,12 @@ def _label_box(at: Any, size: Any, place: tuple[int, int, int], scale: float) ->
     return left, bottom, left + size[0], bottom + size[1]
 
 
-def _covered(box: Box, taken: list[Box], frame: Box) -> float:
-    """The area of a label that lies on something, or outside of the frame."""
-    return sum(_overlap(box, other) for other in taken) + 9 * (_overlap(box, box) - _overlap(box, frame))
+def _covered(box: Box, taken: np.ndarray, frame: Box) -> float:
+    """The area of a label that lies on something, or outside of the frame; `taken` are boxes, shape (n, 4)."""
+    on_itself, in_frame = _overlaps(box, np.array([box, frame]))
+    return _overlaps(box, taken).sum() + 9 * (on_itself - in_frame)
 
 
-def _overlap(one: Box, other: Box) -> float:
-    width, height = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
-    return max(0, width) * max(0, height)
+def _overlaps(box: Box, others: np.ndarray) -> np.ndarray:
+    """The area that a box has in common with each of n others, shape (n,)."""
+    return (np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])).clip(0).prod(1)

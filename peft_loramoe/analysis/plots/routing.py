@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..names import group_name, type_name
 from ..statistics import RouterStatistics, expert_usage, group_weights
-from .figure import COLOUR_MAP, GREY, add_colour_bar, add_legend, figure_file, group_name, linears_by_kind, style, type_name
+from .figure import COLOUR_MAP, GREY, add_colour_bar, add_legend, figure_file, linears_by_kind, style
 
 
 if TYPE_CHECKING:

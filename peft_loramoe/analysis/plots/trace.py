@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..names import group_name
 from ..trace import RouterTrace
-from .figure import COLOUR_MAP, add_colour_bar, figure_file, group_name, linears_by_kind
+from .figure import COLOUR_MAP, add_colour_bar, figure_file, linears_by_kind
 
 
 if TYPE_CHECKING:

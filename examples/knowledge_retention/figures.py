@@ -1,0 +1,67 @@
+"""The study's figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft_loramoe.analysis import plot_frontier
+from peft_loramoe.analysis.plots.figure import add_legend, figure_file, style
+
+from .intervals import mean_interval
+from .protocol import METHODS
+from .results import Results, mean
+
+
+CURVES = ("full", "lora", "lora-attention", "unbalanced", "null", "null-attention")  # of the figure of learning rates
+
+
+def frontier_records(results: Results) -> list[dict[str, Any]]:
+    """Every method on the test seeds, with 95 % intervals, for `plot_frontier`."""
+    records = []
+    for method in results.variant.methods:
+        runs = results.tested(method)
+        record: dict[str, Any] = {"label": METHODS[method].title, "series": METHODS[method].title}
+        for name, values in (
+            ("downstream", [results.tasks(run) for run in runs]),
+            ("retention", [results.kept(run) for run in runs]),
+        ):
+            record[name], record[f"{name}_low"], record[f"{name}_high"] = mean_interval(values)
+        records.append(record)
+    return records
+
+
+def plot_learning_rates(results: Results, path: Path) -> None:
+    """What methods keep and learn with each learning rate, on the validation seeds; mixtures that look alike are left out."""
+    records = []
+    for method in (name for name in CURVES if name in results.variant.methods):
+        for rate, runs in results.selection(method).items():
+            kept, solved = mean(map(results.kept, runs)), mean(map(results.tasks, runs))
+            records.append({"label": f"{rate:g}", "series": METHODS[method].title, "downstream": solved, "retention": kept})
+    plot_frontier(records, path)
+
+
+def plot_growth(results: Results, path: Path) -> None:
+    """What is lost and what is learned with growing data."""
+    measures = {
+        "questions lost (points)": lambda run: results.lost(run, "questions"),
+        "statements lost (points)": lambda run: results.lost(run, "statements"),
+        "tasks (%)": results.tasks,
+    }
+    sizes = results.variant.samples
+    with figure_file(path, 9, 3.2) as figure:
+        panels = figure.subplots(1, len(measures))
+        for panel, (title, measure) in zip(panels, measures.items()):
+            for number, method in enumerate(results.variant.growth):
+                means, lows, highs = zip(
+                    *(mean_interval([measure(run) for run in results.tested(method, size)]) for size in sizes)
+                )
+                shift = 1 + 0.03 * (number - len(results.variant.growth) / 2)  # so that the bars do not hide each other
+                errors = [[m - low for m, low in zip(means, lows)], [high - m for m, high in zip(means, highs)]]
+                points = [size * shift for size in sizes]
+                panel.errorbar(points, means, errors, label=METHODS[method].title, capsize=2, **style(number))
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(sizes, [str(size) for size in sizes])
+            panel.set_xlabel("fine-tuning samples")
+            panel.set_title(title, fontsize="medium")
+        add_legend(figure, *panels[0].get_legend_handles_labels())
