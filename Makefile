@@ -3,7 +3,7 @@
 #   make test          install and run the tests
 #   make conformance   run PEFT's own test suite against LoRAMoE
 #   make compatibility write docs/compatibility.md
-#   make study         does a mixture keep what the model knew? (two idle cores, under 25 minutes; goes on where it stopped)
+#   make study         does a mixture keep what the model knew? (half an hour on two cores; goes on where it was stopped)
 #   make bench         time everything on the CPU (under five minutes on two idle cores);  make bench-gpu  on a CUDA device
 #   make style         format and lint;  make check-style only checks
 

@@ -21,6 +21,7 @@ from examples.knowledge_retention.experiment import World
 from examples.knowledge_retention.protocol import METHODS, VARIANTS, Run
 from examples.knowledge_retention.results import Results
 from peft_loramoe import LoRAMoEConfig
+from peft_loramoe.cli import main as command_line
 
 
 ROOT = Path(__file__).parent.parent
@@ -412,6 +413,18 @@ def test_miniature_has_a_row_for_each_run(miniature):
         for weights in row.get("router", {}).values():
             assert sum(weights["groups"]) == pytest.approx(1, abs=2e-3)
     assert "| null experts, delta 0.7 |" in printed
+
+
+@pytest.mark.slow
+def test_miniature_writes_texts_that_the_commands_read(miniature, capsys):
+    folder, _ = miniature
+    adapter = str(folder / "adapter-null")
+    assert command_line(["analyze", adapter, "--data", str(folder / "texts.jsonl")]) == 0
+    asked = ["--questions", str(folder / "questions.jsonl"), "--template", "{question}", "--shots", "0"]
+    assert command_line(["evaluate", "--adapter", adapter, *asked]) == 0
+    printed = capsys.readouterr().out
+    assert "knowledge samples" in " ".join(printed.split())
+    assert "questions.jsonl: 6 questions" in " ".join(printed.split())
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
     python -m examples.knowledge_retention run --variant toy
     python -m examples.knowledge_retention report build/study/toy/rows.jsonl --output build/study/toy
 
-`run` goes on where it was stopped. Its toy variant takes under 25 minutes on two idle cores.
+`run` goes on where it was stopped. Its toy variant takes about half an hour on two cores.
 """
 
 from __future__ import annotations

@@ -143,10 +143,13 @@ def run_experiment(variant: Variant, run: Run, pretrained: Path, output: Path | 
 
 def write_texts(variant: Variant, seed: int, pretrained: Path, folder: Path, size: int = 200) -> None:
     """What is scored for a seed, as files for `peft-loramoe analyze` (texts.jsonl) and `evaluate` (questions.jsonl)."""
-    scored, bos = World(variant).scored_samples(seed), AutoTokenizer.from_pretrained(pretrained).bos_token
-    types = {"questions": KNOWLEDGE, "statements": -1, "tasks": DOWNSTREAM}
+    scored, tokenizer = World(variant).scored_samples(seed), AutoTokenizer.from_pretrained(pretrained)
+    types, bos = {"questions": KNOWLEDGE, "statements": -1, "tasks": DOWNSTREAM}, tokenizer.bos_token
     texts = [{"text": bos + s.text, "task_type": types[kind]} for kind, samples in scored.items() for s in samples[:size]]
-    questions = [{"question": bos + s.prompt, "answer": s.answer} for s in scored["questions"]]
+    questions = []
+    for sample in scored["questions"]:
+        decoded = tokenizer.decode(tokenizer(sample.answer, add_special_tokens=False).input_ids)  # 86 becomes "8 6"
+        questions.append({"question": bos + sample.prompt, "answer": list(dict.fromkeys([sample.answer, decoded]))})
     for name, records in (("texts", texts), ("questions", questions)):
         lines = "".join(f"{json.dumps(record)}\n" for record in records)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")

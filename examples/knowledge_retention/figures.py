@@ -13,15 +13,17 @@ from .protocol import METHODS
 from .results import Results, mean
 
 
-CURVES = ("full", "lora", "lora-attention", "unbalanced", "null", "null-attention")  # of the figure of learning rates
+# Methods in the figures; the others lie between them, and the tables have them all.
+POINTS = ("full", "lora", "lora-attention", "unbalanced", "printed", "null")
+CURVES = ("full", "lora", "lora-attention", "unbalanced", "null")
 
 
 def frontier_records(results: Results) -> list[dict[str, Any]]:
-    """Every method on the test seeds, with 95 % intervals, for `plot_frontier`."""
+    """Methods on the test seeds, with 95 % intervals, for `plot_frontier`."""
     records = []
-    for method in results.variant.methods:
+    for method in (name for name in POINTS if name in results.variant.methods):
         runs = results.tested(method)
-        record: dict[str, Any] = {"label": METHODS[method].title, "series": METHODS[method].title}
+        record: dict[str, Any] = {"label": METHODS[method].title}
         for name, values in (
             ("downstream", [results.tasks(run) for run in runs]),
             ("retention", [results.kept(run) for run in runs]),
