@@ -65,7 +65,7 @@ def test_every_config_option_has_a_flag():
     config = sft.build_config(parse(*given))
     assert (config.num_experts, config.expert_groups, config.null_groups, config.top_k) == (4, [1, 3], [0], 2)
     assert (config.target_modules, config.balance_delta, config.use_rslora) == ("all-linear", 0.3, True)
-    assert (config.task_type_names, config.r, config.lora_alpha) == (["a", "b"], 4, 32)
+    assert (config.task_type_names, config.r, config.lora_alpha) == (["a", "b"], 4, 64)
     text = sft.build_parser().format_help()
     assert all(f"--{field.name.replace('_', '-')}" in text for field in sft.config_fields())
 
