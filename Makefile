@@ -11,7 +11,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?= -n 2
-SAME_FOR_OLDEST = analysis/test_plots.py test_balance.py test_benchmarks.py test_mixture_triton.py test_ops.py
+SAME_FOR_OLDEST = analysis/test_plots.py test_balance.py test_benchmarks.py test_knowledge_retention.py test_mixture_triton.py \
+  test_ops.py
 STUDY ?= build/study/toy
 ROWS ?= docs/results/study-toy/rows.jsonl
 BIN = $(VENV)/bin
@@ -34,7 +35,7 @@ demo: install
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# without the benchmarks, and tests of what uses neither peft nor transformers
+# without benchmarks and study, and the tests of what uses neither peft nor transformers
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
 	  PYTEST_ARGS="$(PYTEST_ARGS) $(SAME_FOR_OLDEST:%=--ignore=tests/%)"

@@ -416,15 +416,14 @@ def test_miniature_has_a_row_for_each_run(miniature):
 
 
 @pytest.mark.slow
-def test_miniature_writes_texts_that_the_commands_read(miniature, capsys):
+def test_miniature_writes_texts_that_the_commands_read(miniature, tmp_path):
     folder, _ = miniature
-    adapter = str(folder / "adapter-null")
-    assert command_line(["analyze", adapter, "--data", str(folder / "texts.jsonl")]) == 0
+    adapter, statistics, report_file = str(folder / "adapter-null"), tmp_path / "statistics.json", tmp_path / "results.json"
+    assert command_line(["analyze", adapter, "--data", str(folder / "texts.jsonl"), "-o", str(statistics)]) == 0
+    assert {record["task_type"] for record in json.loads(statistics.read_text())["layers"]} == {-1, 0, 1}
     asked = ["--questions", str(folder / "questions.jsonl"), "--template", "{question}", "--shots", "0"]
-    assert command_line(["evaluate", "--adapter", adapter, *asked]) == 0
-    printed = capsys.readouterr().out
-    assert "knowledge samples" in " ".join(printed.split())
-    assert "questions.jsonl: 6 questions" in " ".join(printed.split())
+    assert command_line(["evaluate", "--adapter", adapter, *asked, "-o", str(report_file)]) == 0
+    assert json.loads(report_file.read_text())["closed_book"][0]["count"] == 6
 
 
 @pytest.mark.slow

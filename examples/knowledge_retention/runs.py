@@ -37,7 +37,8 @@ class Study:
     """
 
     def __init__(self, variant: Variant, folder: Path) -> None:
-        self.variant, self.folder = variant, folder
+        self.variant = variant
+        self.folder = folder = folder.resolve()  # the adapters name their base model by it
         methods = {name: dataclasses.asdict(METHODS[name]) for name in variant.methods}
         settings = json.loads(json.dumps({**dataclasses.asdict(variant), "methods": methods}))
         file, rows = folder / "variant.json", folder / ROWS
