@@ -163,7 +163,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 1536) -> PreTrainedToken
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> LlamaForCausalLM:
-    """An untrained Llama whose linears all have sides that are multiples of 64, the block size of NF4."""
+    """An untrained Llama; the sides of its linears, if not given, are multiples of 64, the block size of NF4."""
     config = {
         "hidden_size": 128,
         "intermediate_size": 512,

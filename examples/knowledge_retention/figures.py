@@ -13,7 +13,7 @@ from .protocol import METHODS
 from .results import Results, mean
 
 
-# Methods in the figures; the others lie between them, and the tables have them all.
+# Methods in the figures, few enough to tell apart; the tables have them all.
 POINTS = ("full", "lora", "lora-attention", "unbalanced", "printed", "null")
 CURVES = ("full", "lora", "lora-attention", "unbalanced", "null")
 
@@ -34,7 +34,7 @@ def frontier_records(results: Results) -> list[dict[str, Any]]:
 
 
 def plot_learning_rates(results: Results, path: Path) -> None:
-    """What methods keep and learn with each learning rate, on the validation seeds; mixtures that look alike are left out."""
+    """What the methods in CURVES keep and learn with each learning rate, on the validation seeds."""
     records = []
     for method in (name for name in CURVES if name in results.variant.methods):
         for rate, runs in results.selection(method).items():
