@@ -119,4 +119,7 @@ class ForwardPass:
 
 
 def _find(entries: list[tuple[tuple, Any]], key: tuple) -> Any:
-    return next((value for known, value in entries if known == key), None)
+    for known, value in entries:  # torch 2.7 cannot compile next(..., None)
+        if known == key:
+            return value
+    return None

@@ -35,7 +35,7 @@ def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return products.view(len(x), 3, -1).sum(1)
     weight = weight.to(dtype).t()
     entries = ENTRIES_AT_A_TIME.get(x.device.type, ENTRIES_AT_A_TIME_ELSEWHERE)
-    if x.numel() <= entries:
+    if torch.compiler.is_compiling() or x.numel() <= entries:  # compiled, a number of pieces would fix the number of tokens
         return x.to(dtype) @ weight
     return torch.cat([chunk.to(dtype) @ weight for chunk in x.split(max(1, entries // x.shape[1]))])
 

@@ -1,4 +1,5 @@
 import copy
+import shutil
 
 import pytest
 import torch
@@ -305,19 +306,45 @@ def test_the_output_is_contiguous_whatever_the_base_layer_returned(tokens):
     assert mixture(*inputs, PLAIN, dropout=False, base=transposed)[0].is_contiguous()
 
 
-def test_compiled_it_is_one_graph_with_the_same_numbers():
-    inputs = random_inputs(PLAIN, 3, 2, 8, 5, (4,), torch.float32, torch.float32)[:4]
+COMPILED = {
+    "plain": ({}, (20,), "none"),
+    "one token": ({}, (1,), "output"),
+    "dropout": ({"dropout": 0.3}, (4, 5), "output"),
+    "router in float64": ({"router_dtype": torch.float64, "dropout": 0.3}, (20,), "weight"),
+    "sparse": ({"top_k": 2, "experts": [0, 2], "balance_detach": True}, (3, 5), "none"),
+}
 
-    def run(*tensors):
-        output, probabilities = mixture(*tensors, PLAIN, dropout=False)
-        return output.pow(2).sum() + probabilities[:, 0].sum()
 
-    results = []
-    for call in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
-        tensors = [t.detach().clone().requires_grad_() for t in inputs]
-        call(*tensors).backward()
-        results.append([t.grad for t in tensors])
-    torch.testing.assert_close(*results)
+def graph_and_gradients(call, case, dtype):
+    """Output, probabilities and all gradients of the mixture in a case of COMPILED."""
+    torch._dynamo.reset()  # the options are fixed for a layer; what differs from call to call would become a variable
+    changes, leading, added = COMPILED[case]
+    options = PLAIN._replace(**changes)
+    torch.manual_seed(0)
+    inputs = random_inputs(options, 3, 2, 8, 5, leading, dtype, torch.promote_types(dtype, torch.float32))
+    linear = {"weight": torch.randn(5, 8, dtype=dtype)} if added == "weight" else {}
+    base = inputs[4] if added == "output" else None
+    output, probabilities = call(*inputs[:4], options, dropout=True, base=base, **linear)
+    torch.autograd.backward([output, probabilities], [torch.randn_like(output), torch.randn_like(probabilities)])
+    return [output.detach(), probabilities.detach(), *(t.grad for t in inputs if t.grad is not None)]
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiled_it_is_one_graph_with_the_same_numbers(case):
+    compiled = torch.compile(mixture, backend="aot_eager", fullgraph=True)
+    results = [graph_and_gradients(call, case, torch.float64) for call in (mixture, compiled)]
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("case", ["plain", "sparse"])
+def test_inductor_fuses_it_and_keeps_its_precision(case):
+    compiled = torch.compile(mixture, fullgraph=True)
+    results = [graph_and_gradients(call, case, torch.bfloat16) for call in (mixture, compiled)]
+    for index, (eager, fused) in enumerate(zip(*results)):
+        assert fused.dtype == eager.dtype
+        probabilities = index == 1
+        assert relative_error(fused, eager.double()) < TOLERANCE[torch.float32 if probabilities else torch.bfloat16]
 
 
 def test_options_can_be_copied_with_their_layer():

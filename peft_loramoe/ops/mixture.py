@@ -1,4 +1,7 @@
-"""The mixture as one operator of torch's dispatcher, with a gradient of its own; the one place that picks an implementation.
+"""The mixture as one node of autograd's graph, with a gradient of its own; the one place that picks an implementation.
+
+torch.compile looks into the torch implementation and fuses it with what is around it. It takes the Triton kernels for one
+operator, `peft_loramoe::mixture`.
 
 What it saves for the backward pass: x, dropout's mask, the rank channels and the probabilities. The rest is computed anew.
 
@@ -29,6 +32,8 @@ def _find_kernels() -> ModuleType | None:
 
 
 KERNELS = _find_kernels()
+# Whether torch.compile takes the torch implementation for an operator too: torch 2.5's inductor fails to fuse it.
+OPAQUE = torch.__version__ < "2.6"
 
 
 def _implementation(
@@ -91,9 +96,9 @@ def mixture(
     if dropout and options.dropout > 0:
         keep = _implementation(x, A, B, router, None, options).dropout_mask(x, options.dropout)
     inputs = (x, A, B, router, keep, base, weight, bias)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and (OPAQUE or _implementation(*inputs[:5], options) is not mixture_torch):
         output, probabilities, _ = _mixture(*inputs, *options)
-    elif torch.is_grad_enabled():  # the operator by itself takes as long as ten kernels to launch
+    elif torch.is_grad_enabled():  # not the operator, which by itself takes as long as ten kernels to launch
         output, probabilities, _ = _Mixture.apply(*inputs, *options)
     else:
         output, probabilities, _ = _forward(*inputs, *options)
@@ -222,7 +227,7 @@ def _differentiate(
 
 
 class _Mixture(torch.autograd.Function):
-    """The operator without its dispatch."""
+    """The operator without its dispatch, and open to torch.compile."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,8 +238,9 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
-        # In grad mode somebody wants to differentiate the gradient, which the operator refuses.
-        return _differentiate(ctx, *gradients, backward=_mixture_backward if torch.is_grad_enabled() else _backward)
+        # In grad mode somebody wants to differentiate the gradient, which the operator refuses (as torch.compile does itself).
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return _differentiate(ctx, *gradients, backward=_mixture_backward if again else _backward)
 
 
 def _refuse(ctx: Any, *_: Any) -> None:

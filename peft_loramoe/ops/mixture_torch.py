@@ -79,7 +79,8 @@ def forward(
         Output, shape (T, out_features), dtype of `base` or else of x; probabilities, shape (T, N), float32 or float64; hidden,
         shape (T, C), dtype of x.
     """
-    if keep is None and len(x) <= FEW:
+    # Compiled, a limit of more than one token would be one more graph.
+    if keep is None and len(x) <= (1 if torch.compiler.is_compiling() else FEW):
         return _forward_of_few(x, A, B, router, base, weight, bias, options)
     dtype = x.dtype
     hidden, logits = _project(x, A, router, keep, options)
