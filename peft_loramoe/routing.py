@@ -51,7 +51,7 @@ def router_probabilities(logits: Tensor, temperature: float) -> Tensor:
         Probabilities, shape (T, N), at least float32.
     """
     logits = logits if temperature == 1 else logits / temperature
-    return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return torch.softmax(logits, dim=-1, dtype=torch.float32 if logits.dtype.itemsize < 4 else None)
 
 
 def select_gates(probabilities: Tensor, experts: list[int], top_k: int | None) -> Tensor:

@@ -230,11 +230,22 @@ def test_dropout_drops_entries_of_the_experts_input_only():
     torch.testing.assert_close(in_training, in_evaluation)
 
 
-def test_dropout_keeps_as_many_entries_as_it_should_and_the_mean():
+@pytest.mark.parametrize("dropout", [0.001, 0.05, 0.5, 0.99])
+def test_dropout_drops_each_entry_as_often_as_it_should(dropout):
+    keep = dropout_mask(torch.empty(200_000, 4), dropout)  # each row from one random word
+    deviation = (dropout * (1 - dropout) / len(keep)) ** 0.5
+    assert ((keep.double().mean(0) - (1 - dropout)).abs() < 5 * deviation).all()
+    assert torch.corrcoef(keep.t().double()).triu(1).abs().max() < 5 / len(keep) ** 0.5
+
+
+def test_dropout_masks_have_any_shape():
+    assert [dropout_mask(torch.empty(shape), 0.5).shape for shape in [(0, 3), (1, 1), (7, 3)]] == [(0, 3), (1, 1), (7, 3)]
+
+
+def test_dropout_keeps_the_mean():
     x, A, B = torch.ones(20000, 8), torch.ones(1, 8), torch.ones(1, 1)
     options = Options(1.0, 1.0, 0.25, [0], None, torch.float32, False)
     output, _ = mixture(x, A, B, torch.zeros(2, 8), options, dropout=True)
-    assert dropout_mask(x, 0.25).float().mean().item() == pytest.approx(0.75, abs=0.01)
     assert output.mean().item() == pytest.approx(0.5 * 8, rel=0.01)  # the gate of one of two experts
 
 

@@ -92,16 +92,16 @@ def mixture(
     leading = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     base = None if base is None else base.reshape(-1, base.shape[-1])
-    keep = None
-    if dropout and options.dropout > 0:
-        keep = _implementation(x, A, B, router, None, options).dropout_mask(x, options.dropout)
+    implementation = _implementation(x, A, B, router, None, options)
+    keep = implementation.dropout_mask(x, options.dropout) if dropout and options.dropout > 0 else None
     inputs = (x, A, B, router, keep, base, weight, bias)
-    if torch.compiler.is_compiling() and (OPAQUE or _implementation(*inputs[:5], options) is not mixture_torch):
+    if torch.compiler.is_compiling() and (OPAQUE or implementation is not mixture_torch):
         output, probabilities, _ = _mixture(*inputs, *options)
     elif torch.is_grad_enabled():  # not the operator, which by itself takes as long as ten kernels to launch
         output, probabilities, _ = _Mixture.apply(*inputs, *options)
     else:
-        output, probabilities, _ = _forward(*inputs, *options)
+        with _no_autocast(kind):
+            output, probabilities, _ = implementation.forward(*inputs, options)
     return output.view(*leading, output.shape[1]), probabilities.view(*leading, probabilities.shape[1])
 
 

@@ -47,8 +47,11 @@ class Options(NamedTuple):
 
 
 def dropout_mask(x: Tensor, dropout: float) -> Tensor:
-    """What dropout keeps of x, shape of x, boolean."""
-    return torch.rand(x.shape, device=x.device) >= dropout  # on a CPU 1.6 times as fast as bernoulli_
+    """What dropout keeps of x, shape of x, boolean; the probability is rounded to 16 binary digits."""
+    # Four entries from each 64 random bits: on a CPU three times as fast as a random float for each, as in torch.rand.
+    words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
+    dropped = min(max(round(dropout * 2**16), 1), 2**16 - 1)
+    return words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
 
 
 def forward(
@@ -109,18 +112,26 @@ def _forward_of_few(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for a few tokens, without dropout, in as few steps as can be; in the dtype of the weights, if that is wider."""
-    dtype = torch.promote_types(x.dtype, A.dtype)
+    dtype = x.dtype if x.dtype == A.dtype else torch.promote_types(x.dtype, A.dtype)
+    if x.is_cpu and dtype.itemsize < 4:  # where products of few rows of float32 are five times as fast
+        dtype = torch.float32
     cast = x.to(dtype)
-    hidden = cast @ A.to(dtype).t()
+    if A.dtype != dtype:
+        A, B = A.to(dtype), B.to(dtype)
+    hidden = F.linear(cast, A)
     logits_dtype = _logits_dtype(x, options)
-    logits = cast @ router.t() if dtype == logits_dtype == router.dtype else project(x, router, logits_dtype)
+    logits = F.linear(cast, router.to(dtype)) if dtype == logits_dtype else project(x, router, logits_dtype)
     probabilities = router_probabilities(logits, options.temperature)
-    gates = select_gates(probabilities, options.experts, options.top_k).to(dtype) * options.scaling
-    blocks = hidden.view(len(x), gates.shape[1], hidden.shape[1] // gates.shape[1])
-    delta = (blocks * gates.unsqueeze(-1)).view(hidden.shape) @ B.to(dtype).t()
+    gates = select_gates(probabilities, options.experts, options.top_k)
+    blocks = hidden.view(len(x), len(options.experts), hidden.shape[1] // len(options.experts))
+    gated = (blocks * gates.unsqueeze(-1)).view(hidden.shape).to(dtype)
     if weight is not None:
         base = F.linear(x, weight, bias)
-    output = delta.to(x.dtype) if base is None else delta.to(base.dtype) + base
+    if base is not None and base.dtype == x.dtype:
+        output = torch.addmm(base.to(dtype), gated, B.t(), alpha=options.scaling).to(x.dtype)
+    else:
+        delta = F.linear(gated, B) * options.scaling
+        output = delta.to(x.dtype) if base is None else delta.to(base.dtype) + base
     return output, probabilities, hidden.to(x.dtype)
 
 
