@@ -174,17 +174,22 @@ def backward(
         to_x = softmax_backward(grad_selected, probabilities, options.temperature).to(dtype)
 
     grad_x = grad_A = grad_router = None
-    if needs_x:
-        through_router = (to_x, router.to(dtype))
-        grad_x = torch.mm(*through_router) if weight is None else (grad_output @ weight).addmm_(*through_router)
-        if keep is None:
-            grad_x.addmm_(grad_hidden, A.to(dtype))
-        else:
-            grad_x.add_(_drop(grad_hidden @ A.to(dtype), keep))
-    if needs_A:
-        grad_A = grad_hidden.t() @ _drop(x, keep)
-    if needs_router:
-        grad_router = to_router.t() @ x
+    if keep is None and to_x is to_router and all(needs):  # the usual case: experts and router read the same x
+        to_both, both = torch.cat([grad_hidden, to_x], 1), torch.cat([A.to(dtype), router.to(dtype)])
+        grad_x = to_both @ both if weight is None else (grad_output @ weight).addmm_(to_both, both)
+        grad_A, grad_router = (rows.clone() for rows in (to_both.t() @ x).split([len(A), len(router)]))
+    else:
+        if needs_x:
+            through_router = (to_x, router.to(dtype))
+            grad_x = torch.mm(*through_router) if weight is None else (grad_output @ weight).addmm_(*through_router)
+            if keep is None:
+                grad_x.addmm_(grad_hidden, A.to(dtype))
+            else:
+                grad_x.add_(_drop(grad_hidden @ A.to(dtype), keep))
+        if needs_A:
+            grad_A = grad_hidden.t() @ _drop(x, keep)
+        if needs_router:
+            grad_router = to_router.t() @ x
     return tuple(
         None if grad is None else grad.to(tensor.dtype)
         for grad, tensor in ((grad_x, x), (grad_A, A), (grad_B, B), (grad_router, router))
