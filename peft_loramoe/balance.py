@@ -21,16 +21,17 @@ def importance(probabilities: Tensor, sample_ids: Tensor, real: Tensor, num_samp
     """Sum of the router probabilities over the real tokens of each sample.
 
     Args:
-        probabilities: shape (T, N), floating point.
+        probabilities: shape (..., T, N), floating point; any number of linears that see the same tokens.
         sample_ids: the sample that each token belongs to, shape (T,), int64, in 0 to num_samples - 1.
         real: False for padding, shape (T,), bool.
         num_samples: M.
 
     Returns:
-        Importance, shape (M, N), dtype of `probabilities`, and the number of real tokens of each sample, shape (M,), int64.
+        Importance, shape (..., M, N), dtype of `probabilities`; number of real tokens of each sample, shape (M,), int64.
     """
     masked = torch.where(real[:, None], probabilities, 0)
-    sums = probabilities.new_zeros(num_samples, probabilities.shape[1]).index_add(0, sample_ids, masked)
+    *leading, _, num_experts = probabilities.shape
+    sums = probabilities.new_zeros(*leading, num_samples, num_experts).index_add(-2, sample_ids, masked)
     counts = torch.zeros(num_samples, dtype=torch.int64, device=real.device).index_add(0, sample_ids, real.long())
     return sums, counts
 
@@ -54,26 +55,26 @@ def balance_targets(task_types: Tensor, expert_groups: list[int], delta: float) 
 
 
 def balance_term(sums: Tensor, counts: Tensor, targets: Tensor, *, formula: str, target: str, importance: str) -> Tensor:
-    """The balance term of one adapted linear.
+    """The balance term of one adapted linear, or of each of several.
 
     Args:
-        sums: importance, shape (M, N), floating point.
-        counts: real tokens of each sample, shape (M,); samples without any do not count.
-        targets: shape (M, N).
+        sums: importance, shape (..., M, N), floating point.
+        counts: real tokens of each sample, shape (..., M); samples without any do not count.
+        targets: shape (..., M, N).
         formula: "cv_squared" or "variance_to_mean".
         target: "corrected" or "printed".
         importance: "mean" over a sample's tokens or "sum".
 
     Returns:
-        A scalar, dtype of `sums`; zero if no sample has a token.
+        Shape (...), dtype of `sums`; zero where no sample has a token.
     """
-    used = (counts > 0)[:, None]
-    Q = sums / counts.clamp(min=1)[:, None] if importance == "mean" else sums
+    used = (counts > 0).unsqueeze(-1)
+    Q = sums / counts.clamp(min=1).unsqueeze(-1) if importance == "mean" else sums
     # Divided by its mean, so that samples whose groups differ in size (or whose type is unknown) can agree on one Z: router
     # probabilities sum to one for all of them.
-    Z = Q / (targets / targets.mean(dim=1, keepdim=True)) if target == "corrected" else Q * targets
+    Z = Q / (targets / targets.mean(dim=-1, keepdim=True)) if target == "corrected" else Q * targets
     # Samples without tokens are masked instead of removed: no shape depends on the data.
-    size = used.sum() * sums.shape[1]
-    mean = torch.where(used, Z, 0).sum() / size.clamp(min=1)
-    variance = torch.where(used, (Z - mean) ** 2, 0).sum() / (size - 1).clamp(min=1)
-    return variance / (mean**2 + EPS if formula == "cv_squared" else mean + EPS)
+    size = used.sum((-2, -1), keepdim=True) * sums.shape[-1]
+    mean = torch.where(used, Z, 0).sum((-2, -1), keepdim=True) / size.clamp(min=1)
+    variance = torch.where(used, (Z - mean) ** 2, 0).sum((-2, -1), keepdim=True) / (size - 1).clamp(min=1)
+    return (variance / (mean**2 + EPS if formula == "cv_squared" else mean + EPS)).squeeze((-2, -1))

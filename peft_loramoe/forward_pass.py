@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from .balance import balance_targets, importance
 from .config import LoRAMoEConfig
 from .experts import LoRAExperts
 from .samples import Batch, Samples, task_type_tensor
+
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,13 @@ class ForwardPass:
         """The adapters that recorded something and have a positive `balance_loss_weight`."""
         return sorted({r.adapter for r in self.records if self.configs[r.adapter].balance_loss_weight > 0})
 
-    def importance(self, record: Record) -> tuple[Tensor, Tensor]:
-        """Sums over the real tokens of each sample, shape (M, N), and their number, shape (M,); see `balance.importance`."""
-        return self._sum(record, record.probabilities)
+    def alike_records(self) -> list[list[Record]]:
+        """The records, those together whose importance can be computed at once and whose targets are the same."""
+        return alike(self.records, lambda r: (*self._key(r), r.probabilities.dtype, r.experts.expert_groups))
+
+    def importance(self, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+        """Sums over the real tokens of each sample, shape (L, M, N), of L records that are alike; their number, shape (M,)."""
+        return self._sum(records[0], torch.stack([record.probabilities.flatten(0, -2) for record in records]))
 
     def targets(self, record: Record) -> Tensor:
         """The balance targets of one record, shape (M, N)."""
@@ -68,7 +75,7 @@ class ForwardPass:
 
     def entropy(self, record: Record) -> Tensor:
         """Sum over each sample's real tokens of the entropy of the router's probabilities, shape (M,), in nats."""
-        entropies = torch.special.entr(record.probabilities).sum(-1, keepdim=True)
+        entropies = torch.special.entr(record.probabilities.flatten(0, -2)).sum(-1, keepdim=True)
         return self._sum(record, entropies)[0].squeeze(-1)
 
     def check_task_types(self) -> None:
@@ -89,7 +96,7 @@ class ForwardPass:
 
     def _sum(self, record: Record, values: Tensor) -> tuple[Tensor, Tensor]:
         samples = self._samples_of(record)
-        return importance(values.flatten(0, -2), samples.ids, samples.real, len(samples.task_types))
+        return importance(values, samples.ids, samples.real, len(samples.task_types))
 
     def _key(self, record: Record) -> tuple:
         probabilities, of_decoder = record.probabilities, self.batch.reads_decoder_tokens(record.layer)
@@ -116,6 +123,17 @@ class ForwardPass:
         if types.shape[0] != self.batch.rows:
             raise ValueError(f"task_types has shape {tuple(types.shape)}, but the batch has {self.batch.rows} rows.")
         return types
+
+
+def alike(items: Iterable[Item], key: Callable[[Item], tuple]) -> list[list[Item]]:
+    """The items, those of equal keys together; keys are compared, not hashed (see `ForwardPass`)."""
+    groups: list[tuple[tuple, list[Item]]] = []
+    for item in items:
+        if (group := _find(groups, key(item))) is None:
+            groups.append((key(item), [item]))
+        else:
+            group.append(item)
+    return [group for _, group in groups]
 
 
 def _find(entries: list[tuple[tuple, Any]], key: tuple) -> Any:

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from .balance import balance_term
-from .collectives import concatenate_over_processes, is_distributed
 from .config import LoRAMoEConfig
 from .experts import LoRAExperts
 from .forward_pass import ForwardPass, Record
 from .samples import Batch, label_tokens, repeat_for_rows
+from .terms import Terms, compute_terms
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Recorder:
     def _reset(self) -> None:
         self._recording: nn.Module | None = None  # the module whose call is being recorded
         self._passes: list[ForwardPass] = []
-        self._terms: dict[str, dict[str, Tensor]] | None = None
+        self._terms: list[Terms] | None = None
         self._unused = False  # a term that was neither added to a loss nor read
         self._collecting = False
         self._collected_types: Any = None
@@ -128,18 +127,16 @@ class Recorder:
 
     def terms(self) -> dict[str, dict[str, Tensor]]:
         """The balance term of each layer, unweighted, by adapter and layer name."""
-        self._unused = False
-        if self._terms is None:  # kept, so that one process may read what all of them computed together
-            self._terms = self._compute_terms()
-        return self._terms
+        found = {(some.adapter, layer): term for some in self._all_terms() for layer, term in zip(some.layers, some.values)}
+        terms: dict[str, dict[str, Tensor]] = {}
+        for one in self._passes:
+            for record in one.records:  # in the order of the layers
+                terms.setdefault(record.adapter, {})[record.layer] = found[record.adapter, record.layer]
+        return terms
 
     def loss(self) -> Tensor:
         """The sum of all terms, each weighted by its adapter's `balance_loss_weight`: a scalar."""
-        weighted = [
-            self.configs[adapter].balance_loss_weight * term
-            for adapter, layers in self.terms().items()
-            for term in layers.values()
-        ]
+        weighted = [self.configs[some.adapter].balance_loss_weight * some.values.sum() for some in self._all_terms()]
         return torch.stack([term.to(weighted[0].device) for term in weighted]).sum() if weighted else torch.zeros(())
 
     def routing(self) -> list[LayerRouting]:
@@ -149,7 +146,7 @@ class Recorder:
                 LayerRouting(
                     record.adapter,
                     record.layer,
-                    (importance := one.importance(record))[0],
+                    (importance := one.importance([record]))[0].squeeze(0),
                     one.entropy(record),
                     importance[1],
                     one.task_types(record),
@@ -208,37 +205,11 @@ class Recorder:
         has_labels = last.batch.inputs.get("labels") is not None
         return _add_to_loss(output, lambda: self.loss() * self._share(module), has_labels)
 
-    def _compute_terms(self) -> dict[str, dict[str, Tensor]]:
-        # A layer has several records if it is used more than once or in several passes: their samples form one batch.
-        tables: dict[tuple[str, str], list[Tensor]] = {}
-        for one in self._passes:
-            for record in one.records:
-                one.refuse_reentrant_checkpointing(record)
-                sums, counts = one.importance(record)
-                new = [sums, counts[:, None].to(sums.dtype), one.targets(record).to(sums.dtype)]
-                old = tables.get((record.adapter, record.layer))
-                tables[record.adapter, record.layer] = [torch.cat(both) for both in zip(old, new)] if old else new
-        self._gather(tables)
-        terms: dict[str, dict[str, Tensor]] = {}
-        for (adapter, layer), (sums, counts, targets) in tables.items():
-            config = self.configs[adapter]
-            terms.setdefault(adapter, {})[layer] = balance_term(
-                sums,
-                counts.squeeze(-1),
-                targets,
-                formula=config.balance_formula,
-                target=config.balance_target,
-                importance=config.balance_importance,
-            )
-        return terms
-
-    def _gather(self, tables: dict[tuple[str, str], list[Tensor]]) -> None:
-        """Add the samples of the other processes where `balance_across_processes` asks for it, in training."""
-        keys = [key for key in tables if self.configs[key[0]].balance_across_processes]
-        if keys and self._passes[-1].training and is_distributed():
-            gathered = iter(concatenate_over_processes([table for key in keys for table in tables[key]]))
-            for key in keys:
-                tables[key] = [next(gathered).to(table.device) for table in tables[key]]
+    def _all_terms(self) -> list[Terms]:
+        self._unused = False
+        if self._terms is None:  # kept, so that one process may read what all of them computed together
+            self._terms = compute_terms(self._passes, self.configs)
+        return self._terms
 
     def _share(self, module: nn.Module) -> Tensor | float:
         """This batch's part of the label tokens by which the model normalised its loss (gradient accumulation)."""

@@ -26,7 +26,8 @@ ROOMS = {
     "peft_api": ((), True),
     "collectives": ((), False),
     "forward_pass": (("balance", "config", "experts", "samples"), False),
-    "recorder": (("balance", "collectives", "config", "experts", "forward_pass", "samples"), False),
+    "terms": (("balance", "collectives", "config", "forward_pass"), False),
+    "recorder": (("config", "experts", "forward_pass", "samples", "terms"), False),
     "layer": (("config", "experts", "peft_api", "recorder"), False),  # config and recorder for annotations only
     "loading": (("recorder",), False),
     "model": (("config", "layer", "loading", "peft_api", "recorder", "targets"), False),
