@@ -32,7 +32,7 @@ def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
             parts.append(rest.bfloat16())
             rest = rest - parts[-1].float()
         products = torch.mm(x, torch.cat(parts).t(), out_dtype=torch.float32)
-        return products.view(len(x), 3, -1).sum(1)
+        return products.view(x.shape[0], 3, -1).sum(1)
     weight = weight.to(dtype).t()
     entries = ENTRIES_AT_A_TIME.get(x.device.type, ENTRIES_AT_A_TIME_ELSEWHERE)
     if torch.compiler.is_compiling() or x.numel() <= entries:  # compiled, a number of pieces would fix the number of tokens

@@ -1,9 +1,10 @@
-"""torch.compile: one graph, the same numbers."""
+"""torch.compile and torch.export: one graph, the same numbers."""
 
 import pytest
 import torch
 
 from peft_loramoe import balance_loss, collect_balance
+from peft_loramoe.ops.mixture import OPAQUE
 from tiny import labelled, loramoe, tiny_llama, token_batch
 
 
@@ -92,3 +93,15 @@ def test_a_warning_does_not_break_the_graph():
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with pytest.warns(UserWarning, match="called without task_types"):
         compiled(**batch).loss.backward()
+
+
+@pytest.mark.skipif(OPAQUE, reason="this torch keeps the operator")
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_layer_holds_operations_of_torch_only(strict):
+    layer = loramoe().eval().base_model.model.model.layers[0].mlp.up_proj
+    lengths = {1: torch.export.Dim("length", min=2, max=64)}
+    with torch.no_grad():
+        exported = torch.export.export(layer, (torch.randn(2, 5, 32),), strict=strict, dynamic_shapes=(lengths,))
+        x = torch.randn(2, 9, 32)
+        torch.testing.assert_close(exported.module()(x), layer(x))
+    assert not any("peft_loramoe" in str(node.target) for node in exported.graph.nodes)

@@ -82,8 +82,8 @@ def forward(
         Output, shape (T, out_features), dtype of `base` or else of x; probabilities, shape (T, N), float32 or float64; hidden,
         shape (T, C), dtype of x.
     """
-    # Compiled, a limit of more than one token would be one more graph.
-    if keep is None and len(x) <= (1 if torch.compiler.is_compiling() else FEW):
+    # Compiled, a limit of more than one token would be one more graph. Not len(x), which torch.export takes as fixed.
+    if keep is None and x.shape[0] <= (1 if torch.compiler.is_compiling() else FEW):
         return _forward_of_few(x, A, B, router, base, weight, bias, options)
     dtype = x.dtype
     hidden, logits = _project(x, A, router, keep, options)
@@ -123,7 +123,7 @@ def _forward_of_few(
     logits = F.linear(cast, router.to(dtype)) if dtype == logits_dtype else project(x, router, logits_dtype)
     probabilities = router_probabilities(logits, options.temperature)
     gates = select_gates(probabilities, options.experts, options.top_k)
-    blocks = hidden.view(len(x), len(options.experts), hidden.shape[1] // len(options.experts))
+    blocks = hidden.view(x.shape[0], len(options.experts), hidden.shape[1] // len(options.experts))
     gated = (blocks * gates.unsqueeze(-1)).view(hidden.shape).to(dtype)
     if weight is not None:
         base = F.linear(x, weight, bias)
@@ -164,7 +164,7 @@ def backward(
 
     grad_hidden = grad_gated * gates
     num_experts = len(options.experts)
-    by_expert = (grad_gated * hidden).view(len(x), num_experts, hidden.shape[1] // num_experts)
+    by_expert = (grad_gated * hidden).view(x.shape[0], num_experts, hidden.shape[1] // num_experts)
     grad_gates = by_expert.sum(-1, dtype=probabilities.dtype) * options.factor(keep)
     grad_selected = select_gates_backward(grad_gates, probabilities, options.experts, options.top_k)
     grad_all = grad_selected if grad_probabilities is None else grad_selected + grad_probabilities
