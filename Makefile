@@ -11,8 +11,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?= -n 2
-SAME_FOR_OLDEST = analysis/test_plots.py test_balance.py test_benchmarks.py test_knowledge_retention.py test_mixture_triton.py \
-  test_ops.py
+SAME_FOR_OLDEST = analysis/test_plots.py test_balance.py test_benchmarks.py test_collectives.py test_knowledge_retention.py \
+  test_mixture_triton.py test_ops.py
 STUDY ?= build/study/toy
 ROWS ?= docs/results/study-toy/rows.jsonl
 BIN = $(VENV)/bin

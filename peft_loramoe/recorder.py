@@ -131,7 +131,7 @@ class Recorder:
         terms: dict[str, dict[str, Tensor]] = {}
         for one in self._passes:
             for record in one.records:  # in the order of the layers
-                terms.setdefault(record.adapter, {})[record.layer] = found[record.adapter, record.layer]
+                terms.setdefault(record.adapter, {})[record.layer] = found[record.adapter, record.layer].clone()  # no view
         return terms
 
     def loss(self) -> Tensor:
@@ -300,6 +300,8 @@ def collect_balance(model: nn.Module, task_types: Any = None) -> Iterator[None]:
 
 def balance_terms(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """The unweighted balance term of each adapted linear in the last forward pass: adapter -> layer name -> scalar.
+
+    They are computed together, so that a backward pass through one of them before another needs `retain_graph=True`.
 
     Raises:
         ValueError: as `balance_loss`.

@@ -105,3 +105,25 @@ def test_an_exported_layer_holds_operations_of_torch_only(strict):
         x = torch.randn(2, 9, 32)
         torch.testing.assert_close(exported.module()(x), layer(x))
     assert not any("peft_loramoe" in str(node.target) for node in exported.graph.nodes)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_layer_that_is_trained_keeps_its_gradient(strict):
+    experts = loramoe(balance_detach=True).base_model.model.model.layers[0].mlp.up_proj.loramoe_experts["default"]
+    x = torch.randn(20, 32)
+    exported = torch.export.export(experts, (x,), strict=strict).module()
+    gradients = []
+    for call in (experts, exported):
+        leaf = x.clone().requires_grad_()
+        output, probabilities = call(leaf)
+        (output.pow(2).sum() + probabilities[:, 0].sum()).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_number_of_tokens_that_depends_on_data_compiles():
+    experts = loramoe().eval().base_model.model.model.layers[0].mlp.up_proj.loramoe_experts["default"]
+    x, chosen = torch.randn(6, 32), torch.tensor([True, False, True, True, False, True])
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(lambda x, chosen: experts(x[chosen])[0], backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, chosen), experts(x[chosen])[0])

@@ -1,7 +1,7 @@
 """The mixture as one node of autograd's graph, with a gradient of its own; the one place that picks an implementation.
 
-torch.compile looks into the torch implementation and fuses it with what is around it. It takes the Triton kernels for one
-operator, `peft_loramoe::mixture`.
+torch.compile looks into the torch implementation and fuses it with what is around it. It takes the Triton kernels, and with
+torch 2.5 everything, for one operator, `peft_loramoe::mixture`; so does torch.export where the graph is to be differentiated.
 
 What it saves for the backward pass: x, dropout's mask, the rank channels and the probabilities. The rest is computed anew.
 
@@ -95,7 +95,7 @@ def mixture(
     implementation = _implementation(x, A, B, router, None, options)
     keep = implementation.dropout_mask(x, options.dropout) if dropout and options.dropout > 0 else None
     inputs = (x, A, B, router, keep, base, weight, bias)
-    if torch.compiler.is_compiling() and (OPAQUE or implementation is not mixture_torch):
+    if torch.compiler.is_compiling() and (OPAQUE or implementation is not mixture_torch or _is_exporting_gradients()):
         output, probabilities, _ = _mixture(*inputs, *options)
     elif torch.is_grad_enabled():  # not the operator, which by itself takes as long as ten kernels to launch
         output, probabilities, _ = _Mixture.apply(*inputs, *options)
@@ -158,6 +158,12 @@ def _backward(
 
 def _no_autocast(kind: str) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if _is_autocast(kind) else nullcontext()
+
+
+def _is_exporting_gradients() -> bool:
+    # An exported graph forgets the gradient of an autograd function, not that of an operator. torch 2.5, 2.6: not told apart.
+    is_exporting = getattr(torch.compiler, "is_exporting", None)
+    return is_exporting is not None and is_exporting() and torch.is_grad_enabled()
 
 
 def _is_autocast(kind: str) -> bool:
@@ -238,7 +244,7 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
-        # In grad mode somebody wants to differentiate the gradient, which the operator refuses (as torch.compile does itself).
+        # In grad mode somebody wants to differentiate the gradient, which the operator refuses (as AOTAutograd does itself).
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return _differentiate(ctx, *gradients, backward=_mixture_backward if again else _backward)
 

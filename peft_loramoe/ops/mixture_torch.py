@@ -82,8 +82,8 @@ def forward(
         Output, shape (T, out_features), dtype of `base` or else of x; probabilities, shape (T, N), float32 or float64; hidden,
         shape (T, C), dtype of x.
     """
-    # Compiled, a limit of more than one token would be one more graph. Not len(x), which torch.export takes as fixed.
-    if keep is None and x.shape[0] <= (1 if torch.compiler.is_compiling() else FEW):
+    # Compiled, the limit would be one more graph, or an error where the number of tokens depends on data.
+    if keep is None and not torch.compiler.is_compiling() and x.shape[0] <= FEW:
         return _forward_of_few(x, A, B, router, base, weight, bias, options)
     dtype = x.dtype
     hidden, logits = _project(x, A, router, keep, options)
@@ -111,13 +111,12 @@ def _forward_of_few(
     bias: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for a few tokens, without dropout, in as few steps as can be; in the dtype of the weights, if that is wider."""
+    """The same for a few tokens, without dropout, in as few steps as can be, in a dtype no narrower than that of A."""
     dtype = x.dtype if x.dtype == A.dtype else torch.promote_types(x.dtype, A.dtype)
     if x.is_cpu and dtype.itemsize < 4:  # where products of few rows of float32 are five times as fast
         dtype = torch.float32
     cast = x.to(dtype)
-    if A.dtype != dtype:
-        A, B = A.to(dtype), B.to(dtype)
+    A, B = A.to(dtype), B.to(dtype)
     hidden = F.linear(cast, A)
     logits_dtype = _logits_dtype(x, options)
     logits = F.linear(cast, router.to(dtype)) if dtype == logits_dtype else project(x, router, logits_dtype)
