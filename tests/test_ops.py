@@ -358,6 +358,20 @@ def test_inductor_fuses_it_and_keeps_its_precision(case):
         assert relative_error(fused, eager.double()) < TOLERANCE[torch.float32 if probabilities else torch.bfloat16]
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_drops_in_both_directions_what_one_mask_says():
+    torch._dynamo.reset()
+    options, x = Options(1.0, 1.0, 0.5, [0], None, torch.float32, False), torch.ones(512, 64)
+    inputs = x.requires_grad_(), torch.eye(64), torch.eye(64), torch.zeros(1, 64)
+    compiled = torch.compile(mixture, fullgraph=True)
+    kept, other = (compiled(*inputs, options, dropout=True)[0] for _ in range(2))
+    kept.sum().backward()
+    assert kept.unique().tolist() == [0, 2]
+    assert (kept == 0).double().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert torch.equal(x.grad, kept)
+    assert not torch.equal(other, kept)
+
+
 def test_options_can_be_copied_with_their_layer():
     assert copy.deepcopy(PLAIN) == PLAIN
 
