@@ -96,7 +96,7 @@ def test_a_warning_does_not_break_the_graph():
 
 
 @pytest.mark.skipif(OPAQUE, reason="this torch keeps the operator")
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
 def test_an_exported_layer_holds_operations_of_torch_only(strict):
     layer = loramoe().eval().base_model.model.model.layers[0].mlp.up_proj
     lengths = {1: torch.export.Dim("length", min=2, max=64)}
@@ -107,7 +107,7 @@ def test_an_exported_layer_holds_operations_of_torch_only(strict):
     assert not any("peft_loramoe" in str(node.target) for node in exported.graph.nodes)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
 def test_an_exported_layer_that_is_trained_keeps_its_gradient(strict):
     experts = loramoe(balance_detach=True).base_model.model.model.layers[0].mlp.up_proj.loramoe_experts["default"]
     x = torch.randn(20, 32)
