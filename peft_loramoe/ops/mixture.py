@@ -83,8 +83,8 @@ def mixture(
         (..., N), float32 or float64.
 
     Raises:
-        RuntimeError: in the backward pass of the gradient (`create_graph=True`). Under `torch.compile(backend="eager")`, which is
-            for debugging, torch leaves second derivatives out without a word.
+        RuntimeError: in the backward pass of the gradient (`create_graph=True`). Compiled with `backend="eager"`, which is for
+            debugging, torch leaves second derivatives out without a word.
     """
     kind = x.device.type
     if _is_autocast(kind) and x.dtype != torch.float64:
