@@ -98,25 +98,29 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: `adapter_names` does not have one name for each sample, or the base layer passes no gradient on.
         """
-        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.loramoe_experts]
         if adapter_names is not None and not self.disable_adapters:
             return self._forward_per_sample(x, self.base_layer(x, *args, **kwargs), adapter_names)
-        if active and not args and not kwargs and self._base_is_plain():
-            base, linear = None, {"weight": self.base_layer.weight, "bias": self.base_layer.bias}
-        else:
-            base, linear = self.base_layer(x, *args, **kwargs), {}
+        mixtures = self.loramoe_experts
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in mixtures]
+        linear = self._frozen_linear() if active and not args and not kwargs else {}
+        base = None
+        if not linear:
+            base = self.base_layer(x, *args, **kwargs)
             self._check_gradient(x, base)
         for adapter in active:
-            experts = self.loramoe_experts[adapter]
+            experts = mixtures[adapter]
             base, probabilities = experts(x, base, **linear)
             linear = {}
             self.recorder.record(adapter, self.name, experts, probabilities)
         return base
 
-    def _base_is_plain(self) -> bool:
-        """Whether calling the base layer is `F.linear` with frozen weights and nothing else, so that the experts may do it."""
+    def _frozen_linear(self) -> dict[str, Tensor | None]:
+        """Weight and bias of the base layer if calling it is `F.linear` with these, frozen, and nothing else; or nothing.
+
+        The experts may then compute it.
+        """
         layer = self.base_layer
-        return (
+        if not (
             type(layer) is nn.Linear
             and not torch.compiler.is_compiling()  # the compiler has fusions of its own for it
             and not is_in_torch_dispatch_mode()  # selective checkpointing, counters of operations
@@ -124,9 +128,11 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
             and "forward" not in layer.__dict__
             and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
             and not any(_GLOBAL_HOOKS)
-            and _is_plain(layer.weight)
-            and (layer.bias is None or _is_plain(layer.bias))
-        )
+        ):
+            return {}
+        weight, bias = layer.weight, layer.bias
+        plain = _is_plain(weight) and (bias is None or _is_plain(bias))
+        return {"weight": weight, "bias": bias} if plain else {}
 
     def _check_gradient(self, x: Tensor, base: Tensor) -> None:
         if self.training and x.requires_grad and not base.requires_grad and torch.is_grad_enabled():

@@ -26,18 +26,24 @@ def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype:
         return x @ weight.to(dtype).t()
     if x.is_cuda and dtype == torch.float32 and x.dtype == torch.bfloat16 and _mm_has_out_dtype():
-        # The products of two bfloat16 are exact in float32; three bfloat16 hold the 24 bits of a float32.
-        parts, rest = [], weight.float()
-        for _ in range(3):
-            parts.append(rest.bfloat16())
-            rest = rest - parts[-1].float()
+        # The products of two bfloat16 are exact in float32.
+        parts = [weight] if weight.dtype == x.dtype else split_in_bfloat16(weight)
         products = torch.mm(x, torch.cat(parts).t(), out_dtype=torch.float32)
-        return products.view(x.shape[0], 3, -1).sum(1)
+        return products if len(parts) == 1 else products.view(x.shape[0], len(parts), -1).sum(1)
     weight = weight.to(dtype).t()
     entries = ENTRIES_AT_A_TIME.get(x.device.type, ENTRIES_AT_A_TIME_ELSEWHERE)
     if torch.compiler.is_compiling() or x.numel() <= entries:  # compiled, a number of pieces would fix the number of tokens
         return x.to(dtype) @ weight
     return torch.cat([chunk.to(dtype) @ weight for chunk in x.split(max(1, entries // x.shape[1]))])
+
+
+def split_in_bfloat16(weight: Tensor) -> list[Tensor]:
+    """Three bfloat16 tensors whose sum is `weight`, of at most the 24 significant bits of float32."""
+    parts, rest = [], weight.float()
+    for _ in range(3):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1].float()
+    return parts
 
 
 def router_probabilities(logits: Tensor, temperature: float) -> Tensor:

@@ -81,13 +81,13 @@ def observed(layer):
 def test_a_base_layer_that_is_observed_replaced_or_trained_is_called(how):
     base = observed(nn.Linear(6, 5))[how]
     layer, x = make_layer(base), torch.randn(3, 6)
-    assert not layer._base_is_plain()
+    assert not layer._frozen_linear()
     torch.testing.assert_close(layer(x), base(x) + layer.loramoe_experts["default"](x)[0])
 
 
 def test_a_base_layer_under_global_hooks_is_called():
     layer = make_layer(nn.Linear(6, 5).requires_grad_(False))
-    assert layer._base_is_plain()
+    assert layer._frozen_linear()
     calls = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module))
     try:

@@ -309,12 +309,16 @@ def test_operators_are_registered_as_torch_wants(case, dtype):
     torch.library.opcheck(_mixture_backward, (output, torch.ones_like(probabilities), *inputs, *more))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [4, 40])
-def test_the_output_is_contiguous_whatever_the_base_layer_returned(tokens):
+def test_the_output_is_contiguous_whatever_the_base_layer_returned(tokens, dtype):
     inputs = random_inputs(PLAIN, 3, 2, 8, 5, (tokens,), torch.bfloat16, torch.float32)[:4]
-    transposed = torch.randn(5, tokens).t()
+    transposed = torch.randn(5, tokens, dtype=dtype).t()
     torch.library.opcheck(_mixture, (*inputs, None, transposed, None, None, *PLAIN))
-    assert mixture(*inputs, PLAIN, dropout=False, base=transposed)[0].is_contiguous()
+    output, _ = mixture(*inputs, PLAIN, dropout=False, base=transposed)
+    assert output.is_contiguous()
+    alone, _ = mixture(*inputs, PLAIN, dropout=False)
+    torch.testing.assert_close(output, (transposed + alone.float()).to(dtype), rtol=2e-2, atol=2e-2)
 
 
 COMPILED = {

@@ -8,6 +8,7 @@ from peft_loramoe.routing import (
     select_gates,
     select_gates_backward,
     softmax_backward,
+    split_in_bfloat16,
 )
 
 
@@ -25,11 +26,18 @@ def test_logits_are_accurate_to_float32_whatever_the_activations(dtype, tokens):
 
 def test_three_bfloat16_hold_a_float32():
     router = torch.randn(1000)
-    parts, rest = [], router
-    for _ in range(3):
-        parts.append(rest.bfloat16())
-        rest = rest - parts[-1].float()
-    assert torch.equal(sum(part.double() for part in parts), router.double())
+    assert torch.equal(sum(part.double() for part in split_in_bfloat16(router)), router.double())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masters", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_are_accurate_to_float32_on_cuda(masters):
+    torch.manual_seed(0)
+    x, router = torch.randn(70, 64).bfloat16(), torch.randn(3, 64).to(masters)
+    logits = project(x.cuda(), router.cuda(), torch.float32).cpu()
+    assert logits.dtype == torch.float32 and logits.shape == (70, 3)
+    bound = 64 * 2**-22 * (x.double().abs() @ router.double().abs().T)  # the order of tensor cores' sums is their own
+    assert ((logits - x.double() @ router.double().T).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

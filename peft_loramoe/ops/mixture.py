@@ -126,7 +126,8 @@ def _forward(
     options = Options(scaling, temperature, dropout, experts, top_k, router_dtype, balance_detach)
     with _no_autocast(x.device.type):
         implementation = _implementation(x, A, B, router, keep, options)
-        return implementation.forward(x, A, B, router, keep, base, weight, bias, options)
+        output, probabilities, hidden = implementation.forward(x, A, B, router, keep, base, weight, bias, options)
+        return output, probabilities, hidden.to(x.dtype)
 
 
 def _backward(

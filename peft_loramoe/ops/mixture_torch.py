@@ -14,7 +14,7 @@ from ..routing import project, router_probabilities, select_gates, select_gates_
 
 # Rank channels up to which `_grad_B` takes the other form: 1.4 times as fast at C = 24, 0.8 times at 256 (two cores, bfloat16).
 NARROW = 64
-# Products with narrow matrices of a multiple of as many rows are up to twice as fast on a CPU (24 rows against 32).
+# Products with narrow matrices of a multiple of as many rows are up to twice as fast on a CPU (32 rows against 24).
 ROWS = 16
 # Tokens up to which casting the activations to the weights' dtype costs less than the other way round, as in decoding.
 FEW = 16
@@ -80,7 +80,7 @@ def forward(
 
     Returns:
         Output, shape (T, out_features), dtype of `base` or else of x; probabilities, shape (T, N), float32 or float64; hidden,
-        shape (T, C), dtype of x.
+        shape (T, C), dtype of x, or with few tokens perhaps a wider one.
     """
     # Compiled, the limit would be one more graph, or an error where the number of tokens depends on data.
     if keep is None and not torch.compiler.is_compiling() and x.shape[0] <= FEW:
@@ -112,26 +112,33 @@ def _forward_of_few(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for a few tokens, without dropout, in as few steps as can be, in a dtype no narrower than that of A."""
-    dtype = x.dtype if x.dtype == A.dtype else torch.promote_types(x.dtype, A.dtype)
+    dtype = A.dtype if A.dtype == x.dtype else torch.promote_types(x.dtype, A.dtype)
     if x.is_cpu and dtype.itemsize < 4:  # where products of few rows of float32 are five times as fast
         dtype = torch.float32
-    cast = x.to(dtype)
-    A, B = A.to(dtype), B.to(dtype)
-    hidden = F.linear(cast, A)
+    cast = _cast(x, dtype)
+    hidden = F.linear(cast, _cast(A, dtype))
     logits_dtype = _logits_dtype(x, options)
-    logits = F.linear(cast, router.to(dtype)) if dtype == logits_dtype else project(x, router, logits_dtype)
+    logits = F.linear(cast, _cast(router, dtype)) if dtype == logits_dtype else project(x, router, logits_dtype)
     probabilities = router_probabilities(logits, options.temperature)
     gates = select_gates(probabilities, options.experts, options.top_k)
-    blocks = hidden.view(x.shape[0], len(options.experts), hidden.shape[1] // len(options.experts))
-    gated = (blocks * gates.unsqueeze(-1)).view(hidden.shape).to(dtype)
+    blocks = hidden.view(*gates.shape, hidden.shape[1] // gates.shape[1])
+    gated = _cast((blocks * gates.unsqueeze(-1)).view(hidden.shape), dtype)
+    out = None
     if weight is not None:
-        base = F.linear(x, weight, bias)
-    if base is not None and base.dtype == x.dtype:
-        output = torch.addmm(base.to(dtype), gated, B.t(), alpha=options.scaling).to(x.dtype)
+        base = out = F.linear(x, weight, bias)  # of this function's own, so it may be written to
+    B = _cast(B, dtype)
+    if base is None:
+        output = _cast(F.linear(gated, B) * options.scaling, x.dtype)
+    elif base.dtype == dtype:
+        output = torch.addmm(base, gated, B.t(), alpha=options.scaling)
     else:
-        delta = F.linear(gated, B) * options.scaling
-        output = delta.to(x.dtype) if base is None else delta.to(base.dtype) + base
-    return output, probabilities, hidden.to(x.dtype)
+        out = torch.empty_like(base, memory_format=torch.contiguous_format) if out is None else out
+        output = torch.add(base, F.linear(gated, B), alpha=options.scaling, out=out)  # in one operation, casts included
+    return output, probabilities, hidden
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a cast that does nothing still takes a microsecond
 
 
 def backward(
@@ -208,7 +215,7 @@ def _project(x: Tensor, A: Tensor, router: Tensor, keep: Tensor | None, options:
     dtype = _logits_dtype(x, options)
     together = keep is None and x.dtype == dtype
     rows = [A.to(x.dtype), router.to(dtype)] if together else [A.to(x.dtype)]
-    if missing := -sum(map(len, rows)) % ROWS:
+    if x.is_cpu and (missing := -sum(map(len, rows)) % ROWS):
         rows.append(A.new_zeros(missing, A.shape[1], dtype=x.dtype))
     channels = _drop(x, keep) @ (torch.cat(rows) if len(rows) > 1 else rows[0]).t()
     logits = channels[:, len(A) : len(A) + len(router)] if together else project(x, router, dtype)
