@@ -251,10 +251,10 @@ SETS: dict[str, list[Case]] = {
         *layers("rank", SCALING, 5, {**CPU_LAYER, "tokens": 256}, RANKS),
         *layers("tokens", SCALING, 5, {**CPU_LAYER, "in_features": 128, "out_features": 344}, TOKENS),
         *layers("width", SCALING, 5, {**CPU_LAYER, "tokens": 128}, widths(128, 256, 512, 1024, 2048, 4096)),
-        Case("training step", "train", {**CPU_LLAMA, "rows": 2, "width": 128}, MODEL, 5),
+        Case("training step", "train", {**CPU_LLAMA, "rows": 2, "width": 128}, MODEL, 15),
         Case("compiled training step", "train", {**CPU_LLAMA, "rows": 2, "width": 128, "compile": "inductor"},
-             [BASE, ("lora", "float32"), ("loramoe", "float32")], 5),
-        *[Case("decoding", "decode", {**CPU_LLAMA, "cache": cache, "prompt": 16, "new_tokens": 8}, MODEL, 5)
+             [BASE, ("lora", "float32"), ("loramoe", "float32")], 15),
+        *[Case("decoding", "decode", {**CPU_LLAMA, "cache": cache, "prompt": 16, "new_tokens": 8}, MODEL, 20)
           for cache in ("dynamic", "static")],
     ],
     "gpu": [

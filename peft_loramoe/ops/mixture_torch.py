@@ -89,7 +89,7 @@ def forward(
     hidden, logits = _project(x, A, router, keep, options)
     probabilities = router_probabilities(logits, options.temperature)
     gated = hidden * _channel_gates(probabilities, hidden, keep, options)
-    expand = B.to(dtype).t()
+    expand = _cast(B, dtype).t()
     if weight is not None:
         output = F.linear(x, weight, bias).addmm_(gated, expand)
     elif base is None:
@@ -137,10 +137,6 @@ def _forward_of_few(
     return output, probabilities, hidden
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a cast that does nothing still takes a microsecond
-
-
 def backward(
     grad_output: Tensor,
     grad_probabilities: Tensor | None,
@@ -161,12 +157,12 @@ def backward(
     """
     dtype = x.dtype
     needs_x, needs_A, needs_B, needs_router = needs
-    grad_output = grad_output.to(dtype)
+    grad_output = _cast(grad_output, dtype)
     gates = _channel_gates(probabilities, hidden, keep, options)
-    grad_gated = grad_output @ B.to(dtype)
+    grad_gated = grad_output @ _cast(B, dtype)
     grad_B = _grad_B(grad_output, hidden * gates) if needs_B else None
     if not (needs_x or needs_A or needs_router):
-        return None, None, None if grad_B is None else grad_B.to(B.dtype), None
+        return None, None, None if grad_B is None else _cast(grad_B, B.dtype), None
 
     grad_hidden = grad_gated * gates
     num_experts = len(options.experts)
@@ -174,32 +170,37 @@ def backward(
     grad_gates = by_expert.sum(-1, dtype=probabilities.dtype) * options.factor(keep)
     grad_selected = select_gates_backward(grad_gates, probabilities, options.experts, options.top_k)
     grad_all = grad_selected if grad_probabilities is None else grad_selected + grad_probabilities
-    to_router = softmax_backward(grad_all, probabilities, options.temperature).to(dtype)
+    to_router = _cast(softmax_backward(grad_all, probabilities, options.temperature), dtype)
     to_x = to_router
     if options.balance_detach and grad_probabilities is not None:
-        to_x = softmax_backward(grad_selected, probabilities, options.temperature).to(dtype)
+        to_x = _cast(softmax_backward(grad_selected, probabilities, options.temperature), dtype)
 
     grad_x = grad_A = grad_router = None
     if keep is None and to_x is to_router and all(needs):  # the usual case: experts and router read the same x
-        to_both, both = torch.cat([grad_hidden, to_x], 1), torch.cat([A.to(dtype), router.to(dtype)])
+        to_both, both = torch.cat([grad_hidden, to_x], 1), torch.cat([_cast(A, dtype), _cast(router, dtype)])
         grad_x = to_both @ both if weight is None else (grad_output @ weight).addmm_(to_both, both)
-        grad_A, grad_router = (rows.clone() for rows in (to_both.t() @ x).split([len(A), len(router)]))
+        rows = (to_both.t() @ x).split([len(A), len(router)])
+        grad_A, grad_router = (grad.to(tensor.dtype, copy=True) for grad, tensor in zip(rows, (A, router)))
     else:
         if needs_x:
-            through_router = (to_x, router.to(dtype))
+            through_router = (to_x, _cast(router, dtype))
             grad_x = torch.mm(*through_router) if weight is None else (grad_output @ weight).addmm_(*through_router)
             if keep is None:
-                grad_x.addmm_(grad_hidden, A.to(dtype))
+                grad_x.addmm_(grad_hidden, _cast(A, dtype))
             else:
-                grad_x.add_(_drop(grad_hidden @ A.to(dtype), keep))
+                grad_x.add_(_drop(grad_hidden @ _cast(A, dtype), keep))
         if needs_A:
             grad_A = grad_hidden.t() @ _drop(x, keep)
         if needs_router:
             grad_router = to_router.t() @ x
     return tuple(
-        None if grad is None else grad.to(tensor.dtype)
+        None if grad is None else _cast(grad, tensor.dtype)
         for grad, tensor in ((grad_x, x), (grad_A, A), (grad_B, B), (grad_router, router))
     )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a cast that does nothing still takes a microsecond
 
 
 def _drop(x: Tensor, keep: Tensor | None) -> Tensor:
@@ -214,7 +215,7 @@ def _project(x: Tensor, A: Tensor, router: Tensor, keep: Tensor | None, options:
     """The rank channels, in the dtype of x, and the logits: one product if both are of the same x and dtype."""
     dtype = _logits_dtype(x, options)
     together = keep is None and x.dtype == dtype
-    rows = [A.to(x.dtype), router.to(dtype)] if together else [A.to(x.dtype)]
+    rows = [_cast(A, x.dtype), _cast(router, dtype)] if together else [_cast(A, x.dtype)]
     if x.is_cpu and (missing := -sum(map(len, rows)) % ROWS):
         rows.append(A.new_zeros(missing, A.shape[1], dtype=x.dtype))
     channels = _drop(x, keep) @ (torch.cat(rows) if len(rows) > 1 else rows[0]).t()
