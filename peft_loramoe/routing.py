@@ -39,10 +39,10 @@ def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def split_in_bfloat16(weight: Tensor) -> list[Tensor]:
     """Three bfloat16 tensors whose sum is `weight`, of at most the 24 significant bits of float32."""
-    parts, rest = [], weight.float()
-    for _ in range(3):
-        parts.append(rest.bfloat16())
-        rest = rest - parts[-1].float()
+    parts = [weight.bfloat16()]
+    for _ in range(2):
+        weight = weight - parts[-1]  # exact, in float32
+        parts.append(weight.bfloat16())
     return parts
 
 
