@@ -127,7 +127,7 @@ def _forward(
     with _no_autocast(x.device.type):
         implementation = _implementation(x, A, B, router, keep, options)
         output, probabilities, hidden = implementation.forward(x, A, B, router, keep, base, weight, bias, options)
-        return output, probabilities, hidden.to(x.dtype)
+        return output, probabilities, hidden.to(x.dtype)  # the dtype in which it is saved
 
 
 def _backward(

@@ -112,7 +112,7 @@ def _forward_of_few(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for a few tokens, without dropout, in as few steps as can be, in a dtype no narrower than that of A."""
-    dtype = A.dtype if A.dtype == x.dtype else torch.promote_types(x.dtype, A.dtype)
+    dtype = torch.promote_types(x.dtype, A.dtype)
     if x.is_cpu and dtype.itemsize < 4:  # where products of few rows of float32 are five times as fast
         dtype = torch.float32
     cast = _cast(x, dtype)
@@ -123,17 +123,16 @@ def _forward_of_few(
     gates = select_gates(probabilities, options.experts, options.top_k)
     blocks = hidden.view(*gates.shape, hidden.shape[1] // gates.shape[1])
     gated = _cast((blocks * gates.unsqueeze(-1)).view(hidden.shape), dtype)
-    out = None
     if weight is not None:
-        base = out = F.linear(x, weight, bias)  # of this function's own, so it may be written to
+        base = F.linear(x, weight, bias)
     B = _cast(B, dtype)
     if base is None:
         output = _cast(F.linear(gated, B) * options.scaling, x.dtype)
     elif base.dtype == dtype:
         output = torch.addmm(base, gated, B.t(), alpha=options.scaling)
-    else:
-        out = torch.empty_like(base, memory_format=torch.contiguous_format) if out is None else out
-        output = torch.add(base, F.linear(gated, B), alpha=options.scaling, out=out)  # in one operation, casts included
+    else:  # in one operation, casts included; only a base output computed here is written to
+        out = torch.empty_like(base, memory_format=torch.contiguous_format) if weight is None else base
+        output = torch.add(base, F.linear(gated, B), alpha=options.scaling, out=out)
     return output, probabilities, hidden
 
 
