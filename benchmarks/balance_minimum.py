@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from peft_loramoe import __version__
-from peft_loramoe.balance import balance_targets, balance_term
+from peft_loramoe.balance.constraint import balance_targets, balance_term
 
 
 RESULT = Path(__file__).parent / "results" / "balance_minimum.json"

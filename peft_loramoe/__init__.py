@@ -7,7 +7,7 @@ from .config import LoRAMoEConfig
 from .experts import LoRAExperts
 from .layer import LoRAMoELinear
 from .model import LoRAMoEModel
-from .recorder import LayerRouting, balance_loss, balance_terms, collect_balance, routing
+from .balance import LayerRouting, balance_loss, balance_terms, collect_balance, layer_routing
 from .registration import register
 from .version import __version__
 
@@ -24,5 +24,5 @@ __all__ = [
     "balance_loss",
     "balance_terms",
     "collect_balance",
-    "routing",
+    "layer_routing",
 ]

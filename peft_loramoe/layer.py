@@ -17,7 +17,7 @@ from .peft_api import BaseTunerLayer, get_in_out_features, get_pattern_key
 
 if TYPE_CHECKING:
     from .config import LoRAMoEConfig
-    from .recorder import Recorder
+    from .balance.hooks import Recorder
 
 
 CANNOT_MERGE = (

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .recorder import find_recorder
+from .balance.hooks import find_recorder
 
 
 CONTAINER = ".loramoe_experts."

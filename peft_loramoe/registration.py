@@ -16,7 +16,7 @@ from .card import write_card
 from .config import LoRAMoEConfig
 from .loading import check_load_result, unchanged_on_failure
 from .model import LoRAMoEModel
-from .recorder import find_recorder
+from .balance.hooks import find_recorder
 
 
 PEFT_TYPE = "LORAMOE"

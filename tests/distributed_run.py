@@ -19,7 +19,7 @@ from peft import get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
-from peft_loramoe import LoRAMoEConfig, balance_loss, routing
+from peft_loramoe import LoRAMoEConfig, balance_loss, layer_routing
 from peft_loramoe.training import LoRAMoETrainerMixin, optimizer_groups
 from tiny import VOCAB
 
@@ -143,7 +143,7 @@ def train(case: str, folder: Path, output: Path, batches: int = 1) -> dict:
     trainer = build_trainer(case, folder, output, batches)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    last = routing(trainer.model)[0]
+    last = layer_routing(trainer.model)[0]
     return {
         "engine": type(trainer.model_wrapped).__name__,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry],

@@ -10,7 +10,7 @@ import transformers
 from peft import PeftModel, get_peft_model
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from peft_loramoe import LoRAMoEConfig, LoRAMoELinear, balance_loss, balance_terms, routing
+from peft_loramoe import LoRAMoEConfig, LoRAMoELinear, balance_loss, balance_terms, layer_routing
 from tiny import VOCAB, labelled, token_batch
 
 
@@ -250,7 +250,7 @@ def test_a_training_step(name):
     torch.testing.assert_close(losses[1], losses[0] + balance_loss(model))
     terms = balance_terms(model)["default"]
     assert terms.keys() == case.names() and all(term > 0 for term in terms.values())
-    for record in routing(model):
+    for record in layer_routing(model):
         assert record.token_counts.tolist() == case.expected_tokens(record.layer), record.layer
         assert record.task_types.tolist() == TYPES.tolist()
     losses[1].backward()
@@ -310,7 +310,7 @@ def test_the_encoders_tokens_are_not_masked_by_labels_of_the_same_length():
     model = adapt(build("whisper", options, "SpeechSeq2Seq"))
     batch = speech()
     model(input_features=batch["input_features"][:, :, :8], labels=batch["labels"], task_types=TYPES)
-    counts = {record.layer: record.token_counts.tolist() for record in routing(model)}
+    counts = {record.layer: record.token_counts.tolist() for record in layer_routing(model)}
     assert counts["model.encoder.layers.0.fc1"] == [4, 4, 4]
     assert counts["model.decoder.layers.0.fc1"] == ANSWERS
 
@@ -320,7 +320,7 @@ def test_the_head_of_an_encoder_decoder_sees_the_decoders_tokens():
     batch = answers()
     batch = {key: value[:, :4] for key, value in batch.items()}
     model(**batch, task_types=TYPES)
-    assert routing(model)[0].token_counts.tolist() == ANSWERS
+    assert layer_routing(model)[0].token_counts.tolist() == ANSWERS
 
 
 @pytest.mark.parametrize("model_type", ["bart", "t5"])
@@ -332,8 +332,8 @@ def test_a_decoder_that_is_fed_the_encoders_input_counts_no_padding(model_type):
     batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == 2, 3)
     batch["input_ids"][range(3), [length - 1 for length in TEXT]] = 2  # where the classifier looks
     model(**batch, task_types=TYPES)
-    assert len(routing(model)) == 8
-    assert [record.token_counts.tolist() for record in routing(model)] == [TEXT] * 8
+    assert len(layer_routing(model)) == 8
+    assert [record.token_counts.tolist() for record in layer_routing(model)] == [TEXT] * 8
 
 
 @pytest.mark.parametrize("name", ["opt", "qwen2_moe, shared experts"])
@@ -380,7 +380,7 @@ def test_all_linear_adapts_attention_and_shared_experts(model_type):
 def test_padding_does_not_count_where_the_attention_inserts_a_dimension():
     model = adapt(moe("deepseek_v3"), target_modules=["kv_b_proj"])
     model(**token_batch(), task_types=TYPES)
-    assert [record.token_counts.tolist() for record in routing(model)] == [TEXT, TEXT]
+    assert [record.token_counts.tolist() for record in layer_routing(model)] == [TEXT, TEXT]
 
 
 @pytest.mark.parametrize("model_type", MOES)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from peft_loramoe.balance import balance_targets, balance_term, importance
+from peft_loramoe.balance.constraint import balance_targets, balance_term, importance
 
 
 def authors_blcls(route_weight, task_types, blc_alpha, lora_nums):

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from peft_loramoe.collectives import is_distributed
+from peft_loramoe.balance.distributed import is_distributed
 
 
 # The processes have different numbers of rows, one of them none of the second table.
 SCRIPT = """
 import torch
 import torch.distributed as dist
-from peft_loramoe.collectives import concatenate_over_processes, is_distributed
+from peft_loramoe.balance.distributed import concatenate_over_processes, is_distributed
 
 dist.init_process_group("gloo")
 assert is_distributed()

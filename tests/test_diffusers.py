@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 
-from peft_loramoe import LoRAMoEConfig, balance_loss, routing
+from peft_loramoe import LoRAMoEConfig, balance_loss, layer_routing
 
 
 diffusers = pytest.importorskip("diffusers")
@@ -36,7 +36,7 @@ def test_an_injected_adapter_trains_balances_and_reloads():
     unet = inject_adapter_in_model(config, tiny_unet()).train()
     output = unet(*inputs(), task_types=[0, 1]).sample
     # image patches and text tokens alike are attributed to the sample that they come from
-    assert {len(record.token_counts) for record in routing(unet)} == {2}
+    assert {len(record.token_counts) for record in layer_routing(unet)} == {2}
     (output.mean() + balance_loss(unet)).backward()
     assert all(p.grad is not None for name, p in unet.named_parameters() if "loramoe" in name)
     other = inject_adapter_in_model(config, tiny_unet())

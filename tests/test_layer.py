@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers.pytorch_utils import Conv1D
 
 from peft_loramoe import LoRAMoEConfig, LoRAMoELinear
-from peft_loramoe.recorder import Recorder
+from peft_loramoe.balance.hooks import Recorder
 
 
 def make_layer(base=None, adapters=("default",), **options):

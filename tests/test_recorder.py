@@ -14,8 +14,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_loramoe import LoRAMoEConfig, balance_loss, balance_terms, collect_balance, routing
-from peft_loramoe.balance import balance_targets, balance_term, importance
+from peft_loramoe import LoRAMoEConfig, balance_loss, balance_terms, collect_balance, layer_routing
+from peft_loramoe.balance.constraint import balance_targets, balance_term, importance
 from tiny import labelled, loramoe, tiny_llama, token_batch
 
 
@@ -114,14 +114,14 @@ def test_a_packed_batch_gives_the_terms_of_the_samples_it_packs():
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     batch["input_ids"].clamp_(min=1)
     model(**batch, task_types=torch.tensor([1, 0]))
-    apart = {layer: importance.importance for layer, importance in ((r.layer, r) for r in routing(model))}
+    apart = {layer: importance.importance for layer, importance in ((r.layer, r) for r in layer_routing(model))}
     packed = dict(
         input_ids=batch["input_ids"].reshape(1, 8),
         position_ids=torch.arange(4).repeat(1, 2),
         task_types=torch.tensor([[1] * 4 + [0] * 4]),
     )
     model(**packed)
-    first = routing(model)[0]
+    first = layer_routing(model)[0]
     assert first.token_counts.tolist() == [4, 4, 0, 0, 0, 0, 0, 0]
     assert first.task_types[:2].tolist() == [1, 0]
     # layer 0's up_proj sees attention outputs, which packing without a block mask changes for the second sample only
@@ -137,7 +137,7 @@ def test_names_of_types_are_accepted():
 def test_routing_gives_importance_counts_and_types_of_every_layer():
     model, batch = loramoe().eval(), token_batch()
     model(**batch, task_types=TYPES)
-    records = routing(model)
+    records = layer_routing(model)
     assert [r.layer for r in records][:3] == [f"model.layers.0.mlp.{n}" for n in ("gate_proj", "up_proj", "down_proj")]
     for record in records:
         assert record.adapter == "default" and not record.importance.requires_grad
@@ -150,7 +150,7 @@ def test_routing_gives_the_entropy_of_the_real_tokens():
     model, batch = loramoe().eval(), token_batch()
     seen = capture(model)
     model(**batch, task_types=TYPES)
-    for record in routing(model):
+    for record in layer_routing(model):
         p = seen[record.layer]
         entropies = -(p * p.log()).sum(-1) * batch["attention_mask"]
         torch.testing.assert_close(record.entropy, entropies.sum(-1))
@@ -160,7 +160,7 @@ def test_routing_gives_the_probabilities_of_every_token_without_gradient():
     model, batch = loramoe(), token_batch()
     seen = capture(model)
     model(**batch, task_types=TYPES)
-    for record in routing(model):
+    for record in layer_routing(model):
         assert torch.equal(record.probabilities, seen[record.layer]) and record.probabilities.shape == (3, 7, 6)
         assert seen[record.layer].requires_grad and not record.probabilities.requires_grad
 
@@ -203,7 +203,7 @@ def test_outputs_without_a_loss_are_untouched():
 def test_positional_arguments_are_understood():
     model, batch = loramoe().eval(), token_batch()
     model.base_model.model(batch["input_ids"], batch["attention_mask"], task_types=TYPES)
-    assert routing(model)[0].token_counts.tolist() == [7, 6, 5]
+    assert layer_routing(model)[0].token_counts.tolist() == [7, 6, 5]
 
 
 def test_a_model_that_is_no_transformer():
@@ -211,7 +211,7 @@ def test_a_model_that_is_no_transformer():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     model = get_peft_model(model, LoRAMoEConfig(r=1, target_modules=["0", "2"], init_weights=False))
     model(torch.randn(5, 4), task_types=torch.tensor([0, 0, 1, 1, -1]))
-    assert routing(model)[0].token_counts.tolist() == [1] * 5
+    assert layer_routing(model)[0].token_counts.tolist() == [1] * 5
     assert balance_loss(model).requires_grad
 
 
@@ -224,7 +224,7 @@ def test_encoder_decoder_models():
     batch = token_batch()
     labels = torch.tensor([[5, 6, -100, -100], [5, 6, 7, 8], [1, -100, -100, -100]])
     output = model(**batch, labels=labels, task_types=TYPES)
-    counts = {r.layer: r.token_counts.tolist() for r in routing(model)}
+    counts = {r.layer: r.token_counts.tolist() for r in layer_routing(model)}
     assert counts["encoder.block.0.layer.1.DenseReluDense.wi"] == [7, 6, 5]
     assert counts["decoder.block.0.layer.2.DenseReluDense.wi"] == [2, 4, 1]
     term = balance_loss(model)
@@ -308,7 +308,7 @@ def test_a_call_that_failed_leaves_nothing_behind():
         model(**{**batch, "input_ids": batch["input_ids"] + 1000}, task_types=TYPES)
     model(**batch, task_types=TYPES)
     torch.testing.assert_close(balance_loss(model), expected)
-    assert len(routing(model)) == 6
+    assert len(layer_routing(model)) == 6
 
 
 def test_a_layer_that_runs_several_times_balances_all_of_its_samples():
@@ -319,7 +319,7 @@ def test_a_layer_that_runs_several_times_balances_all_of_its_samples():
     model = loramoe(AlbertModel(config), target_modules=["ffn"], task_type=None).eval()
     batch = token_batch()
     model(**batch, task_types=TYPES)
-    records = routing(model)
+    records = layer_routing(model)
     assert len(records) == 3 and len({r.layer for r in records}) == 1
     counts, types = (torch.cat([getattr(r, name) for r in records]) for name in ("token_counts", "task_types"))
     options = model.peft_config["default"]
@@ -381,7 +381,7 @@ def test_collected_types_are_repeated_for_repeated_rows(types):
     twice = {name: value.repeat(2, 1) for name, value in batch.items()}
     with collect_balance(model, types):
         model(**twice)
-    assert routing(model)[0].task_types.tolist() == [0, 1, -1, 0, 1, -1]
+    assert layer_routing(model)[0].task_types.tolist() == [0, 1, -1, 0, 1, -1]
 
 
 def test_collected_types_that_do_not_fit_are_refused():
@@ -447,8 +447,8 @@ def test_copies_and_pickles_of_a_model_record_for_themselves():
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(clone(**batch, task_types=TYPES).loss, expected)
         clone(**token_batch(rows=2), task_types=TYPES[:2])
-        assert routing(clone)[0].token_counts.tolist() == [7, 6]
-        assert routing(model)[0].token_counts.tolist() == [7, 6, 5]
+        assert layer_routing(clone)[0].token_counts.tolist() == [7, 6]
+        assert layer_routing(model)[0].token_counts.tolist() == [7, 6, 5]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from peft_loramoe.routing import (
+from peft_loramoe.ops.router import (
     ENTRIES_AT_A_TIME,
     project,
     router_probabilities,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from peft_loramoe.samples import Batch, task_type_tensor
+from peft_loramoe.balance.samples import Batch, task_type_tensor
 
 
 CPU = torch.device("cpu")

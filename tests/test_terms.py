@@ -1,9 +1,9 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_loramoe import balance_loss, balance_terms, routing
-from peft_loramoe.balance import balance_targets, balance_term
-from peft_loramoe.recorder import find_recorder
+from peft_loramoe import balance_loss, balance_terms, layer_routing
+from peft_loramoe.balance.constraint import balance_targets, balance_term
+from peft_loramoe.balance.hooks import find_recorder
 from tiny import labelled, loramoe, tiny_llama, token_batch
 
 
@@ -35,11 +35,11 @@ def test_layers_with_other_experts_have_terms_of_their_own():
     model = loramoe(num_experts=4, num_experts_pattern={"down_proj": 6, "layers.0.mlp.up_proj": [1, 3]}, balance_delta=0.3)
     model(**labelled(token_batch()), task_types=[0, 1, -1])
     terms = balance_terms(model)["default"]
-    assert list(terms) == [record.layer for record in routing(model)]
-    for record in routing(model):
+    assert list(terms) == [record.layer for record in layer_routing(model)]
+    for record in layer_routing(model):
         targets = balance_targets(record.task_types, record.expert_groups, 0.3)
         options = dict(formula="cv_squared", target="corrected", importance="mean")
         torch.testing.assert_close(
             terms[record.layer], balance_term(record.importance, record.token_counts, targets, **options)
         )
-    assert {tuple(record.expert_groups) for record in routing(model)} == {(2, 2), (3, 3), (1, 3)}
+    assert {tuple(record.expert_groups) for record in layer_routing(model)} == {(2, 2), (3, 3), (1, 3)}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from peft_loramoe import LayerRouting, LoRAExperts, routing
+from peft_loramoe import LayerRouting, LoRAExperts, layer_routing
 
 from ..modes import evaluation_mode
 from .adapted import (
@@ -93,7 +93,7 @@ def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) ->
             # A loss needs all logits.
             options = {name: value for name, value in lean.items() if name != "logits_to_keep" or "labels" not in batch}
             model(**options | on_device_of(model, batch))
-            for layer in routing(model):
+            for layer in layer_routing(model):
                 key = (layer.adapter, layer.layer)
                 if key not in sums:
                     sums[key] = _Sums(layer)

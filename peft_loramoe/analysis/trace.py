@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from peft_loramoe import LayerRouting, routing
+from peft_loramoe import LayerRouting, layer_routing
 
 from ..modes import evaluation_mode
 from .adapted import adds_special_tokens, configs_of, group_of_each, on_device_of, require_finite
@@ -88,7 +88,7 @@ def router_trace(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"router_trace is for models that read one text, and {type(model).__name__} is an encoder-decoder: call the model "
-            "yourself and read peft_loramoe.routing(model)."
+            "yourself and read peft_loramoe.layer_routing(model)."
         )
     token_ids = list(tokenizer(text, add_special_tokens=adds_special_tokens(tokenizer, text))["input_ids"])
     if not token_ids:
@@ -96,7 +96,7 @@ def router_trace(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str
     input_ids = torch.tensor([token_ids])
     with evaluation_mode(model):
         model(**on_device_of(model, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}))
-        used = routing(model)
+        used = layer_routing(model)
     adapter = _adapter_that_ran(used, adapter)
     layers, expert_groups = _by_layer([layer for layer in used if layer.adapter == adapter], len(token_ids))
     return RouterTrace(

@@ -14,8 +14,8 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from peft_loramoe import LoRAMoEConfig, LoRAMoELinear
 
 from ..modes import evaluation_mode
-from ..routing import select_gates
-from ..samples import Batch, label_tokens, task_type_tensor
+from ..ops.router import select_gates
+from ..balance.samples import Batch, label_tokens, task_type_tensor
 
 
 @dataclass(frozen=True)

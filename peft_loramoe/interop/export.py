@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_loramoe import LoRAMoELinear
 
-from ..samples import task_type_tensor
+from ..balance.samples import task_type_tensor
 from .calibration import Adapter, CalibrationBatch, find_adapter, mean_gates, prepare
 from .export_report import Factors, LoRAExport, Measured, import_rich, make_report, measure, print_report, warn, write_lora_card
 from .files import PREFIX, new_folder, write_adapter

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_loramoe import LoRAExperts, LoRAMoEConfig, LoRAMoELinear
 
 from ..peft_api import get_pattern_key
-from ..routing import select_gates
+from ..ops.router import select_gates
 from .calibration import Adapter, CalibrationBatch, OutputError, visit_inputs
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_loramoe import LoRAExperts, LoRAMoELinear, routing
+from peft_loramoe import LoRAExperts, LoRAMoELinear, layer_routing
 
 from ..modes import evaluation_mode
 from .calibration import Adapter, find_adapter, mean_gates, prepare
@@ -46,7 +46,7 @@ def list_experts(
     with evaluation_mode(model):
         for batch in prepare(model, adapter, calibration):
             model(**batch.inputs)
-            for record in routing(model):
+            for record in layer_routing(model):
                 sums[record.layer] = sums.get(record.layer, 0) + record.importance.sum(0, dtype=torch.float64).cpu()
     names = adapter.config.task_type_names
     records = []

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..routing import project, router_probabilities, select_gates, select_gates_backward, softmax_backward
+from .router import project, router_probabilities, select_gates, select_gates_backward, softmax_backward
 
 
 # Rank channels up to which `_grad_B` takes the other form: 1.4 times as fast at C = 24, 0.8 times at 256 (two cores, bfloat16).

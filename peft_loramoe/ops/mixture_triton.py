@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..routing import select_gates, select_gates_backward, softmax_backward
+from .router import select_gates, select_gates_backward, softmax_backward
 from . import triton_kernels as kernels
 from .mixture_torch import Options
 

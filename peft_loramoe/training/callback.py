@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_loramoe import LoRAMoELinear, balance_loss, balance_terms, routing
+from peft_loramoe import LoRAMoELinear, balance_loss, balance_terms, layer_routing
 
 
 NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -125,7 +125,7 @@ def _table(model: nn.Module, device: torch.device) -> _Table:
     num_types, num_experts = 1 + max(map(len, groups.values())), max(map(sum, groups.values()))
     by_type = torch.zeros(len(rows), num_types, num_experts + 2, device=device)
     terms = torch.zeros(len(rows) + 1, 2, device=device)
-    for layer in routing(model):
+    for layer in layer_routing(model):
         columns = torch.zeros(len(layer.entropy), num_experts + 2, device=device)
         columns[:, : layer.importance.shape[1]] = layer.importance
         columns[:, -2] = layer.entropy

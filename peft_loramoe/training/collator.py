@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peft_loramoe import LoRAMoEConfig
-from peft_loramoe.samples import BATCH_INPUTS, task_type_tensor
+from peft_loramoe.balance.samples import BATCH_INPUTS, task_type_tensor
 
 
 COLUMN = "task_type"

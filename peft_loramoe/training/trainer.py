@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_loramoe import LoRAMoEConfig, LoRAMoELinear, balance_loss, balance_terms, collect_balance
-from peft_loramoe.samples import label_tokens
+from peft_loramoe.balance.samples import label_tokens
 
 from .callback import RouterCallback
 from .collator import COLUMN, TaskTypeCollator

@@ -166,7 +166,7 @@ def test_encoder_decoders_are_refused():
     config = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=64, decoder_start_token_id=0)
     model = loramoe(T5ForConditionalGeneration(config), task_type="SEQ_2_SEQ_LM")
     with pytest.raises(
-        ValueError, match=r"PeftModelForSeq2SeqLM is an encoder-decoder: .* read peft_loramoe\.routing\(model\)"
+        ValueError, match=r"PeftModelForSeq2SeqLM is an encoder-decoder: .* read peft_loramoe\.layer_routing\(model\)"
     ):
         trace(model)
 

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .balance import balance_targets, importance
-from .config import LoRAMoEConfig
-from .experts import LoRAExperts
+from .constraint import balance_targets, importance
+from ..config import LoRAMoEConfig
+from ..experts import LoRAExperts
 from .samples import Batch, Samples, task_type_tensor
 
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .balance import balance_term
-from .collectives import concatenate_over_processes, is_distributed
-from .config import LoRAMoEConfig
-from .forward_pass import ForwardPass, alike
+from .constraint import balance_term
+from .distributed import concatenate_over_processes, is_distributed
+from ..config import LoRAMoEConfig
+from .recording import ForwardPass, alike
 
 
 class Terms(NamedTuple):

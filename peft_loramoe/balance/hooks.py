@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from .config import LoRAMoEConfig
-from .experts import LoRAExperts
-from .forward_pass import ForwardPass, Record
+from ..config import LoRAMoEConfig
+from ..experts import LoRAExperts
+from .recording import ForwardPass, Record
 from .samples import Batch, label_tokens, repeat_for_rows
 from .terms import Terms, compute_terms
 
@@ -309,7 +309,7 @@ def balance_terms(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return _recorder_of(model).terms()
 
 
-def routing(model: nn.Module) -> list[LayerRouting]:
+def layer_routing(model: nn.Module) -> list[LayerRouting]:
     """How each adapted linear routed the samples of the last forward pass, in the order of the layers.
 
     Raises:
