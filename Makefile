@@ -11,10 +11,10 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?= -n 2
-SAME_FOR_OLDEST = analysis/test_plots.py test_balance.py test_benchmarks.py test_collectives.py test_knowledge_retention.py \
-  test_mixture_triton.py test_ops.py
+SAME_FOR_OLDEST = analysis/test_plots.py test_balance.py test_benchmarks.py test_collectives.py test_mixture_triton.py test_ops.py \
+  research/test_toy.py
 STUDY ?= build/study/toy
-ROWS ?= docs/results/study-toy/rows.jsonl
+ROWS ?= research/toy/results/rows.jsonl
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(notdir $(CONSTRAINTS))
 
@@ -30,7 +30,7 @@ $(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 demo: install
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -58,11 +58,11 @@ run-compatibility: install
 
 # rows, models, report and figures in $(STUDY)
 study: install
-	$(BIN)/python -m examples.knowledge_retention run --variant toy --output $(STUDY)
+	$(BIN)/python -m research.toy run --variant toy --output $(STUDY)
 
 # tables and figures of rows, the committed ones if not ROWS=$(STUDY)/rows.jsonl
 study-report: install
-	$(BIN)/python -m examples.knowledge_retention report $(ROWS) --output $(dir $(ROWS))
+	$(BIN)/python -m research.toy report $(ROWS) --output $(dir $(ROWS))
 
 # results in benchmarks/results, figures in docs/images; nothing else should run meanwhile
 bench: install

@@ -1,7 +1,7 @@
 """Tables, bars and figures from the benchmarks' result files: `python -m benchmarks.report`.
 
 Prints a Markdown table for each group of cases; `--check` prints every bar of the project, the measured value and whether it is
-met; `--plots` draws docs/images/performance-*.svg. A ratio is the median over the rounds of the ratios within a round, with the
+met; `--plots` draws docs/images/performance-*.png. A ratio is the median over the rounds of the ratios within a round, with the
 20 and 80 % quantiles in brackets.
 """
 
@@ -268,7 +268,7 @@ def plot_steps(cases: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> None
         axis.invert_yaxis()
         axis.set_title(title, fontsize="small")
     figure.supxlabel("time / frozen base (median of the rounds' ratios; 20 and 80 % quantiles)", fontsize="medium")
-    figure.savefig(path)
+    figure.savefig(path, dpi=150)
 
 
 def plot_scaling(cases: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> None:
@@ -300,7 +300,7 @@ def plot_scaling(cases: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> No
         )[0]
     axes[-1].set(xlabel="tokens T", ylabel="peak memory of a step, MiB", xscale="log", yscale="log")
     figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=len(drawn), frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, dpi=150)
 
 
 def _points(cases: Sequence[Sequence[Row]], key: str, method: str) -> list[tuple[int, list[float], Row]]:
@@ -333,7 +333,7 @@ def main(arguments: list[str] | None = None) -> None:
         cases = groups(result["rows"])
         if options.plots:
             for kind, plot in (("steps", plot_steps), ("scaling", plot_scaling)):
-                path = options.images / f"performance-{name}-{kind}.svg"
+                path = options.images / f"performance-{name}-{kind}.png"
                 plot(cases, path)
                 print(path)
             continue

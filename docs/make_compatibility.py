@@ -1,7 +1,7 @@
-"""Writes docs/compatibility.md from test runs.
+"""Write the tables of docs/compatibility.md, which follow `MARK` there, from test runs.
 
-    python docs/make_compatibility.py --run      run the tests below in this environment, then write the page
-    python docs/make_compatibility.py            write the page from what is in docs/results
+    python docs/make_compatibility.py --run      run the tests below in this environment, then write the tables
+    python docs/make_compatibility.py            write the tables from what is in docs/results
 
 A run is docs/results/compatibility-PEFT_VERSION.json, a report of PEFT's own tests docs/results/conformance-PEFT_VERSION.txt.
 `make compatibility` makes those that are committed, in the environments of the two constraints files.
@@ -21,7 +21,8 @@ from pathlib import Path
 
 
 DOCS = Path(__file__).parent
-RESULTS, PAGE, INTRODUCTION = DOCS / "results", DOCS / "compatibility.md", DOCS / "compatibility_introduction.md"
+RESULTS, PAGE = DOCS / "results", DOCS / "compatibility.md"
+MARK = "<!-- Written by `make compatibility` from here on. -->"
 # Test file -> heading of its table.
 TABLES = {
     "test_architectures": "Architectures",
@@ -110,9 +111,12 @@ def cell(cases: list[tuple[str, str, str]]) -> str:
 
 
 def write_page() -> None:
-    """Write docs/compatibility.md."""
+    """Replace what follows `MARK` in docs/compatibility.md."""
+    text, mark, _ = PAGE.read_text().partition(MARK)
+    if not mark:
+        raise ValueError(f"{PAGE} has no line {MARK!r}; put it where the tables shall begin.")
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("compatibility-*.json"), reverse=True)]
-    lines = [INTRODUCTION.read_text().rstrip(), "", "## Runs", ""]
+    lines = [text.rstrip(), "", MARK, "", "## Runs", ""]
     for run_ in runs:
         about = run_["about"]
         versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if v)

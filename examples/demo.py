@@ -1,11 +1,11 @@
 """The whole method on a toy: a small model that knows the countries of the earth learns exercises with digits.
 
-    python examples/demo.py
+    python -m examples.demo
 
-builds the model and the data (toy_world.py), fine-tunes as examples/sft.py does, and measures what was learned and what was
-forgotten. Half of the facts are replayed as questions of task type 0; the other half is never shown in fine-tuning. In the end
-the adapter is loaded in a new process, which checks that it gives the same logits bit by bit. Options that are not listed here
-are those of sft.py.
+builds the model and the data (research/toy/countries.py), fine-tunes as examples/sft.py does, and measures what was learned
+and what was forgotten. Half of the facts are replayed as questions of task type 0; the other half is never shown in
+fine-tuning. In the end the adapter is loaded in a new process, which checks that it gives the same logits bit by bit. Options
+that are not listed here are those of sft.py.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 import peft_loramoe
-import sft
-import toy_world
+from examples import sft
 from peft_loramoe import LoRAMoEConfig
 from peft_loramoe.analysis import group_weights, plot_group_weights, router_statistics
 from peft_loramoe.card import loading_snippet
+from research.toy import countries
 
 
 EVALUATION = {  # name of the file -> what it is called in the table
@@ -48,7 +48,7 @@ SFT_OPTIONS = [
     *("--epochs", "4", "--batch-size", "32", "--gradient-accumulation-steps", "1", "--learning-rate", "2e-3"),
     *("--max-length", "128", "--logging-steps", "0.1", "--save-steps", "0", "--eval-steps", "0"),
     *("--num-experts", "6", "--lora-alpha", "32", "--null-groups", "null", "--balance-delta", "0.5"),
-    *("--task-type-names", json.dumps(toy_world.TASK_TYPE_NAMES)),
+    *("--task-type-names", json.dumps(countries.TASK_TYPE_NAMES)),
 ]
 INPUTS = ("input_ids", "attention_mask", "task_types")
 
@@ -71,15 +71,15 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
 def build_world(args: argparse.Namespace) -> list[str]:
     """Model and data as files, and the options of sft.py that name them."""
     try:
-        facts = toy_world.build_facts(args.countries)
+        facts = countries.build_facts(args.countries)
     except ValueError as error:
         raise sft.InputError(f"--countries: {error}") from error
     model = args.output_dir / "toy-model"
-    toy_world.build_world(model, facts, args.pretrain_steps, args.seed)
-    questions = toy_world.knowledge_records(facts)
+    countries.build_world(model, facts, args.pretrain_steps, args.seed)
+    questions = countries.knowledge_records(facts)
     random.Random(args.seed).shuffle(questions)
     new = max(1, args.exercises // 6)
-    exercises = toy_world.downstream_records(args.exercises + new, args.seed)
+    exercises = countries.downstream_records(args.exercises + new, args.seed)
     evaluation = dict(zip(EVALUATION, (questions[::2], questions[1::2], exercises[:new])))
     files = {"train": questions[::2] + exercises[new:], **evaluation}
     for name, records in files.items():
@@ -200,7 +200,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     gc.collect()
     torch.cuda.empty_cache()
     print("loading the adapter in a new process")
-    command = [sys.executable, __file__, "--verify", "--output-dir", str(args.output_dir)]
+    command = [sys.executable, "-m", "examples.demo", "--verify", "--output-dir", str(args.output_dir)]
     check = subprocess.run(command, capture_output=True, text=True)
 
     console = Console()

@@ -1,4 +1,4 @@
-"""What the tests of examples/ share."""
+"""What the tests of examples/ and research/ share."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import toy_world
+from research.toy import countries
 
 
 ROOT = Path(__file__).parents[1]
@@ -15,7 +15,7 @@ RECORD = {"instruction": "Name the capital of France.", "input": "", "output": "
 
 def build_toy(folder: Path) -> Path:
     """An untrained toy model and its tokenizer."""
-    toy_world.build_world(folder, toy_world.build_facts(4), steps=1, seed=0)
+    countries.build_world(folder, countries.build_facts(4), steps=1, seed=0)
     return folder
 
 
@@ -25,6 +25,15 @@ def write_lines(path: Path, *records) -> Path:
 
 
 def run_script(name: str, *arguments, launcher=()) -> subprocess.CompletedProcess:
+    """Run a file of examples/."""
+    return _run(*launcher, ROOT / "examples" / name, *arguments)
+
+
+def run_module(name: str, *arguments) -> subprocess.CompletedProcess:
+    return _run("-m", name, *arguments)
+
+
+def _run(*arguments) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    command = [sys.executable, *launcher, ROOT / "examples" / name, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)

@@ -47,7 +47,7 @@ def test_tables_show_every_row(results, capsys):
 @pytest.mark.slow
 def test_figures(results, tmp_path):
     report.main(["--results", str(results), "--images", str(tmp_path), "--plots"])
-    names = {f"performance-{name}-{kind}.svg" for name in SETS for kind in ("steps", "scaling")}
+    names = {f"performance-{name}-{kind}.png" for name in SETS for kind in ("steps", "scaling")}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 

@@ -222,7 +222,7 @@ def _interval(values: tuple[float, float, float], form: str = ".1f") -> str:
 
 
 def write_report(rows: Sequence[Row], output: Path) -> str:
-    """Write `report.md` and its figures, PNG and SVG.
+    """Write `report.md` and its figures.
 
     Returns:
         The main table and whether the bar is met.
@@ -255,10 +255,9 @@ def write_report(rows: Sequence[Row], output: Path) -> str:
     text += "".join(f"\n## {title}\n\n{section}\n" for title, section in sections.items())
     output.mkdir(parents=True, exist_ok=True)
     (output / "report.md").write_text(text, encoding="utf-8")
-    for suffix in ("png", "svg"):
-        plot_frontier(frontier_records(results), output / f"frontier.{suffix}")
-        plot_learning_rates(results, output / f"learning-rates.{suffix}")
-        plot_growth(results, output / f"growth.{suffix}")
+    plot_frontier(frontier_records(results), output / "frontier.png")
+    plot_learning_rates(results, output / "learning-rates.png")
+    plot_growth(results, output / "growth.png")
     return main
 
 

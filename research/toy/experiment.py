@@ -29,7 +29,7 @@ from peft_loramoe import LoRAMoEConfig
 from peft_loramoe.analysis import group_weights, router_statistics, score_answers
 from peft_loramoe.training import LoRAMoETrainerMixin
 
-from ..toy_world import build_model, pretrain, train_tokenizer
+from .language_model import build_model, pretrain, train_tokenizer
 from .protocol import METHODS, REPLAYED_CITIES, Method, Run, Variant
 from .world import DOWNSTREAM, KNOWLEDGE, Sample, build_facts, draw_skill, draw_task
 

@@ -1,7 +1,7 @@
 """Run the study or write its report.
 
-    python -m examples.knowledge_retention run --variant toy
-    python -m examples.knowledge_retention report build/study/toy/rows.jsonl --output build/study/toy
+    python -m research.toy run --variant toy
+    python -m research.toy report build/study/toy/rows.jsonl --output build/study/toy
 
 `run` goes on where it was stopped. Its toy variant takes about half an hour on two cores.
 """
@@ -22,7 +22,7 @@ from .runs import Study, read_rows
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.knowledge_retention",
+        prog="python -m research.toy",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,0 +1,1 @@
+"""Studies: what was measured, and the code that measured it."""
