@@ -240,7 +240,7 @@ def write_report(rows: Sequence[Row], output: Path) -> str:
         f"Growing data: questions lost / statements lost / tasks, {test}": growth(results),
         f"Learning rates: {most}, {validation}": learning_rates(results),
         f"The recipe against each learning rate of LoRA: {most}, {validation}": baseline_rates(results),
-        f"Where the routers send the samples: {most}, {test}": f"{layer_routing(results)}\n\n{linears(results)}",
+        f"Where the routers send the samples: {most}, {test}": f"{routing(results)}\n\n{linears(results)}",
         f"Balancing: {fewer}, {validation}": ablation(results, ["knowledge group", "delta", "beta"], _grid_cells),
         f"Experts: {fewer}, {validation}": ablation(results, ["null experts", "LoRA experts", "r"], _expert_cells),
         f"Replay: {fewer}, {validation}": ablation(results, ["method", "replay"], _replay_cells),
