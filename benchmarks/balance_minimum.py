@@ -14,6 +14,7 @@ import torch
 
 from peft_loramoe import __version__
 from peft_loramoe.balance.constraint import balance_targets, balance_term
+from peft_loramoe.groups import ExpertGroups
 
 
 RESULT = Path(__file__).parent / "results" / "balance_minimum.json"
@@ -28,7 +29,7 @@ def minimise(lengths: tuple[int, int], formula: str, target: str, importance: st
     torch.manual_seed(0)
     task_types = torch.tensor([0, 1] * 4)
     counts = torch.tensor(lengths).repeat(4)
-    targets = balance_targets(task_types, GROUPS, DELTA)
+    targets = balance_targets(task_types, ExpertGroups(GROUPS), DELTA)
     logits = torch.randn(len(task_types), sum(GROUPS), dtype=torch.float64).mul_(0.1).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.05)
     for _ in range(1000):

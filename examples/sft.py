@@ -361,7 +361,7 @@ def check_answer(prompt: str | list[dict], completion: str | list[dict], name: s
 
 
 def check_task_type(task_type: Any, place: str, config: LoRAMoEConfig) -> int:
-    names, count = config.task_type_names or [], len(config.groups_of())
+    names, count = config.task_type_names or [], config.num_groups
     if task_type in names:
         return names.index(task_type)
     if isinstance(task_type, int) and not isinstance(task_type, bool) and -1 <= task_type < count:

@@ -3,11 +3,11 @@
 Importing this package registers the tuner type ``LORAMOE`` with PEFT.
 """
 
+from .balance import LayerRouting, balance_loss, balance_terms, collect_balance, layer_routing
 from .config import LoRAMoEConfig
 from .experts import LoRAExperts
 from .layer import LoRAMoELinear
 from .model import LoRAMoEModel
-from .balance import LayerRouting, balance_loss, balance_terms, collect_balance, layer_routing
 from .registration import register
 from .version import __version__
 

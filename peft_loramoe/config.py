@@ -15,6 +15,9 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from .card import loading_snippet, write_card
+from .groups import ExpertGroups
+from .ops import MixtureOptions
+from .peft_api import get_pattern_key
 from .version import __version__
 
 
@@ -155,18 +158,51 @@ class LoRAMoEConfig(PeftConfig):
             )
         return super().check_kwargs(**kwargs)
 
-    def groups_of(self, pattern_key: str | None = None) -> list[int]:
-        """Sizes of the expert groups of a layer.
+    def groups_of(self, layer: str | None = None) -> ExpertGroups:
+        """Expert groups of a layer.
 
         Args:
-            pattern_key: the entry of `num_experts_pattern` that matches the layer's name, if there is one.
+            layer: name of the layer inside the base model, looked up in `num_experts_pattern`; None for the groups of layers
+                that no pattern matches.
 
         Returns:
-            The sizes, in the order of the experts; they sum to the layer's number of experts.
+            Their sizes sum to the layer's number of experts.
 
-        Raises:
-            ValueError: the sizes do not sum to the number of experts, or it cannot be split into two equal groups.
+        Example:
+            >>> LoRAMoEConfig(num_experts=4, num_experts_pattern={"down_proj": [1, 2]}).groups_of("mlp.down_proj")
+            ExpertGroups(sizes=(1, 2), null=())
         """
+        key = None if layer is None else get_pattern_key(self.num_experts_pattern, layer)
+        return ExpertGroups(self._group_sizes(key if key in self.num_experts_pattern else None), self.null_groups or ())
+
+    @property
+    def num_groups(self) -> int:
+        """Number of expert groups, which is also the number of task types."""
+        return len(self._group_sizes())
+
+    def rank_of(self, layer: str) -> int:
+        """Rank of the experts of a layer, from `rank_pattern` or `r`."""
+        return self.rank_pattern.get(get_pattern_key(self.rank_pattern, layer), self.r)
+
+    def mixture_options(self, layer: str) -> MixtureOptions:
+        """What the forward pass of a layer needs to know."""
+        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, layer), self.lora_alpha)
+        return MixtureOptions(
+            experts=self.groups_of(layer).lora_experts,
+            scaling=self.scaling(self.rank_of(layer), alpha),
+            temperature=self.router_temperature,
+            dropout=self.lora_dropout,
+            top_k=self.top_k,
+            router_dtype=getattr(torch, self.router_dtype),
+            balance_detach=self.balance_detach,
+        )
+
+    def scaling(self, r: int, lora_alpha: float) -> float:
+        """Factor on the experts' sum for a layer of rank `r`."""
+        return lora_alpha / r**0.5 if self.use_rslora else lora_alpha / r
+
+    def _group_sizes(self, pattern_key: str | None = None) -> list[int]:
+        """Sizes of the expert groups, those of an entry of `num_experts_pattern` if one is named."""
         option, num_experts = "num_experts", self.num_experts
         if pattern_key is not None:
             option, num_experts = f"num_experts_pattern['{pattern_key}']", self.num_experts_pattern[pattern_key]
@@ -185,10 +221,6 @@ class LoRAMoEConfig(PeftConfig):
                 f"expert_groups={self.expert_groups} sums to {sum(self.expert_groups)}, not to {option}={num_experts}; {fix}."
             )
         return list(self.expert_groups)
-
-    def scaling(self, r: int, lora_alpha: float) -> float:
-        """Factor on the experts' sum for a layer of rank `r`."""
-        return lora_alpha / r**0.5 if self.use_rslora else lora_alpha / r
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, and tell the reader of the model card (README.md) how to load the adapter."""
@@ -233,10 +265,10 @@ class LoRAMoEConfig(PeftConfig):
         if self.expert_groups is not None:
             _check_group_sizes("expert_groups", self.expert_groups)
             self.expert_groups = list(self.expert_groups)
-        num_groups = len(self.groups_of())
-        layouts = {"num_experts": self.groups_of()}
+        num_groups = self.num_groups
+        layouts = {"num_experts": self._group_sizes()}
         for name in self.num_experts_pattern:
-            layouts[f"num_experts_pattern['{name}']"] = self.groups_of(name)
+            layouts[f"num_experts_pattern['{name}']"] = self._group_sizes(name)
         for option, groups in layouts.items():
             if len(groups) != num_groups:
                 raise ValueError(f"{option} gives {len(groups)} groups, {groups}, but there are {num_groups}.")

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .ops import Options, mixture
+from .groups import ExpertGroups
+from .ops import MixtureOptions, mixture
 
 
 class LoRAExperts(nn.Module):
@@ -22,53 +23,44 @@ class LoRAExperts(nn.Module):
         in_features: input size of the linear layer.
         out_features: output size of the linear layer.
         r: rank of each expert.
-        expert_groups: sizes of the expert groups; experts are numbered group by group.
-        null_groups: indices of the groups whose experts are null: a router output, no parameters, no contribution.
-        scaling: factor on the experts' sum (lora_alpha / r).
-        dropout: probability of dropping an entry of the experts' input; all experts see the same dropped input, and the
-            router the full one.
-        temperature: router temperature.
-        router_dtype: dtype of the router's logits.
-        top_k: experts used by each token; None for all.
-        balance_detach: hand out probabilities that carry gradient to the router but not to the layers below.
+        groups: the expert groups.
+        options: scaling, router and dropout; `options.experts` are the experts that are not null.
+
+    Example:
+        >>> import torch
+        >>> from peft_loramoe.groups import ExpertGroups
+        >>> from peft_loramoe.ops import MixtureOptions
+        >>> groups = ExpertGroups((2, 2), null=(0,))
+        >>> experts = LoRAExperts(16, 32, r=4, groups=groups, options=MixtureOptions(experts=groups.lora_experts))
+        >>> experts.reset_parameters(init_weights=True, router_init="kaiming_uniform")
+        >>> output, probabilities = experts(torch.randn(3, 16))
+        >>> output.shape, probabilities.shape
+        (torch.Size([3, 32]), torch.Size([3, 4]))
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        r: int,
-        expert_groups: list[int],
-        null_groups: list[int],
-        scaling: float,
-        dropout: float,
-        temperature: float,
-        router_dtype: torch.dtype,
-        top_k: int | None,
-        balance_detach: bool,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, *, r: int, groups: ExpertGroups, options: MixtureOptions) -> None:
         super().__init__()
         self.r = r
-        self.expert_groups = expert_groups
-        self.null_groups = null_groups
-        self.scaling = self.initial_scaling = scaling
-        self.dropout = dropout
-        self.temperature = temperature
-        self.router_dtype = router_dtype
-        self.top_k = top_k
-        self.balance_detach = balance_detach
-
-        groups = [group for group, size in enumerate(expert_groups) for _ in range(size)]
-        self.lora_experts = [i for i, group in enumerate(groups) if group not in null_groups]
-        self.A = nn.Parameter(torch.empty(len(self.lora_experts) * r, in_features))
-        self.B = nn.Parameter(torch.empty(out_features, len(self.lora_experts) * r))
-        self.router = nn.Parameter(torch.empty(sum(expert_groups), in_features))
+        self.groups = groups
+        self.options = options
+        self.initial_scaling = options.scaling
+        self.A = nn.Parameter(torch.empty(len(options.experts) * r, in_features))
+        self.B = nn.Parameter(torch.empty(out_features, len(options.experts) * r))
+        self.router = nn.Parameter(torch.empty(groups.num_experts, in_features))
 
     @property
     def num_experts(self) -> int:
         """Number of router outputs, null experts included."""
-        return sum(self.expert_groups)
+        return self.groups.num_experts
+
+    @property
+    def scaling(self) -> float:
+        """Factor on the experts' sum."""
+        return self.options.scaling
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        self.options = self.options._replace(scaling=value)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -119,19 +111,10 @@ class LoRAExperts(nn.Module):
             The sum, or the mixture alone if neither is given, shape (..., out_features), in the dtype of `base`, or else of `x`
             (or the autocast dtype), and the router probabilities, shape (..., num_experts), float32 or float64.
         """
-        options = Options(
-            self.scaling,
-            self.temperature,
-            self.dropout,
-            self.lora_experts,
-            self.top_k,
-            self.router_dtype,
-            self.balance_detach,
-        )
-        return mixture(x, self.A, self.B, self.router, options, dropout=self.training, base=base, weight=weight, bias=bias)
+        return mixture(x, self.A, self.B, self.router, self.options, dropout=self.training, base=base, weight=weight, bias=bias)
 
     def extra_repr(self) -> str:
         """The mixture's shape, for `print(model)`."""
         out_features, in_features = self.B.shape[0], self.A.shape[1]
-        text = f"in_features={in_features}, out_features={out_features}, r={self.r}, expert_groups={self.expert_groups}"
-        return text + (f", null_groups={self.null_groups}" if self.null_groups else "")
+        text = f"in_features={in_features}, out_features={out_features}, r={self.r}, groups={list(self.groups.sizes)}"
+        return text + (f", null_groups={list(self.groups.null)}" if self.groups.null else "")

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from transformers.pytorch_utils import Conv1D
 
 from .experts import LoRAExperts
-from .peft_api import BaseTunerLayer, get_in_out_features, get_pattern_key
+from .peft_api import BaseTunerLayer, get_in_out_features
 
 
 if TYPE_CHECKING:
-    from .config import LoRAMoEConfig
     from .balance.hooks import Recorder
+    from .config import LoRAMoEConfig
 
 
 CANNOT_MERGE = (
@@ -55,28 +54,18 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
         self.name = name
         self.recorder = recorder
         self.loramoe_experts = nn.ModuleDict({})
-        self.fixed_gates: dict[str, Tensor] = {}  # adapter -> gates of its experts, while an export to plain LoRA fixes them
         self._disable_adapters = False
         self.merged_adapters = []
         self.in_features, self.out_features = get_in_out_features(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, config: LoRAMoEConfig) -> None:
         """Add (or replace) the experts of an adapter, initialised as `config` says, on the base layer's device."""
-        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, self.name), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, self.name), config.lora_alpha)
-        pattern_key = get_pattern_key(config.num_experts_pattern, self.name)
         experts = LoRAExperts(
             self.in_features,
             self.out_features,
-            r=r,
-            expert_groups=config.groups_of(pattern_key if pattern_key in config.num_experts_pattern else None),
-            null_groups=config.null_groups or [],
-            scaling=config.scaling(r, alpha),
-            dropout=config.lora_dropout,
-            temperature=config.router_temperature,
-            router_dtype=getattr(torch, config.router_dtype),
-            top_k=config.top_k,
-            balance_detach=config.balance_detach,
+            r=config.rank_of(self.name),
+            groups=config.groups_of(self.name),
+            options=config.mixture_options(self.name),
         )
         experts.reset_parameters(config.init_weights, config.router_init)
         self.loramoe_experts[adapter_name] = experts
@@ -197,39 +186,6 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
 
     def _active_experts(self) -> list[LoRAExperts]:
         return [self.loramoe_experts[name] for name in self.active_adapters if name in self.loramoe_experts]
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter has a weight of its own: only while `interop.fixed_gates` fixes what its router decides."""
-        return adapter_name in self.fixed_gates
-
-    def fixed_lora(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """The adapter with fixed gates as one LoRA of scale 1.
-
-        Returns:
-            A, shape (E*r, in_features), and B, shape (out_features, E*r), into which gates and scale are multiplied; at least
-            float32.
-
-        Raises:
-            ValueError: the adapter's gates are not fixed.
-        """
-        if adapter_name not in self.fixed_gates:
-            raise ValueError(
-                f"Adapter '{adapter_name}' of layer '{self.name}' has no single weight: its router weighs the experts anew for "
-                "every token. Fix the gates with peft_loramoe.interop.fixed_gates, or call export_lora."
-            )
-        experts = self.loramoe_experts[adapter_name]
-        A, B = (p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in (experts.A, experts.B))
-        gates = self.fixed_gates[adapter_name].to(B) * experts.scaling
-        return A, B * gates.repeat_interleave(experts.r)
-
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What the adapter with fixed gates adds to the base weight, in that weight's layout; asked for by PEFT's conversion.
-
-        Raises:
-            ValueError: the adapter's gates are not fixed.
-        """
-        A, B = self.fixed_lora(adapter_name)
-        return (B @ A).T if isinstance(self.get_base_layer(), Conv1D) else B @ A
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused.

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from .balance.hooks import Recorder, find_recorder
 from .config import LoRAMoEConfig
 from .layer import CANNOT_MERGE, LoRAMoELinear
 from .loading import CONTAINER, check_adapter_tensors, unchanged_on_failure
 from .peft_api import PEFT_AT_LEAST_0_21, AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
-from .balance.hooks import Recorder, find_recorder
 from .targets import (
     FEED_FORWARD,
     WHY_NOT_ROUTED,

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
+from .balance.hooks import find_recorder
 from .card import write_card
 from .config import LoRAMoEConfig
 from .loading import check_load_result, unchanged_on_failure
 from .model import LoRAMoEModel
-from .balance.hooks import find_recorder
 
 
 PEFT_TYPE = "LORAMOE"

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from peft_loramoe.balance.constraint import balance_targets, balance_term, importance
+from peft_loramoe.groups import ExpertGroups
 
 
 def authors_blcls(route_weight, task_types, blc_alpha, lora_nums):
@@ -33,7 +34,7 @@ def test_a_padding_token_that_is_not_finite_does_no_harm():
 
 
 def test_targets_of_matched_other_and_unknown():
-    targets = balance_targets(torch.tensor([1, 0, -1]), [1, 2], 0.1)
+    targets = balance_targets(torch.tensor([1, 0, -1]), ExpertGroups([1, 2]), 0.1)
     torch.testing.assert_close(targets, torch.tensor([[0.9, 1.1, 1.1], [1.1, 0.9, 0.9], [1.0, 1.0, 1.0]]))
 
 
@@ -46,7 +47,7 @@ def test_authors_loss_and_gradient_are_reproduced():
         leaf = logits.clone().requires_grad_()
         probabilities = leaf.softmax(-1)
         if ours:
-            targets = balance_targets(1 - authors_types, [3, 3], 0.1)
+            targets = balance_targets(1 - authors_types, ExpertGroups([3, 3]), 0.1)
             term = balance_term(*whole_batch(probabilities), targets, formula="cv_squared", target="printed", importance="sum")
         else:
             term = authors_blcls(probabilities, authors_types, 0.1, 6)
@@ -75,7 +76,7 @@ def test_unused_slots_do_not_count():
 
 def test_mean_importance_does_not_depend_on_length():
     probabilities = torch.softmax(torch.randn(2, 5, 4), -1)
-    targets = balance_targets(torch.tensor([0, 1]), [2, 2], 0.3)
+    targets = balance_targets(torch.tensor([0, 1]), ExpertGroups([2, 2]), 0.3)
     options = dict(formula="cv_squared", target="corrected", importance="mean")
     sums, counts = whole_batch(probabilities)
     longer = balance_term(sums * torch.tensor([[1.0], [7.0]]), counts * torch.tensor([1, 7]), targets, **options)
@@ -86,7 +87,7 @@ def minimise(groups, formula, target, delta=0.3, steps=400):
     """Mean router weight of an expert of the matched group and of another one at the term's minimum."""
     torch.manual_seed(0)
     task_types = torch.arange(len(groups)).repeat(2)
-    targets = balance_targets(task_types, groups, delta)
+    targets = balance_targets(task_types, ExpertGroups(groups), delta)
     logits = torch.randn(len(task_types), sum(groups), dtype=torch.float64).mul_(0.1).requires_grad_()
     counts = torch.ones(len(task_types), dtype=torch.int64)
     optimizer = torch.optim.Adam([logits], lr=0.05)
@@ -115,7 +116,7 @@ def test_the_printed_form_sends_weight_to_the_other_group():
 
 def test_gradcheck():
     logits = torch.randn(3, 4, 4, dtype=torch.float64, requires_grad=True)
-    targets = balance_targets(torch.tensor([0, 1, -1]), [2, 2], 0.2)
+    targets = balance_targets(torch.tensor([0, 1, -1]), ExpertGroups([2, 2]), 0.2)
 
     def term(logits):
         return balance_term(

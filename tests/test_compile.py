@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_loramoe import balance_loss, collect_balance
-from peft_loramoe.ops.mixture import OPAQUE
+from peft_loramoe.ops.mixture import COMPILE_AS_CUSTOM_OP
 from tiny import labelled, loramoe, tiny_llama, token_batch
 
 
@@ -95,7 +95,7 @@ def test_a_warning_does_not_break_the_graph():
         compiled(**batch).loss.backward()
 
 
-@pytest.mark.skipif(OPAQUE, reason="this torch keeps the operator")
+@pytest.mark.skipif(COMPILE_AS_CUSTOM_OP, reason="this torch keeps the operator")
 @pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
 def test_an_exported_layer_holds_operations_of_torch_only(strict):
     layer = loramoe().eval().base_model.model.model.layers[0].mlp.up_proj

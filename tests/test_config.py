@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftType
 
 from peft_loramoe import LoRAMoEConfig, __version__
+from peft_loramoe.groups import ExpertGroups
 
 
 EVERY_OPTION = dict(
@@ -110,17 +111,17 @@ def test_a_torch_dtype_is_accepted_for_the_router():
 
 
 @pytest.mark.parametrize(
-    ("options", "pattern_key", "groups"),
+    ("options", "layer", "groups"),
     [
         ({}, None, [3, 3]),
         (dict(num_experts=5, expert_groups=[1, 4]), None, [1, 4]),
-        (dict(num_experts_pattern={"up": 4}), "up", [2, 2]),
-        (dict(num_experts_pattern={"up": [1, 2]}), "up", [1, 2]),
+        (dict(num_experts_pattern={"up": 4}), "mlp.up", [2, 2]),
+        (dict(num_experts_pattern={"up": [1, 2]}), "mlp.up", [1, 2]),
         (dict(num_experts=3, expert_groups=[3]), None, [3]),
     ],
 )
-def test_groups(options, pattern_key, groups):
-    assert LoRAMoEConfig(**options).groups_of(pattern_key) == groups
+def test_groups(options, layer, groups):
+    assert LoRAMoEConfig(**options).groups_of(layer) == ExpertGroups(groups)
 
 
 @pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 8.0), (True, 16.0)])

@@ -2,15 +2,14 @@ import pytest
 import torch
 
 from peft_loramoe.experts import LoRAExperts
-from peft_loramoe.ops import reference
+from peft_loramoe.groups import ExpertGroups
+from peft_loramoe.ops import MixtureOptions, reference
 
 
-def make_experts(init_weights=False, **options):
+def make_experts(init_weights=False, sizes=(3, 3), null=(), r=2, **options):
     torch.manual_seed(0)
-    defaults = dict(r=2, expert_groups=[3, 3], null_groups=[], scaling=1.5, dropout=0.0, temperature=1.0)
-    experts = LoRAExperts(
-        8, 5, **{**defaults, "router_dtype": torch.float32, "top_k": None, "balance_detach": False, **options}
-    )
+    groups = ExpertGroups(sizes, null)
+    experts = LoRAExperts(8, 5, r=r, groups=groups, options=MixtureOptions(groups.lora_experts, 1.5, **options))
     experts.reset_parameters(init_weights, "kaiming_uniform")
     return experts
 
@@ -30,7 +29,7 @@ def test_forward_adds_to_the_base_layers_output_or_computes_it():
 
 
 def test_null_experts_take_weight_but_have_no_parameters_and_add_nothing():
-    experts, x = make_experts(expert_groups=[2, 3, 1], null_groups=[0, 2]).double(), torch.randn(4, 8, dtype=torch.float64)
+    experts, x = make_experts(sizes=[2, 3, 1], null=[0, 2]).double(), torch.randn(4, 8, dtype=torch.float64)
     assert (experts.num_experts, experts.A.shape, experts.B.shape, experts.router.shape) == (6, (6, 8), (5, 6), (6, 8))
     expected = reference.mixture(x, experts.A, experts.B, experts.router, scaling=1.5, experts=[2, 3, 4])
     torch.testing.assert_close(experts(x), expected)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from peft_loramoe.geometry import cosines, inner_products, subspace_overlaps
+from peft_loramoe.ops.similarity import cosines, inner_products, subspace_overlaps
 
 
 def random(*shape, seed=0):

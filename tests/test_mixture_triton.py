@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import triton_cases
-from peft_loramoe.ops import Options, mixture
+from peft_loramoe.ops import MixtureOptions, mixture
 from triton_cases import Case
 
 
@@ -26,7 +26,7 @@ mixture_triton = importlib.import_module("peft_loramoe.ops.mixture_triton")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 DTYPES = list(TOLERANCE)
 TENSOR_CORES = 1e-5  # of the probabilities: their sums in float32 are truncated, not rounded
-PLAIN = Options(1.5, 1.0, 0.1, [0, 1, 2], None, torch.float32, False)
+PLAIN = MixtureOptions([0, 1, 2], 1.5, 1.0, 0.1, top_k=None, balance_detach=False)
 gpu = pytest.mark.gpu
 
 

@@ -6,14 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_loramoe.ops import Options, mixture, reference
+from peft_loramoe.ops import MixtureOptions, mixture, reference
 from peft_loramoe.ops.mixture import _mixture, _mixture_backward
 from peft_loramoe.ops.mixture_torch import dropout_mask
 
 
 # Relative to the float64 result; the rank channels and the gates are rounded to the activations' dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
-PLAIN = Options(1.5, 1.0, 0.0, [0, 1, 2], None, torch.float32, False)
+PLAIN = MixtureOptions([0, 1, 2], 1.5, 1.0, 0.0, top_k=None, balance_detach=False)
 
 NAMES = ("x", "A", "B", "router", "base")
 
@@ -51,11 +51,11 @@ def relative_error(value, expected):
 def cases(draw):
     num_outputs = draw(st.integers(2, 7))
     experts = draw(st.sets(st.integers(0, num_outputs - 1), min_size=1))
-    options = Options(
+    options = MixtureOptions(
         scaling=draw(st.floats(0.1, 4)),
         temperature=draw(st.floats(0.5, 2)),
         dropout=draw(st.sampled_from([0.0, 0.3])),
-        experts=sorted(experts),
+        experts=tuple(sorted(experts)),
         top_k=None,
         router_dtype=torch.float32,
         balance_detach=False,
@@ -244,7 +244,7 @@ def test_dropout_masks_have_any_shape():
 
 def test_dropout_keeps_the_mean():
     x, A, B = torch.ones(20000, 8), torch.ones(1, 8), torch.ones(1, 1)
-    options = Options(1.0, 1.0, 0.25, [0], None, torch.float32, False)
+    options = MixtureOptions([0], 1.0, 1.0, 0.25, top_k=None, balance_detach=False)
     output, _ = mixture(x, A, B, torch.zeros(2, 8), options, dropout=True)
     assert output.mean().item() == pytest.approx(0.5 * 8, rel=0.01)  # the gate of one of two experts
 
@@ -365,7 +365,7 @@ def test_inductor_fuses_it_and_keeps_its_precision(case):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_drops_in_both_directions_what_one_mask_says():
     torch._dynamo.reset()
-    options, x = Options(1.0, 1.0, 0.5, [0], None, torch.float32, False), torch.ones(512, 64)
+    options, x = MixtureOptions([0], 1.0, 1.0, 0.5, top_k=None, balance_detach=False), torch.ones(512, 64)
     inputs = x.requires_grad_(), torch.eye(64), torch.eye(64), torch.zeros(1, 64)
     compiled = torch.compile(mixture, fullgraph=True)
     kept, other = (compiled(*inputs, options, dropout=True)[0] for _ in range(2))

@@ -143,7 +143,7 @@ def test_routing_gives_importance_counts_and_types_of_every_layer():
         assert record.adapter == "default" and not record.importance.requires_grad
         assert record.token_counts.tolist() == [7, 6, 5] and record.task_types.tolist() == [0, 1, -1]
         torch.testing.assert_close(record.importance.sum(-1), record.token_counts.float())
-        assert record.expert_groups == [3, 3]
+        assert record.groups.sizes == (3, 3)
 
 
 def test_routing_gives_the_entropy_of_the_real_tokens():

@@ -37,9 +37,9 @@ def test_layers_with_other_experts_have_terms_of_their_own():
     terms = balance_terms(model)["default"]
     assert list(terms) == [record.layer for record in layer_routing(model)]
     for record in layer_routing(model):
-        targets = balance_targets(record.task_types, record.expert_groups, 0.3)
+        targets = balance_targets(record.task_types, record.groups, 0.3)
         options = dict(formula="cv_squared", target="corrected", importance="mean")
         torch.testing.assert_close(
             terms[record.layer], balance_term(record.importance, record.token_counts, targets, **options)
         )
-    assert {tuple(record.expert_groups) for record in layer_routing(model)} == {(2, 2), (3, 3), (1, 3)}
+    assert {tuple(record.groups) for record in layer_routing(model)} == {(2, 2), (3, 3), (1, 3)}

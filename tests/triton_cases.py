@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch._inductor.config
 
-from peft_loramoe.ops import Options, mixture, mixture_torch, reference
+from peft_loramoe.ops import MixtureOptions, mixture, mixture_torch, reference
 
 
 NAMES = ("x", "A", "B", "router")
@@ -55,7 +55,7 @@ def mask(rows, columns, dropout, seed, device="cpu"):
 
 
 def options_of(case):
-    return Options(1.5, 0.7, case.dropout, list(case.experts), case.top_k, torch.float32, case.balance_detach)
+    return MixtureOptions(list(case.experts), 1.5, 0.7, case.dropout, top_k=case.top_k, balance_detach=case.balance_detach)
 
 
 def inputs_of(case, device):

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from peft_loramoe import LoRAExperts, LoRAMoEConfig, LoRAMoELinear
+from ..config import LoRAMoEConfig
+from ..experts import LoRAExperts
+from ..layer import LoRAMoELinear
 
 
 def experts_by_layer(model: nn.Module) -> dict[tuple[str, str], LoRAExperts]:
@@ -30,11 +32,6 @@ def configs_of(model: nn.Module) -> Mapping[str, LoRAMoEConfig]:
         ValueError: the model has no LoRAMoE layers.
     """
     return _linears(model)[0].recorder.configs
-
-
-def group_of_each(expert_groups: list[int]) -> list[int]:
-    """The group of each expert, from the sizes of the groups."""
-    return [group for group, size in enumerate(expert_groups) for _ in range(size)]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..geometry import cosines, inner_products, subspace_overlaps
-from .adapted import experts_by_layer, group_of_each
+from ..ops.similarity import cosines, inner_products, subspace_overlaps
+from .adapted import experts_by_layer
 
 
 def expert_similarity(model: nn.Module) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def expert_similarity(model: nn.Module) -> list[dict[str, Any]]:
             "output_overlap": subspace_overlaps(B_of_each).tolist(),
             "input_overlap": subspace_overlaps(A_of_each.mT).tolist(),
         }
-        groups, place = group_of_each(experts.expert_groups), {n: i for i, n in enumerate(experts.lora_experts)}
+        groups, place = experts.groups.of_experts, {n: i for i, n in enumerate(experts.options.experts)}
         records += [
             {
                 "adapter": adapter,

@@ -10,14 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from peft_loramoe import LayerRouting, LoRAExperts, layer_routing
-
+from ..balance import LayerRouting, layer_routing
+from ..experts import LoRAExperts
 from ..modes import evaluation_mode
 from .adapted import (
     adapts_only_below_head,
     configs_of,
     experts_by_layer,
-    group_of_each,
     on_device_of,
     require_finite,
     takes,
@@ -133,7 +132,7 @@ class _Sums:
     def __init__(self, layer: LayerRouting) -> None:
         device, num_experts = layer.importance.device, layer.importance.shape[1]
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        rows = 1 + len(layer.expert_groups)
+        rows = 1 + len(layer.groups)
         self.probabilities = torch.zeros(rows, num_experts, dtype=dtype, device=device)  # over tokens
         self.means = torch.zeros(rows, num_experts, dtype=dtype, device=device)  # of samples' means, over samples
         self.entropy = torch.zeros(rows, dtype=dtype, device=device)
@@ -149,7 +148,7 @@ class _Sums:
 
     def records(self, of_layer: dict[str, Any], experts: LoRAExperts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The linear's part of `RouterStatistics.experts` and of `RouterStatistics.layers`, its own fields in front."""
-        groups = group_of_each(experts.expert_groups)
+        groups = experts.groups.of_experts
         of_experts, of_layers = [], []
         probabilities, means, entropy = (sums.cpu().double() for sums in (self.probabilities, self.means, self.entropy))
         for row, (samples, tokens) in enumerate(self.counts.tolist()):
@@ -159,7 +158,7 @@ class _Sums:
             fields = {**of_layer, "task_type": row - 1}
             weights, importance = probabilities[row] / tokens, means[row] / samples
             of_experts += [
-                {**fields, "expert": n, "group": group, "null": group in experts.null_groups, "weight": w, "importance": i}
+                {**fields, "expert": n, "group": group, "null": group in experts.groups.null, "weight": w, "importance": i}
                 for n, (group, w, i) in enumerate(zip(groups, weights.tolist(), importance.tolist()))
             ]
             of_layers.append(

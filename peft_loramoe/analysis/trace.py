@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from peft_loramoe import LayerRouting, layer_routing
-
+from ..balance import LayerRouting, layer_routing
+from ..groups import ExpertGroups
 from ..modes import evaluation_mode
-from .adapted import adds_special_tokens, configs_of, group_of_each, on_device_of, require_finite
+from .adapted import adds_special_tokens, configs_of, on_device_of, require_finite
 from .saved import SavedAsJSON
 
 
@@ -61,7 +61,7 @@ class RouterTrace(SavedAsJSON):
             }
             for layer, probabilities in self.layers.items()
             for position, (token, of_token) in enumerate(zip(self.tokens, probabilities))
-            for expert, (group, weight) in enumerate(zip(group_of_each(self.expert_groups[layer]), of_token))
+            for expert, (group, weight) in enumerate(zip(ExpertGroups(self.expert_groups[layer]).of_experts, of_token))
         ]
 
 
@@ -132,7 +132,7 @@ def _by_layer(used: list[LayerRouting], num_tokens: int) -> tuple[dict[str, list
             require_finite(probabilities, layer.adapter, layer.layer)
             uses[layer.layer] += 1
             name = layer.layer if uses[layer.layer] == 1 else f"{layer.layer}#{uses[layer.layer]}"
-            layers[name], expert_groups[name] = probabilities.tolist(), list(layer.expert_groups)
+            layers[name], expert_groups[name] = probabilities.tolist(), list(layer.groups.sizes)
     if not layers:
         names = ", ".join(dict.fromkeys(layer.layer for layer in used))
         raise ValueError(f"No adapted layer reads the text's {num_tokens} tokens one by one; those that ran: {names}.")

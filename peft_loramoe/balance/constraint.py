@@ -13,6 +13,8 @@ there the matched experts end with the smaller weight. See docs/balance.md.
 import torch
 from torch import Tensor
 
+from ..groups import ExpertGroups
+
 
 EPS = 1e-10
 
@@ -36,20 +38,18 @@ def importance(probabilities: Tensor, sample_ids: Tensor, real: Tensor, num_samp
     return sums, counts
 
 
-def balance_targets(task_types: Tensor, expert_groups: list[int], delta: float) -> Tensor:
+def balance_targets(task_types: Tensor, groups: ExpertGroups, delta: float) -> Tensor:
     """Target ``I[m, n]`` of each expert's importance for each sample.
 
     Args:
         task_types: shape (M,), int64; g matches group g, -1 is unknown.
-        expert_groups: sizes of the groups, in the order of the experts.
+        groups: the expert groups.
         delta: in [0, 1).
 
     Returns:
         Targets, shape (M, N), float32.
     """
-    group_of_expert = torch.tensor(
-        [group for group, size in enumerate(expert_groups) for _ in range(size)], device=task_types.device
-    )
+    group_of_expert = torch.tensor(groups.of_experts, device=task_types.device)
     matches = task_types[:, None] == group_of_expert
     return torch.where(task_types[:, None] < 0, 1.0, torch.where(matches, 1.0 + delta, 1.0 - delta))
 

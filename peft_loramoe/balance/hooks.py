@@ -22,6 +22,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..config import LoRAMoEConfig
 from ..experts import LoRAExperts
+from ..groups import ExpertGroups
 from .recording import ForwardPass, Record
 from .samples import Batch, label_tokens, repeat_for_rows
 from .terms import Terms, compute_terms
@@ -38,7 +39,7 @@ class LayerRouting:
         entropy: sum of the entropies of the router probabilities over the same tokens, shape (M,), floating point, in nats.
         token_counts: real tokens of each sample, shape (M,), int64; 0 marks an unused slot.
         task_types: shape (M,), int64, -1 for unknown.
-        expert_groups: sizes of the expert groups, N in all.
+        groups: the expert groups, N experts in all.
         probabilities: of each token that the layer read, padding included, shape (..., N), floating point.
     """
 
@@ -48,7 +49,7 @@ class LayerRouting:
     entropy: Tensor
     token_counts: Tensor
     task_types: Tensor
-    expert_groups: list[int]
+    groups: ExpertGroups
     probabilities: Tensor
 
 
@@ -150,7 +151,7 @@ class Recorder:
                     one.entropy(record),
                     importance[1],
                     one.task_types(record),
-                    record.experts.expert_groups,
+                    record.experts.groups,
                     record.probabilities.detach(),
                 )
                 for one in self._passes
@@ -193,7 +194,7 @@ class Recorder:
             self._passes.pop()
         if not last.training or not balanced:
             return output
-        if last.batch.task_types is None and any(len(self.configs[name].groups_of()) > 1 for name in balanced):
+        if last.batch.task_types is None and any(self.configs[name].num_groups > 1 for name in balanced):
             self._warn(
                 "balance_loss_weight > 0, but the model was called without task_types: every sample counts as of unknown "
                 "type, so the balance term only spreads the load evenly over the experts. Pass task_types (with Trainer or "

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .constraint import balance_targets, importance
 from ..config import LoRAMoEConfig
 from ..experts import LoRAExperts
+from .constraint import balance_targets, importance
 from .samples import Batch, Samples, task_type_tensor
 
 
@@ -54,7 +54,7 @@ class ForwardPass:
 
     def alike_records(self) -> list[list[Record]]:
         """The records, those together whose importance can be computed at once and whose targets are the same."""
-        return alike(self.records, lambda r: (*self._key(r), r.probabilities.dtype, r.experts.expert_groups))
+        return alike(self.records, lambda r: (*self._key(r), r.probabilities.dtype, r.experts.groups))
 
     def importance(self, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
         """Sums over the real tokens of each sample, shape (L, M, N), of L records that are alike; their number, shape (M,)."""
@@ -62,7 +62,7 @@ class ForwardPass:
 
     def targets(self, record: Record) -> Tensor:
         """The balance targets of one record, shape (M, N)."""
-        groups = record.experts.expert_groups
+        groups = record.experts.groups
         key = (*self._key(record), groups)
         if (targets := _find(self._targets, key)) is None:
             targets = balance_targets(self.task_types(record), groups, self.configs[record.adapter].balance_delta)
@@ -119,7 +119,7 @@ class ForwardPass:
         if self.batch.task_types is None:
             return None
         config = self.configs[adapter]
-        types = task_type_tensor(self.batch.task_types, len(config.groups_of()), config.task_type_names)
+        types = task_type_tensor(self.batch.task_types, config.num_groups, config.task_type_names)
         if types.shape[0] != self.batch.rows:
             raise ValueError(f"task_types has shape {tuple(types.shape)}, but the batch has {self.batch.rows} rows.")
         return types

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import LoRAMoEConfig
 from .constraint import balance_term
 from .distributed import concatenate_over_processes, is_distributed
-from ..config import LoRAMoEConfig
 from .recording import ForwardPass, alike
 
 

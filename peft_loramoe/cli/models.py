@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from peft_loramoe import LoRAMoEConfig
-
 from ..analysis.adapted import adds_special_tokens
 from ..card import AUTO_CLASSES
+from ..config import LoRAMoEConfig
 from ..interop import read_adapter
 from ..interop.files import EXPERT_KEY, experts_by_module
 from ..interop.inspect import loramoe_config

@@ -11,10 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from peft_loramoe import LoRAMoEConfig
-
 from ..analysis import RouterStatistics, RouterTrace, group_weights
 from ..analysis.names import group_name, type_name
+from ..config import LoRAMoEConfig
 from ..interop import Surgery
 from ..interop.inspect import AdapterSummary, LayerSummary
 

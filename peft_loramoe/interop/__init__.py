@@ -1,7 +1,7 @@
 """Other people's checkpoints and plain LoRAs in and out; everything here works on adapter folders or loaded models."""
 
 from .convert import convert_checkpoint
-from .export import export_lora, fixed_gates
+from .export import export_lora
 from .export_report import LoRAExport, print_report
 from .files import new_folder, read_adapter, write_adapter
 from .restructure import Surgery
@@ -15,7 +15,6 @@ __all__ = [
     "add_experts",
     "convert_checkpoint",
     "export_lora",
-    "fixed_gates",
     "list_experts",
     "merge_experts",
     "new_folder",

@@ -17,8 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_loramoe import LoRAMoEConfig
-
+from ..config import LoRAMoEConfig
 from .files import PREFIX, experts_by_module, some, stack_experts
 
 
@@ -129,7 +128,7 @@ def to_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
     num_experts = ours.num_experts
     if ours.balance_loss_weight > 0:
         different = [f"{name}={getattr(ours, name)!r}" for name, value in TRAINING.items() if getattr(ours, name) != value]
-        if num_experts % 2 == 0 and ours.groups_of() != [num_experts // 2] * 2:
+        if num_experts % 2 == 0 and ours.groups_of().sizes != (num_experts // 2,) * 2:
             different.append(f"expert_groups={ours.expert_groups}")
         if different:
             warnings.warn(f"The authors' code does not know {', '.join(different)} and would go on training with another "

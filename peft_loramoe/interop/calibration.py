@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from peft_loramoe import LoRAMoEConfig, LoRAMoELinear
-
+from ..balance.samples import Batch, label_tokens, task_type_tensor
+from ..config import LoRAMoEConfig
+from ..layer import LoRAMoELinear
 from ..modes import evaluation_mode
 from ..ops.router import select_gates
-from ..balance.samples import Batch, label_tokens, task_type_tensor
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _prepare_batch(model: nn.Module, config: LoRAMoEConfig, batch: Mapping[str, 
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     types = inputs.pop("task_types", None)
     if types is not None:
-        types = task_type_tensor(types, len(config.groups_of()), config.task_type_names)
+        types = task_type_tensor(types, config.num_groups, config.task_type_names)
     is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not is_encoder_decoder
     if causal and inputs.get("labels") is None and inputs.get("input_ids") is not None:
@@ -167,7 +167,7 @@ def mean_gates(
     def visit(layer: LoRAMoELinear, x: Tensor, task_types: Tensor) -> None:
         experts = layer.loramoe_experts[adapter.name]
         x = x if task_type is None else x[task_types == task_type]
-        gates = select_gates(experts(x)[1], list(range(experts.num_experts)), experts.top_k)
+        gates = select_gates(experts(x)[1], range(experts.num_experts), experts.options.top_k)
         sums[layer.name] = sums.get(layer.name, 0) + gates.sum(0, dtype=torch.float64).cpu()
         counts[layer.name] += len(x)
 

@@ -1,24 +1,21 @@
-"""A mixture leaves as a plain LoRA: its gates are fixed, and what that costs is measured."""
+"""Approximate a mixture by a plain LoRA with fixed gates, and measure the error."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.lora.conversion import convert_to_lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_loramoe import LoRAMoELinear
-
 from ..balance.samples import task_type_tensor
+from ..layer import LoRAMoELinear
 from .calibration import Adapter, CalibrationBatch, find_adapter, mean_gates, prepare
 from .export_report import Factors, LoRAExport, Measured, import_rich, make_report, measure, print_report, warn, write_lora_card
 from .files import PREFIX, new_folder, write_adapter
@@ -63,9 +60,8 @@ def export_lora(
         weights: not negative; divided by their sum.
         task_type: index or name; the mean gates are taken over the tokens of that type. The error is measured on all the
             calibration data: pass only samples of that type to know it for them.
-        rank: truncate to this rank by singular value decomposition, with PEFT's `convert_to_lora`; a float in (0, 1] is the
-            share of the squared singular values to keep, layer by layer. The decomposition is that of the full weight, so large
-            layers take a while. A layer whose exact rank E*r is no larger keeps it; None: all do.
+        rank: truncate to this rank by singular value decomposition; a float in (0, 1] is the share of the squared singular
+            values to keep, layer by layer. A layer whose exact rank E*r is no larger keeps it; None: all do.
         calibration: keyword arguments of the model, batch by batch: `input_ids`, `attention_mask`, `labels` (the input ids if a
             causal language model is given none), `task_types`. None: nothing is measured, which is said in a warning.
         adapter_name: None for the only or the active one.
@@ -97,8 +93,7 @@ def export_lora(
             by_layer = mean_gates(model, adapter, batches, task_type, title)
         else:
             by_layer = {layer.name: _given_gates(layer, adapter.name, gates, weights) for layer in adapter.layers}
-        with torch.no_grad(), fixed_gates(model, by_layer, adapter.name):
-            loras = _factors(adapter, rank, show)
+        loras = _factors(adapter, by_layer, rank)
         measured = measure(model, adapter, batches, loras, each_layer, title) if batches else Measured()
         report = make_report(str(output), adapter, gates, task_type, by_layer, loras, measured, max_kl_share)
         write_adapter(folder, _lora_config(model, adapter, loras), {**_lora_keys(loras), **_other_tensors(model, adapter)})
@@ -108,39 +103,6 @@ def export_lora(
         print_report(report)
     warn(report)
     return report
-
-
-@contextmanager
-def fixed_gates(model: nn.Module, gates: Mapping[str, Tensor], adapter_name: str | None = None) -> Iterator[None]:
-    """Fix an adapter's gates: inside, its layers have a `get_delta_weight`, and PEFT's `convert_to_lora` takes them.
-
-    What the layers compute in their forward pass does not change.
-
-    Args:
-        model: the adapted model.
-        gates: layer name (inside the base model) -> gate of each router output, null experts included, shape (N,).
-        adapter_name: None for the only or the active one.
-
-    Raises:
-        ValueError: a layer has no gates, or another number of them than router outputs.
-    """
-    adapter = find_adapter(model, adapter_name)
-    fixed = {}
-    for layer in adapter.layers:
-        experts = layer.loramoe_experts[adapter.name]
-        given = gates.get(layer.name)
-        if given is None or given.shape != (experts.num_experts,):
-            found = "none" if given is None else f"of shape {tuple(given.shape)}"
-            raise ValueError(f"gates of layer '{layer.name}': {found}; give {experts.num_experts}, one for each router output.")
-        groups = given.split(experts.expert_groups)
-        fixed[layer] = torch.cat([g for group, g in enumerate(groups) if group not in experts.null_groups])
-    try:
-        for layer, kept in fixed.items():
-            layer.fixed_gates[adapter.name] = kept
-        yield
-    finally:
-        for layer in fixed:
-            layer.fixed_gates.pop(adapter.name, None)
 
 
 def _check_adapter(adapter: Adapter, rank: int | float | None) -> None:
@@ -180,13 +142,13 @@ def _check_gates(
         return None
     if gates != "mean":
         raise ValueError(f"task_type={task_type!r} has no effect with gates='{gates}'; it goes with gates='mean'.")
-    return int(task_type_tensor([task_type], len(adapter.config.groups_of()), adapter.config.task_type_names)[0])
+    return int(task_type_tensor([task_type], adapter.config.num_groups, adapter.config.task_type_names)[0])
 
 
 def _given_gates(layer: LoRAMoELinear, adapter: str, gates: str, weights: Sequence[float] | None) -> Tensor:
     """The gate of each router output of one layer, shape (N,), float32."""
     experts = layer.loramoe_experts[adapter]
-    sizes = experts.expert_groups
+    sizes = list(experts.groups.sizes)
     if gates == "uniform":
         return torch.full((experts.num_experts,), 1 / experts.num_experts)
     wanted = len(sizes) if gates == "groups" else experts.num_experts
@@ -195,28 +157,45 @@ def _given_gates(layer: LoRAMoELinear, adapter: str, gates: str, weights: Sequen
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     if gates == "groups":
         shares = (shares / torch.tensor(sizes)).repeat_interleave(torch.tensor(sizes))
-    kept = [g for group, g in enumerate(shares.split(sizes)) if group not in experts.null_groups]
-    if not torch.cat(kept).any():
+    if not shares[list(experts.options.experts)].any():
         raise ValueError(f"weights={list(weights)} leave no weight to the experts of '{layer.name}' that are not null.")
     return shares.float()
 
 
-def _factors(adapter: Adapter, rank: int | float | None, show: bool) -> dict[LoRAMoELinear, Factors]:
-    """A and B of each layer's LoRA, in the dtype of the adapter; its gates are fixed."""
-    loras: dict[LoRAMoELinear, Factors] = {layer: layer.fixed_lora(adapter.name) for layer in adapter.layers}
-    larger = [layer for layer, (A, _) in loras.items() if isinstance(rank, float) or (rank and A.shape[0] > rank)]
-    for layer in larger:
-        if rank > (limit := min(layer.in_features, layer.out_features)):
-            raise ValueError(f"rank={rank} is more than layer '{layer.name}' can have ({limit}); choose a smaller one.")
-    if larger:
-        # A list of the layers, not the model: other layers may belong to other adapters.
-        _, tensors = convert_to_lora(nn.ModuleList(larger), rank, adapter_name=adapter.name, progressbar=show)
-        for i, layer in enumerate(larger):
-            A, B = tensors[f"{i}.lora_A.weight"], tensors[f"{i}.lora_B.weight"]
-            if A.shape[0] < loras[layer][0].shape[0]:
-                loras[layer] = A, B
-    dtype = adapter.layers[0].loramoe_experts[adapter.name].B.dtype
-    return {layer: (A.to(dtype), B.to(dtype)) for layer, (A, B) in loras.items()}
+@torch.no_grad()
+def _factors(adapter: Adapter, gates: Mapping[str, Tensor], rank: int | float | None) -> dict[LoRAMoELinear, Factors]:
+    """A and B of each layer's LoRA of scale 1, in the dtype of the adapter.
+
+    Args:
+        adapter: the mixture.
+        gates: layer name -> gate of each router output, shape (N,).
+        rank: as in `export_lora`.
+    """
+    loras: dict[LoRAMoELinear, Factors] = {}
+    for layer in adapter.layers:
+        experts = layer.loramoe_experts[adapter.name]
+        of_lora_experts = gates[layer.name][list(experts.options.experts)].to(experts.B.device, torch.float64)
+        A, B = experts.A.double(), experts.B.double()
+        B = B * (of_lora_experts * experts.scaling).repeat_interleave(experts.r)
+        if rank is not None and (isinstance(rank, float) or len(A) > rank):
+            if rank > (limit := min(layer.in_features, layer.out_features)):
+                raise ValueError(f"rank={rank} is more than layer '{layer.name}' can have ({limit}); choose a smaller one.")
+            A, B = _truncate(A, B, rank)
+        loras[layer] = A.to(experts.B.dtype), B.to(experts.B.dtype)
+    return loras
+
+
+def _truncate(A: Tensor, B: Tensor, rank: int | float) -> Factors:
+    """The best approximation of ``B A`` of that rank, or with that share of the squared singular values, as two factors."""
+    # Through the triangular factors: no matrix of the layer's own size is decomposed.
+    (left, R_left), (right, R_right) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.T)
+    kept = rank
+    if isinstance(rank, float):
+        shares = S.square().cumsum(0) / S.square().sum().clamp(min=torch.finfo(S.dtype).tiny)
+        kept = min(int((shares < rank).sum()) + 1, len(S))
+    root = S[:kept].sqrt()
+    return root[:, None] * (Vh[:kept] @ right.T), left @ U[:, :kept] * root
 
 
 def _lora_keys(loras: Mapping[LoRAMoELinear, Factors]) -> dict[str, Tensor]:

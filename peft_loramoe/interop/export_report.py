@@ -16,8 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from peft_loramoe import LoRAMoELinear
-
+from ..layer import LoRAMoELinear
 from ..modes import evaluation_mode
 from .calibration import Adapter, CalibrationBatch, OutputError, visit_inputs
 

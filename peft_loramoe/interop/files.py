@@ -20,9 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_loramoe import LoRAMoEConfig
-
 from ..card import write_card
+from ..config import LoRAMoEConfig
 
 
 CONFIG = "adapter_config.json"

@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_loramoe import LoRAMoEConfig
-
-from ..geometry import cosines, inner_products
-from ..peft_api import get_pattern_key
+from ..config import LoRAMoEConfig
+from ..groups import ExpertGroups
+from ..ops.similarity import cosines, inner_products
 from .files import EXPERT_KEY, experts_by_module, read_adapter
 
 
@@ -107,20 +106,17 @@ def inspect_adapter(source: str | Path) -> AdapterSummary:
         layer, inner = _layer(config, module, parts)
         layers.append(layer)
         products.append(inner)
-    same = all(layer.expert_groups == layers[0].expert_groups for layer in layers)
-    norms, similarity = _norms_and_cosines(sum(products), _kept(layers[0].expert_groups, config)) if same else (None, None)
-    names, null = config.task_type_names, config.null_groups or []
+    first = config.groups_of(layers[0].layer)
+    same = all(config.groups_of(layer.layer) == first for layer in layers)
+    norms, similarity = _norms_and_cosines(sum(products), first) if same else (None, None)
+    names, groups = config.task_type_names, config.groups_of()
     return AdapterSummary(
         source=str(source),
         config={key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()},
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
-        experts=[
-            ExpertSummary(group, names[group] if names else None, group in null)
-            for group, size in enumerate(config.groups_of())
-            for _ in range(size)
-        ],
+        experts=[ExpertSummary(group, names[group] if names else None, group in groups.null) for group in groups.of_experts],
         layers=layers,
         norms=norms,
         similarity=similarity,
@@ -142,39 +138,32 @@ def loramoe_config(source: str | Path, options: dict[str, Any]) -> LoRAMoEConfig
     return LoRAMoEConfig.from_peft_type(**options)
 
 
-def _kept(groups: list[int], config: LoRAMoEConfig) -> list[bool]:
-    """Whether each router output has parameters."""
-    return [group not in (config.null_groups or []) for group, size in enumerate(groups) for _ in range(size)]
-
-
 def _layer(config: LoRAMoEConfig, module: str, parts: dict[str, Tensor]) -> tuple[LayerSummary, Tensor]:
     """The summary of one linear, and the inner products of its scaled matrices, shape (E, E)."""
-    key = get_pattern_key(config.num_experts_pattern, module)
-    groups = config.groups_of(key if key in config.num_experts_pattern else None)
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-    kept, scaling = _kept(groups, config), config.scaling(r, alpha)
+    groups, r, scaling = config.groups_of(module), config.rank_of(module), config.mixture_options(module).scaling
+    lora_channels = len(groups.lora_experts) * r
     A, B, router = (parts[name].double() for name in ("A", "B", "router"))
     for name, found, wanted in (
-        ("rows of A", A.shape[0], sum(kept) * r),
-        ("columns of B", B.shape[-1], sum(kept) * r),
-        ("rows of the router", router.shape[0], len(kept)),
+        ("rows of A", A.shape[0], lora_channels),
+        ("columns of B", B.shape[-1], lora_channels),
+        ("rows of the router", router.shape[0], groups.num_experts),
     ):
         if found != wanted:
             raise ValueError(
-                f"'{module}' has {found} {name}, but {wanted} follow from adapter_config.json (groups {groups}, "
+                f"'{module}' has {found} {name}, but {wanted} follow from adapter_config.json (groups {list(groups.sizes)}, "
                 f"null_groups={config.null_groups}, r={r}): the files do not belong together."
             )
     if not all(tensor.isfinite().all() for tensor in (A, B, router)):
         warnings.warn(f"'{module}' has values that are not finite: training diverged, or the file is damaged.")
     inner = scaling**2 * inner_products(A, B, r)
-    return LayerSummary(module, groups, r, scaling, *_norms_and_cosines(inner, kept)), inner
+    return LayerSummary(module, list(groups.sizes), r, scaling, *_norms_and_cosines(inner, groups)), inner
 
 
-def _norms_and_cosines(inner: Tensor, kept: list[bool]) -> tuple[list[float | None], list[list[float | None]]]:
+def _norms_and_cosines(inner: Tensor, groups: ExpertGroups) -> tuple[list[float | None], list[list[float | None]]]:
     """Norms and cosines from inner products, shape (E, E), with a place for each router output."""
     norms, similarity = inner.diagonal().clamp(min=0).sqrt(), cosines(inner)
-    place = [sum(kept[:i]) if has else None for i, has in enumerate(kept)]
+    place = {expert: i for i, expert in enumerate(groups.lora_experts)}
+    place = [place.get(expert) for expert in range(groups.num_experts)]
 
     def number(value: Tensor) -> float | None:
         return value.item() if math.isfinite(value) else None

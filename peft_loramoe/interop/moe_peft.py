@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_loramoe import LoRAMoEConfig
-
+from ..config import LoRAMoEConfig
 from .files import some, stack_experts
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_loramoe import LoRAExperts, LoRAMoEConfig, LoRAMoELinear
-
-from ..peft_api import get_pattern_key
+from ..config import LoRAMoEConfig
+from ..experts import LoRAExperts
+from ..groups import ExpertGroups
+from ..layer import LoRAMoELinear
 from ..ops.router import select_gates
+from ..peft_api import get_pattern_key
 from .calibration import Adapter, CalibrationBatch, OutputError, visit_inputs
 
 
@@ -82,8 +84,8 @@ def read_experts(experts: LoRAExperts) -> list[Expert]:
     """The experts of one layer in their order, detached."""
     A, B = iter(experts.A.detach().split(experts.r)), iter(experts.B.detach().split(experts.r, dim=1))
     return [
-        Expert(group, row) if group in experts.null_groups else Expert(group, row, next(A), next(B))
-        for group, row in zip(_groups(experts), experts.router.detach())
+        Expert(group, row) if group in experts.groups.null else Expert(group, row, next(A), next(B))
+        for group, row in zip(experts.groups.of_experts, experts.router.detach())
     ]
 
 
@@ -143,13 +145,8 @@ def restructure(
         layer.loramoe_experts[adapter.name] = experts
     for field in dataclasses.fields(config):
         setattr(adapter.config, field.name, getattr(config, field.name))
-    changes = [LayerChange(layer.name, experts.expert_groups, error.of(layer.name)) for layer, experts in built.items()]
+    changes = [LayerChange(layer.name, list(experts.groups.sizes), error.of(layer.name)) for layer, experts in built.items()]
     return Surgery(adapter.name, changes, error.of())
-
-
-def _groups(experts: LoRAExperts) -> list[int]:
-    """The group of each router output."""
-    return [group for group, size in enumerate(experts.expert_groups) for _ in range(size)]
 
 
 def _sizes(experts: list[Expert]) -> dict[int, int]:
@@ -207,19 +204,9 @@ def _build(old: LoRAExperts, experts: list[Expert], top_k: int | None) -> LoRAEx
     """The mixture of these experts; everything else is as in the old one."""
     sizes = _sizes(experts)
     null = {expert.group for expert in experts if expert.A is None}
-    new = LoRAExperts(
-        old.A.shape[1],
-        old.B.shape[0],
-        r=old.r,
-        expert_groups=list(sizes.values()),
-        null_groups=[i for i, group in enumerate(sizes) if group in null],
-        scaling=old.initial_scaling,
-        dropout=old.dropout,
-        temperature=old.temperature,
-        router_dtype=old.router_dtype,
-        top_k=top_k,
-        balance_detach=old.balance_detach,
-    )
+    groups = ExpertGroups(sizes.values(), [i for i, group in enumerate(sizes) if group in null])
+    options = old.options._replace(experts=groups.lora_experts, scaling=old.initial_scaling, top_k=top_k)
+    new = LoRAExperts(old.A.shape[1], old.B.shape[0], r=old.r, groups=groups, options=options)
     new.scaling = old.scaling
     lora = [expert for expert in experts if expert.A is not None]
     values = {
@@ -257,6 +244,5 @@ def _fit(model: nn.Module, adapter: Adapter, batches: list[CalibrationBatch], bu
 
 def _gated(experts: LoRAExperts, x: Tensor) -> Tensor:
     """The gated rank channels of the experts, shape (T, E*r), float64: what the mixture multiplies by B."""
-    lora = [i for i, group in enumerate(_groups(experts)) if group not in experts.null_groups]
-    gates = select_gates(experts(x)[1], lora, experts.top_k) * experts.scaling
+    gates = select_gates(experts(x)[1], experts.options.experts, experts.options.top_k) * experts.scaling
     return (x @ experts.A.to(x.dtype).T).double() * gates.double().repeat_interleave(experts.r, dim=1)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_loramoe import LoRAExperts, LoRAMoELinear, layer_routing
-
+from ..balance import layer_routing
+from ..experts import LoRAExperts
+from ..layer import LoRAMoELinear
 from ..modes import evaluation_mode
 from .calibration import Adapter, find_adapter, mean_gates, prepare
 from .restructure import Expert, Surgery, merged, read_experts, restructure
@@ -109,7 +110,7 @@ def add_experts(
     """
     adapter = find_adapter(model, adapter_name)
     _check_addition(adapter, count, group, name, start, calibration is not None)
-    groups, null_groups = len(adapter.config.groups_of()), adapter.config.null_groups or []
+    groups, null_groups = adapter.config.num_groups, adapter.config.groups_of().null
     target = groups if group is None else group
     null_target = max(null_groups, default=groups + 1)
     layers, factors = {}, set()
@@ -120,7 +121,7 @@ def add_experts(
         if start == "nearest":
             new_rows = rows.mean(0).expand(wanted, -1)
         else:
-            any_count = experts.top_k is None and bool((rows == rows[0]).all())
+            any_count = experts.options.top_k is None and bool((rows == rows[0]).all())
             fill = 0 if any_count else -wanted % len(old)
             if fill and not fill_with_null:
                 raise ValueError(
@@ -271,7 +272,7 @@ def _check_addition(
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise ValueError(f"count={count!r} must be a positive integer.")
     config = adapter.config
-    lora_groups = [g for g in range(len(config.groups_of())) if g not in (config.null_groups or [])]
+    lora_groups = [g for g in range(config.num_groups) if g not in config.groups_of().null]
     if group is not None and group not in lora_groups:
         raise ValueError(f"group={group} is no group of LoRA experts of adapter '{adapter.name}'; those are {lora_groups}.")
     if (name is not None) != (group is None and config.task_type_names is not None):

@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from peft_loramoe import LoRAMoEConfig
-
+from ..config import LoRAMoEConfig
+from ..groups import ExpertGroups
 from ..peft_api import get_pattern_key
 from .files import PREFIX, expert_keys, new_folder, read_adapter, some, write_adapter
 
@@ -99,8 +99,8 @@ def upcycle(
         ]
         _check_same_modules(loras)
         config = _config(loras, num_experts, method, options)
-        groups, null = config.groups_of(), config.null_groups or []
-        total, count = sum(groups), sum(size for group, size in enumerate(groups) if group not in null)
+        groups = config.groups_of()
+        total, count = groups.num_experts, len(groups.lora_experts)
         tensors = {}
         for module in loras[0].weights:
             experts = [lora.weights[module] for lora in loras]
@@ -233,7 +233,7 @@ def _config(loras: list[Lora], num_experts: int | None, method: str, options: di
     one = len(loras) == 1
     experts = num_experts if one else len(loras)
     groups, null = options.get("expert_groups") or [experts], options.get("null_groups") or []
-    if (found := sum(size for group, size in enumerate(groups) if group not in null)) != experts:
+    if (found := len(ExpertGroups(groups, null).lora_experts)) != experts:
         raise ValueError(
             f"expert_groups={groups} with null_groups={null} has {found} experts that are not null, not {experts}."
         )

@@ -1,6 +1,6 @@
 """The mixture's arithmetic. `mixture` is what layers use; `reference` is the formula it is tested against."""
 
-from .mixture import Options, mixture
+from .mixture import MixtureOptions, mixture
 
 
-__all__ = ["Options", "mixture"]
+__all__ = ["MixtureOptions", "mixture"]

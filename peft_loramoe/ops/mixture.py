@@ -1,15 +1,16 @@
-"""The mixture as one node of autograd's graph, with a gradient of its own; the one place that picks an implementation.
+"""The mixture as a single autograd node, and the choice of its backend.
 
-torch.compile looks into the torch implementation and fuses it with what is around it. It takes the Triton kernels, and with
-torch 2.5 everything, for one operator, `peft_loramoe::mixture`; so does torch.export where the graph is to be differentiated.
+Saved for the backward pass: x, the dropout mask, the rank channels and the probabilities. Everything else is recomputed.
 
-What it saves for the backward pass: x, dropout's mask, the rank channels and the probabilities. The rest is computed anew.
+torch.compile traces the torch backend and fuses it with its surroundings. The Triton kernels, and any backend under torch
+2.5, are compiled as one custom operator, `peft_loramoe::mixture`; so is a graph exported for training.
 
-PEFT_LORAMOE_TRITON=1 in the environment, read at import, turns on the Triton kernels, on CUDA devices where they can be used.
-They have not run on a GPU yet, so that is not the default. Everything else is computed by `mixture_torch`.
+PEFT_LORAMOE_TRITON=1 (read at import) enables the Triton kernels on CUDA devices where they apply. They have not run on a GPU
+yet, so they are off by default.
 """
 
 import os
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import mixture_torch
-from .mixture_torch import Options
+from .mixture_torch import MixtureOptions
 
 
 def _find_kernels() -> ModuleType | None:
@@ -33,16 +34,16 @@ def _find_kernels() -> ModuleType | None:
 
 KERNELS = _find_kernels()
 # Whether torch.compile takes the torch implementation for an operator too: torch 2.5's inductor fails to fuse it.
-OPAQUE = torch.__version__ < "2.6"
+COMPILE_AS_CUSTOM_OP = torch.__version__ < "2.6"
 
 
-def _implementation(
+def _select_backend(
     x: Tensor,
     A: Tensor,
     B: Tensor,
     router: Tensor,
     keep: Tensor | None,
-    options: Options,
+    options: MixtureOptions,
 ) -> ModuleType:
     if KERNELS is None or (keep is not None and keep.dtype == torch.bool):  # a mask is read by those who drew it
         return mixture_torch
@@ -54,7 +55,7 @@ def mixture(
     A: Tensor,
     B: Tensor,
     router: Tensor,
-    options: Options,
+    options: MixtureOptions,
     *,
     dropout: bool,
     base: Tensor | None = None,
@@ -93,16 +94,16 @@ def mixture(
     leading = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     base = None if base is None else base.reshape(-1, base.shape[-1])
-    implementation = _implementation(x, A, B, router, None, options)
-    keep = implementation.dropout_mask(x, options.dropout) if dropout and options.dropout > 0 else None
+    backend = _select_backend(x, A, B, router, None, options)
+    keep = backend.dropout_mask(x, options.dropout) if dropout and options.dropout > 0 else None
     inputs = (x, A, B, router, keep, base, weight, bias)
-    if torch.compiler.is_compiling() and (OPAQUE or implementation is not mixture_torch or _is_exporting_gradients()):
-        output, probabilities, _ = _mixture(*inputs, *options)
-    elif torch.is_grad_enabled():  # not the operator, which by itself takes as long as ten kernels to launch
-        output, probabilities, _ = _Mixture.apply(*inputs, *options)
+    if torch.compiler.is_compiling() and (COMPILE_AS_CUSTOM_OP or backend is not mixture_torch or _is_exporting_gradients()):
+        output, probabilities, _ = _mixture_op(*inputs, *options)
+    elif torch.is_grad_enabled():  # not the custom operator, whose dispatch takes as long as ten kernels to launch
+        output, probabilities, _ = _Mixture.apply(*inputs, options)
     else:
         with _no_autocast(kind):
-            output, probabilities, _ = implementation.forward(*inputs, options)
+            output, probabilities, _ = backend.forward(*inputs, options)
     return output.view(*leading, output.shape[1]), probabilities.view(*leading, probabilities.shape[1])
 
 
@@ -115,47 +116,21 @@ def _forward(
     base: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    scaling: float,
-    temperature: float,
-    dropout: float,
-    experts: list[int],
-    top_k: int | None,
-    router_dtype: torch.dtype,
-    balance_detach: bool,
+    options: MixtureOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = Options(scaling, temperature, dropout, experts, top_k, router_dtype, balance_detach)
     with _no_autocast(x.device.type):
-        implementation = _implementation(x, A, B, router, keep, options)
-        output, probabilities, hidden = implementation.forward(x, A, B, router, keep, base, weight, bias, options)
+        backend = _select_backend(x, A, B, router, keep, options)
+        output, probabilities, hidden = backend.forward(x, A, B, router, keep, base, weight, bias, options)
         return output, probabilities, hidden.to(x.dtype)  # the dtype in which it is saved
 
 
 def _backward(
-    grad_output: Tensor,
-    grad_probabilities: Tensor | None,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor,
-    keep: Tensor | None,
-    weight: Tensor | None,
-    probabilities: Tensor,
-    hidden: Tensor,
-    scaling: float,
-    temperature: float,
-    dropout: float,
-    experts: list[int],
-    top_k: int | None,
-    router_dtype: torch.dtype,
-    balance_detach: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = Options(scaling, temperature, dropout, experts, top_k, router_dtype, balance_detach)
+    grad_output: Tensor, grad_probabilities: Tensor | None, saved: Sequence, options: MixtureOptions, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    x, A, B, router, keep, *_ = saved
     with _no_autocast(x.device.type):
-        gradients = _implementation(x, A, B, router, keep, options).backward(
-            grad_output, grad_probabilities, x, A, B, router, keep, weight, probabilities, hidden, options, needs
-        )
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+        backend = _select_backend(x, A, B, router, keep, options)
+        return backend.backward(grad_output, grad_probabilities, *saved, options, needs)
 
 
 def _no_autocast(kind: str) -> AbstractContextManager:
@@ -172,46 +147,61 @@ def _is_autocast(kind: str) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)  # autocast does not know meta tensors
 
 
-# Schemas written out: torch before 2.6 does not infer them from annotations like list[int].
+# Custom operators take flat arguments; this is the only place where the options are taken apart.
+# The schemas are written out because torch before 2.6 does not infer them from annotations like tuple[int, ...].
 _OPTIONS = (
-    "float scaling, float temperature, float dropout, SymInt[] experts, SymInt? top_k, ScalarType router_dtype, "
+    "SymInt[] experts, float scaling, float temperature, float dropout, SymInt? top_k, ScalarType router_dtype, "
     "bool balance_detach"
 )
-_mixture = torch.library.custom_op(
+_NUM_TENSORS = 8  # x to bias
+
+
+def _flat_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(*arguments[:_NUM_TENSORS], MixtureOptions(*arguments[_NUM_TENSORS:]))
+
+
+def _flat_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    grad_output, grad_probabilities, *saved = arguments[: 2 + _NUM_TENSORS]
+    *options, needs = arguments[2 + _NUM_TENSORS :]
+    gradients = _backward(grad_output, grad_probabilities, saved, MixtureOptions(*options), needs)
+    return tuple(saved[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+_mixture_op = torch.library.custom_op(
     "peft_loramoe::mixture",
-    _forward,
+    _flat_forward,
     mutates_args=(),
     schema="(Tensor x, Tensor A, Tensor B, Tensor router, Tensor? keep, Tensor? base, Tensor? weight, Tensor? bias, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
-_mixture_backward = torch.library.custom_op(
+_mixture_backward_op = torch.library.custom_op(
     "peft_loramoe::mixture_backward",
-    _backward,
+    _flat_backward,
     mutates_args=(),
     schema="(Tensor grad_output, Tensor? grad_probabilities, Tensor x, Tensor A, Tensor B, Tensor router, Tensor? keep, "
     f"Tensor? weight, Tensor probabilities, Tensor hidden, {_OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
-@_mixture.register_fake
+@_mixture_op.register_fake
 def _(
-    x: Tensor, A: Tensor, B: Tensor, router: Tensor, keep: Any, base: Tensor | None, *_: Any
+    x: Tensor, A: Tensor, B: Tensor, router: Tensor, keep: Any, base: Tensor | None, weight: Any, bias: Any, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    router_dtype = _[-2]
+    router_dtype = MixtureOptions(*options).router_dtype
     tokens = x.shape[0]
     precision = torch.promote_types(torch.promote_types(router_dtype, torch.float32), x.dtype)
     output = (x if base is None else base).new_empty(tokens, B.shape[0])
     return output, x.new_empty(tokens, router.shape[0], dtype=precision), x.new_empty(tokens, A.shape[0])
 
 
-@_mixture_backward.register_fake
+@_mixture_backward_op.register_fake
 def _(grad_output: Tensor, grad_probabilities: Any, x: Tensor, A: Tensor, B: Tensor, router: Tensor, *rest: Any) -> tuple:
     needs = rest[-1]
     return tuple(t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in zip((x, A, B, router), needs))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, A, B, router, keep, _base, weight, _bias, *options = inputs
+def _save(ctx: Any, tensors: Sequence, options: MixtureOptions, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, A, B, router, keep, _, weight, _ = tensors
     _, probabilities, hidden = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(hidden)
@@ -220,35 +210,52 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 
 
 def _differentiate(
-    ctx: Any, grad_output: Tensor | None, grad_probabilities: Tensor | None, _: None, backward: Any = _mixture_backward
-) -> tuple:
+    ctx: Any, grad_output: Tensor | None, grad_probabilities: Tensor | None, backward: Callable
+) -> tuple[list, Tensor | None]:
+    """Gradients of x, A, B and router, and of the base layer's output."""
     x, _, B, *_ = saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
     grad_base = grad_output if ctx.needs_input_grad[5] else None
     if grad_output is None:  # only the probabilities were used
         saved = (*saved[:5], None, *saved[6:])  # the base layer's weight has no part in them
         grad_output = x.new_zeros(()).expand(x.shape[0], B.shape[0])
-        needs = [needs[0] and not Options(*ctx.options).balance_detach, False, False, needs[3]]
-    gradients = backward(grad_output, grad_probabilities, *saved, *ctx.options, needs)
-    gradients = [gradient if needed else None for gradient, needed in zip(gradients, needs)]
-    return (*gradients, None, grad_base, *[None] * (2 + len(ctx.options)))
+        needs = [needs[0] and not ctx.options.balance_detach, False, False, needs[3]]
+    gradients = backward(grad_output, grad_probabilities, saved, ctx.options, needs)
+    return [gradient if needed else None for gradient, needed in zip(gradients, needs)], grad_base
+
+
+def _backward_by_op(
+    grad_output: Tensor, grad_probabilities: Tensor | None, saved: Sequence, options: MixtureOptions, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    return _mixture_backward_op(grad_output, grad_probabilities, *saved, *options, needs)
 
 
 class _Mixture(torch.autograd.Function):
-    """The operator without its dispatch, and open to torch.compile."""
+    """The mixture without the custom operator's dispatch, open to torch.compile."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        # Without a `setup_context` of its own, which would have torch inspect the signature at every call.
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
+        # No `setup_context` of its own: torch would inspect the signature at every call.
+        *tensors, options = inputs
+        output = _forward(*tensors, options)
+        _save(ctx, tensors, options, output)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
-        # In grad mode somebody wants to differentiate the gradient, which the operator refuses (as AOTAutograd does itself).
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return _differentiate(ctx, *gradients, backward=_mixture_backward if again else _backward)
+    def backward(ctx: Any, grad_output: Tensor | None, grad_probabilities: Tensor | None, _: None) -> tuple:
+        # With grad mode on, the gradient is about to be differentiated, which the operator refuses (so does AOTAutograd).
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        gradients, grad_base = _differentiate(ctx, grad_output, grad_probabilities, _backward_by_op if twice else _backward)
+        return (*gradients, None, grad_base, None, None, None)
+
+
+def _setup_op_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _save(ctx, inputs[:_NUM_TENSORS], MixtureOptions(*inputs[_NUM_TENSORS:]), output)
+
+
+def _differentiate_op(ctx: Any, grad_output: Tensor | None, grad_probabilities: Tensor | None, _: None) -> tuple:
+    gradients, grad_base = _differentiate(ctx, grad_output, grad_probabilities, _backward_by_op)
+    return (*gradients, None, grad_base, *[None] * (2 + len(MixtureOptions._fields)))
 
 
 def _refuse(ctx: Any, *_: Any) -> None:
@@ -258,5 +265,5 @@ def _refuse(ctx: Any, *_: Any) -> None:
     )
 
 
-_mixture.register_autograd(_differentiate, setup_context=_setup_context)
-_mixture_backward.register_autograd(_refuse)
+_mixture_op.register_autograd(_differentiate_op, setup_context=_setup_op_context)
+_mixture_backward_op.register_autograd(_refuse)

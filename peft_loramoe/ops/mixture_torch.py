@@ -13,33 +13,34 @@ from .router import project, router_probabilities, select_gates, select_gates_ba
 
 
 # Rank channels up to which `_grad_B` takes the other form: 1.4 times as fast at C = 24, 0.8 times at 256 (two cores, bfloat16).
-NARROW = 64
+NARROW_RANK = 64
 # Products with narrow matrices of a multiple of as many rows are up to twice as fast on a CPU (32 rows against 24).
-ROWS = 16
+CPU_ROW_MULTIPLE = 16
 # Tokens up to which casting the activations to the weights' dtype costs less than the other way round, as in decoding.
-FEW = 16
+SMALL_BATCH = 16
 
 
-class Options(NamedTuple):
-    """What is fixed for a layer; see `LoRAExperts`.
+class MixtureOptions(NamedTuple):
+    """What is fixed for a layer.
 
     Attributes:
-        scaling: factor on the experts' sum.
-        temperature: router temperature.
-        dropout: probability of dropping an entry of the experts' input; without effect where no mask is given.
-        experts: router outputs that have parameters.
+        experts: router outputs that have parameters, ascending; the others are null experts.
+        scaling: factor on the experts' sum (lora_alpha / r).
+        temperature: the router's logits are divided by it.
+        dropout: probability of dropping an entry of the experts' input; has no effect where no mask is given. All experts
+            see the same dropped input, the router the full one.
         top_k: router outputs that each token uses; None for all.
-        router_dtype: dtype of the logits.
-        balance_detach: the gradient of the probabilities does not reach x.
+        router_dtype: dtype of the router's logits.
+        balance_detach: the gradient of the returned probabilities reaches the router, but not x.
     """
 
-    scaling: float
-    temperature: float
-    dropout: float
-    experts: list[int]
-    top_k: int | None
-    router_dtype: torch.dtype
-    balance_detach: bool
+    experts: tuple[int, ...]
+    scaling: float = 1.0
+    temperature: float = 1.0
+    dropout: float = 0.0
+    top_k: int | None = None
+    router_dtype: torch.dtype = torch.float32
+    balance_detach: bool = False
 
     def factor(self, keep: Tensor | None) -> float:
         """The factor on the experts' sum, with what makes up for dropped entries where there is a mask."""
@@ -63,7 +64,7 @@ def forward(
     base: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    options: Options,
+    options: MixtureOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, probabilities and what the backward pass needs besides its inputs.
 
@@ -83,8 +84,8 @@ def forward(
         shape (T, C), dtype of x, or with few tokens perhaps a wider one.
     """
     # Compiled, the limit would be one more graph, or an error where the number of tokens depends on data.
-    if keep is None and not torch.compiler.is_compiling() and x.shape[0] <= FEW:
-        return _forward_of_few(x, A, B, router, base, weight, bias, options)
+    if keep is None and not torch.compiler.is_compiling() and x.shape[0] <= SMALL_BATCH:
+        return _forward_small_batch(x, A, B, router, base, weight, bias, options)
     dtype = x.dtype
     hidden, logits = _project(x, A, router, keep, options)
     probabilities = router_probabilities(logits, options.temperature)
@@ -101,7 +102,7 @@ def forward(
     return output, probabilities, hidden
 
 
-def _forward_of_few(
+def _forward_small_batch(
     x: Tensor,
     A: Tensor,
     B: Tensor,
@@ -109,7 +110,7 @@ def _forward_of_few(
     base: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    options: Options,
+    options: MixtureOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for a few tokens, without dropout, in as few steps as can be, in a dtype no narrower than that of A."""
     dtype = torch.promote_types(x.dtype, A.dtype)
@@ -147,7 +148,7 @@ def backward(
     weight: Tensor | None,
     probabilities: Tensor,
     hidden: Tensor,
-    options: Options,
+    options: MixtureOptions,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, A, B and the router; None for those that `needs` (in this order) says are not wanted.
@@ -206,16 +207,16 @@ def _drop(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else x * keep.view(torch.int8)  # on a CPU four times as fast as by a boolean
 
 
-def _logits_dtype(x: Tensor, options: Options) -> torch.dtype:
+def _logits_dtype(x: Tensor, options: MixtureOptions) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else options.router_dtype
 
 
-def _project(x: Tensor, A: Tensor, router: Tensor, keep: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+def _project(x: Tensor, A: Tensor, router: Tensor, keep: Tensor | None, options: MixtureOptions) -> tuple[Tensor, Tensor]:
     """The rank channels, in the dtype of x, and the logits: one product if both are of the same x and dtype."""
     dtype = _logits_dtype(x, options)
     together = keep is None and x.dtype == dtype
     rows = [_cast(A, x.dtype), _cast(router, dtype)] if together else [_cast(A, x.dtype)]
-    if x.is_cpu and (missing := -sum(map(len, rows)) % ROWS):
+    if x.is_cpu and (missing := -sum(map(len, rows)) % CPU_ROW_MULTIPLE):
         rows.append(A.new_zeros(missing, A.shape[1], dtype=x.dtype))
     channels = _drop(x, keep) @ (torch.cat(rows) if len(rows) > 1 else rows[0]).t()
     logits = channels[:, len(A) : len(A) + len(router)] if together else project(x, router, dtype)
@@ -223,12 +224,12 @@ def _project(x: Tensor, A: Tensor, router: Tensor, keep: Tensor | None, options:
 
 
 def _grad_B(grad_output: Tensor, gated: Tensor) -> Tensor:
-    if gated.shape[1] <= NARROW and gated.dtype.itemsize == 2:
+    if gated.shape[1] <= NARROW_RANK and gated.dtype.itemsize == 2:
         return (gated.t() @ grad_output).t().contiguous()
     return grad_output.t() @ gated
 
 
-def _channel_gates(probabilities: Tensor, hidden: Tensor, keep: Tensor | None, options: Options) -> Tensor:
+def _channel_gates(probabilities: Tensor, hidden: Tensor, keep: Tensor | None, options: MixtureOptions) -> Tensor:
     """The factor on each rank channel, its expert's gate included: shape and dtype of `hidden`, (T, C)."""
     gates = (select_gates(probabilities, options.experts, options.top_k) * options.factor(keep)).to(hidden.dtype)
     # Copied out: a product of whole rows is on a CPU three times as fast as one that broadcasts over r columns.

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .router import select_gates, select_gates_backward, softmax_backward
 from . import triton_kernels as kernels
-from .mixture_torch import Options
+from .mixture_torch import MixtureOptions
+from .router import select_gates, select_gates_backward, softmax_backward
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,7 +34,7 @@ PROGRAMS = 128
 SHARED_MEMORY = 100 * 1024
 
 
-def supports(x: Tensor, A: Tensor, B: Tensor, router: Tensor, options: Options) -> bool:
+def supports(x: Tensor, A: Tensor, B: Tensor, router: Tensor, options: MixtureOptions) -> bool:
     """Whether the kernels can compute this mixture, forward and backward; depends on device, dtypes, shapes and options only.
 
     Arguments as in `mixture_torch.forward`.
@@ -87,7 +87,7 @@ def forward(
     base: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    options: Options,
+    options: MixtureOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mixture_torch.forward`."""
     A, B, router = A.contiguous(), B.contiguous(), router.contiguous()
@@ -157,7 +157,7 @@ def backward(
     weight: Tensor | None,
     probabilities: Tensor,
     hidden: Tensor,
-    options: Options,
+    options: MixtureOptions,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `mixture_torch.backward`."""
@@ -193,7 +193,7 @@ def _gate_backward(
     gates: Tensor,
     probabilities: Tensor | None,
     factor: float,
-    options: Options,
+    options: MixtureOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the rank channels, and of the logits: for the router, and for x.
 
@@ -264,7 +264,7 @@ def _input_weight_gradients(
 
 
 def _output_weight_gradient(
-    grad_output: Tensor, hidden: Tensor, gates: Tensor, factor: float, B: Tensor, options: Options
+    grad_output: Tensor, hidden: Tensor, gates: Tensor, factor: float, B: Tensor, options: MixtureOptions
 ) -> Tensor:
     (tokens, out_features), C, N = grad_output.shape, hidden.shape[1], gates.shape[1]
     block = _padded(C=C)["BLOCK_C"]
@@ -286,13 +286,13 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) ->
         kernel[grid](*args, **constants)
 
 
-def _are_probabilities(options: Options) -> bool:
+def _are_probabilities(options: MixtureOptions) -> bool:
     """Whether the gates are columns of the probabilities next to each other, which the kernels find by themselves."""
     experts = options.experts
     return options.top_k is None and experts[-1] - experts[0] == len(experts) - 1
 
 
-def _channels(num_channels: int, options: Options) -> dict[str, int]:
+def _channels(num_channels: int, options: MixtureOptions) -> dict[str, int]:
     """Which channels belong to which column of the gates."""
     experts = options.experts
     return dict(R=num_channels // len(experts), FIRST=experts[0] if _are_probabilities(options) else 0)

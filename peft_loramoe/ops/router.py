@@ -1,5 +1,7 @@
 """From hidden states to gates and back: logits, probabilities, top-k selection, and their gradients. Knows tensors only."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ def router_probabilities(logits: Tensor, temperature: float) -> Tensor:
     return torch.softmax(logits, dim=-1, dtype=torch.float32 if logits.dtype.itemsize < 4 else None)
 
 
-def select_gates(probabilities: Tensor, experts: list[int], top_k: int | None) -> Tensor:
+def select_gates(probabilities: Tensor, experts: Sequence[int], top_k: int | None) -> Tensor:
     """Gates of the experts: the probabilities themselves, or the `top_k` largest of them renormalised to sum to one.
 
     Args:
@@ -76,15 +78,15 @@ def select_gates(probabilities: Tensor, experts: list[int], top_k: int | None) -
         probabilities = torch.zeros_like(probabilities).scatter(-1, indices, values / values.sum(dim=-1, keepdim=True))
     if len(experts) == probabilities.shape[-1]:
         return probabilities
-    return torch.cat([probabilities[..., columns] for columns in _runs(experts)], dim=-1)
+    return torch.cat([probabilities[..., columns] for columns in _contiguous_slices(experts)], dim=-1)
 
 
-def select_gates_backward(grad_gates: Tensor, probabilities: Tensor, experts: list[int], top_k: int | None) -> Tensor:
+def select_gates_backward(grad_gates: Tensor, probabilities: Tensor, experts: Sequence[int], top_k: int | None) -> Tensor:
     """Gradient of `select_gates` with respect to the probabilities, shape (..., N); the selection itself has none."""
     grad = grad_gates
     if len(experts) < probabilities.shape[-1]:
         grad = torch.zeros_like(probabilities)
-        runs = _runs(experts)
+        runs = _contiguous_slices(experts)
         for columns, part in zip(runs, grad_gates.split([run.stop - run.start for run in runs], dim=-1)):
             grad[..., columns] = part
     if top_k is None:
@@ -102,7 +104,7 @@ def softmax_backward(grad_probabilities: Tensor, probabilities: Tensor, temperat
     return grad if temperature == 1 else grad / temperature
 
 
-def _runs(experts: list[int]) -> list[slice]:
+def _contiguous_slices(experts: Sequence[int]) -> list[slice]:
     """Columns next to each other; a list of columns as an index would be copied to the device at every use."""
     starts = [i for i in experts if i - 1 not in experts]
     stops = [i + 1 for i in experts if i + 1 not in experts]

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_loramoe import LoRAMoELinear, balance_loss, balance_terms, layer_routing
+from ..balance import balance_loss, balance_terms, layer_routing
+from ..layer import LoRAMoELinear
 
 
 NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -120,7 +121,7 @@ class _Table:
 
 def _table(model: nn.Module, device: torch.device) -> _Table:
     linears = [module for module in model.modules() if isinstance(module, LoRAMoELinear)]
-    groups = {(name, m.name): e.expert_groups for m in linears for name, e in m.loramoe_experts.items()}
+    groups = {(name, m.name): list(e.groups.sizes) for m in linears for name, e in m.loramoe_experts.items()}
     rows = {key: row for row, key in enumerate(groups)}
     num_types, num_experts = 1 + max(map(len, groups.values())), max(map(sum, groups.values()))
     by_type = torch.zeros(len(rows), num_types, num_experts + 2, device=device)

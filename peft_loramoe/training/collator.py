@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_loramoe import LoRAMoEConfig
-from peft_loramoe.balance.samples import BATCH_INPUTS, task_type_tensor
+from ..balance.samples import BATCH_INPUTS, task_type_tensor
+from ..config import LoRAMoEConfig
 
 
 COLUMN = "task_type"
@@ -73,7 +73,7 @@ class TaskTypeCollator:
         """The types of one example: a scalar, or shape (segments or tokens,)."""
         values = value if isinstance(value, (list, tuple)) else [value]
         known = [-1 if entry is None else entry for entry in values]
-        types = task_type_tensor([known], len(self.config.groups_of()), self.config.task_type_names)[0]
+        types = task_type_tensor([known], self.config.num_groups, self.config.task_type_names)[0]
         return types if isinstance(value, (list, tuple)) else types[0]
 
     def _arrange(self, types: list[Tensor], examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_loramoe import LoRAExperts
+from ..experts import LoRAExperts
 
 
 def optimizer_groups(

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_loramoe import LoRAMoEConfig, LoRAMoELinear, balance_loss, balance_terms, collect_balance
-from peft_loramoe.balance.samples import label_tokens
-
+from ..balance import balance_loss, balance_terms, collect_balance
+from ..balance.samples import label_tokens
+from ..config import LoRAMoEConfig
+from ..layer import LoRAMoELinear
 from .callback import RouterCallback
 from .collator import COLUMN, TaskTypeCollator
 

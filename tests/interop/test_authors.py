@@ -86,7 +86,7 @@ def test_logits_are_those_of_the_authors_formula(tmp_path):
 def test_options_that_reproduce_the_authors_training(tmp_path):
     convert_checkpoint(authors_adapter(tmp_path / "theirs"), tmp_path / "ours")
     config = LoRAMoEConfig.from_pretrained(tmp_path / "ours")
-    assert (config.r, config.lora_alpha, config.num_experts, config.groups_of()) == (R, ALPHA, N, [N // 2, N // 2])
+    assert (config.r, config.lora_alpha, config.num_experts, list(config.groups_of().sizes)) == (R, ALPHA, N, [N // 2, N // 2])
     assert (config.balance_delta, config.balance_loss_weight, config.lora_dropout) == (0.2, 0.05, 0.05)
     assert (config.balance_formula, config.balance_target, config.balance_importance) == ("cv_squared", "printed", "sum")
     assert config.target_modules == {"down_proj", "gate_proj", "up_proj"}

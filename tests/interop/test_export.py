@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from peft_loramoe import LoRAMoEConfig, LoRAMoELinear
-from peft_loramoe.interop import export_lora, fixed_gates
+from peft_loramoe.interop import export_lora
 from tiny import loramoe, tiny_llama, token_batch
 
 
@@ -355,15 +355,15 @@ def test_model_is_as_before(tmp_path):
     assert model.training
     torch.testing.assert_close(logits(model), before, atol=0, rtol=0)
     layers = [module for module in model.modules() if isinstance(module, LoRAMoELinear)]
-    assert not any(layer.fixed_gates or layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
 
 def test_truncation_keeps_the_largest_singular_values(tmp_path):
     model = constant_gates(strong())
     quiet_export(model, tmp_path / "lora", rank=3)
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
-    with torch.no_grad(), fixed_gates(model, {one.name: torch.full((4,), 0.25) for one in adapted(model)}):
-        U, S, V = torch.linalg.svd(layer.get_delta_weight("default"), full_matrices=False)
+    experts = layer.loramoe_experts["default"]
+    U, S, V = torch.linalg.svd(experts.scaling / 4 * (experts.B @ experts.A).detach(), full_matrices=False)
     saved = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     A, B = (saved[f"base_model.model.model.layers.0.mlp.up_proj.lora_{part}.weight"] for part in "AB")
     torch.testing.assert_close(B @ A, (U[:, :3] * S[:3]) @ V[:3], atol=1e-6, rtol=1e-4)
@@ -421,32 +421,6 @@ def test_the_dtype_of_the_adapter_is_kept(tmp_path):
 
 def adapted(model):
     return [module for module in model.modules() if isinstance(module, LoRAMoELinear)]
-
-
-def test_delta_weight_exists_only_while_gates_are_fixed():
-    model = strong()
-    layer = adapted(model)[0]
-    assert not layer.supports_lora_conversion()
-    with pytest.raises(ValueError, match="'default'.*router weighs the experts anew.*fixed_gates"):
-        layer.get_delta_weight("default")
-    with fixed_gates(model, {one.name: torch.tensor([1.0, 0, 0, 0]) for one in adapted(model)}):
-        experts = layer.loramoe_experts["default"]
-        expected = experts.scaling * experts.B[:, :2] @ experts.A[:2]
-        torch.testing.assert_close(layer.get_delta_weight("default"), expected.detach())
-    assert not layer.supports_lora_conversion()
-
-
-def test_peft_converts_the_model_while_gates_are_fixed():
-    model = strong()
-    with fixed_gates(model, {one.name: torch.full((4,), 0.25) for one in adapted(model)}):
-        config, tensors = convert_to_lora(model, 2)
-    assert config.r == 2 and len(tensors) == 2 * len(adapted(model))
-
-
-@pytest.mark.parametrize("gates, found", [({}, "none"), ({"model.layers.0.mlp.gate_proj": torch.ones(3)}, r"of shape \(3,\)")])
-def test_fixed_gates_fit_the_layers(gates, found):
-    with pytest.raises(ValueError, match=f"model.layers.0.mlp.gate_proj': {found}; give 4"), fixed_gates(strong(), gates):
-        pass
 
 
 def test_report_is_printed_and_saved(tmp_path, capsys, monkeypatch):

@@ -100,7 +100,7 @@ def test_logits_are_those_of_moe_pefts_formula(tmp_path, plain, rslora):
 def test_converted_options(tmp_path):
     convert_checkpoint(moe_peft_adapter(tmp_path / "theirs"), tmp_path / "ours")
     config = LoRAMoEConfig.from_pretrained(tmp_path / "ours")
-    assert (config.r, config.lora_alpha, config.lora_dropout, config.groups_of()) == (R, ALPHA, 0.05, [N])
+    assert (config.r, config.lora_alpha, config.lora_dropout, list(config.groups_of().sizes)) == (R, ALPHA, 0.05, [N])
     assert config.num_experts_pattern == {"q_proj": [2], "v_proj": [2]}
     assert (config.balance_loss_weight, config.task_type, config.base_model_name_or_path) == (0.0, "CAUSAL_LM", "base")
 
