@@ -42,4 +42,4 @@ def test_layers_with_other_experts_have_terms_of_their_own():
         torch.testing.assert_close(
             terms[record.layer], balance_term(record.importance, record.token_counts, targets, **options)
         )
-    assert {tuple(record.groups) for record in layer_routing(model)} == {(2, 2), (3, 3), (1, 3)}
+    assert {record.groups.sizes for record in layer_routing(model)} == {(2, 2), (3, 3), (1, 3)}
