@@ -465,14 +465,9 @@ def load_model(name: str, load_in_4bit: bool, bf16: bool, attention: str | None 
         )
         options["device_map"] = None if sharded else {"": PartialState().device}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        return AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"--model {name}: it could not be loaded ({error})") from error
-    for module in model.modules():
-        # On a CPU with AVX512-BF16, bitsandbytes repacks weights when first evaluated; they pass no gradient after that.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
 
 
 def build_trainer(args: argparse.Namespace) -> LoRAMoESFTTrainer:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .experts import LoRAExperts
+from .gradients import passes_gradient
 from .peft_api import BaseTunerLayer, get_in_out_features
 
 
@@ -124,11 +125,14 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
         return {"weight": weight, "bias": bias} if plain else {}
 
     def _check_gradient(self, x: Tensor, base: Tensor) -> None:
-        if self.training and x.requires_grad and not base.requires_grad and torch.is_grad_enabled():
+        if not (self.training and x.requires_grad and torch.is_grad_enabled()):
+            return
+        passed_on = base.requires_grad if torch.compiler.is_compiling() else passes_gradient(x, base)
+        if not passed_on:
             raise ValueError(
                 f"The base layer of '{self.name}', {type(self.base_layer).__name__}, passes no gradient on, so what is below "
-                "would not be trained. bitsandbytes' 4-bit layers do this on CPUs with AVX512-BF16 after an evaluation: set "
-                "support_avx512bf16_for_cpu=False on them before it. Other quantised layers may be for inference only."
+                "would not be trained. Its backend may be for inference only, or packed its weights for inference when the "
+                "model was evaluated: load the base model anew, or with a backend that can be trained (docs/quantization.md)."
             )
 
     def _forward_per_sample(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 from .balance.hooks import Recorder, find_recorder
 from .config import LoRAMoEConfig
+from .gradients import NonReentrantCheckpointing, UnpackedWeights
 from .layer import CANNOT_MERGE, LoRAMoELinear
 from .loading import CONTAINER, check_adapter_tensors, unchanged_on_failure
 from .peft_api import PEFT_AT_LEAST_0_21, AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
@@ -73,6 +74,8 @@ class LoRAMoEModel(BaseTuner):
         """Inject an adapter as PEFT does; if it is refused half-way, the model is as it was before."""
         with unchanged_on_failure(model):
             super().inject_adapter(model, *args, **kwargs)
+            if (recorder := find_recorder(model)) is not None:
+                recorder.handles.append(UnpackedWeights(model))
 
     def _create_and_replace(
         self,
@@ -122,6 +125,9 @@ class LoRAMoEModel(BaseTuner):
             recorder = Recorder(self.peft_config)
             recorder.install(self.model)
             recorder.handles.append(self.model.register_load_state_dict_pre_hook(check_adapter_tensors))
+            below_head = getattr(self.model, "base_model", self.model)
+            for model in {self.model, below_head}:  # trainers that apply the head themselves call the second
+                recorder.handles.append(model.register_forward_pre_hook(NonReentrantCheckpointing(recorder)))
         recorder.configs = self.peft_config
         return recorder
 

@@ -1,5 +1,6 @@
 """LoRAMoE on quantised base models, with every quantisation library that is installed. Results: docs/quantization.md."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import (
     TorchAoConfig,
 )
 
-from peft_loramoe import LoRAMoELinear
+from peft_loramoe import LoRAMoEConfig, LoRAMoELinear
 from tiny import VOCAB, labelled, loramoe, tiny_llama, token_batch
 
 
@@ -25,13 +26,7 @@ def with_config(config: Callable) -> Callable:
     """Quantised by transformers while it loads."""
 
     def load(base: Path, device: str) -> nn.Module:
-        model = AutoModelForCausalLM.from_pretrained(
-            base, quantization_config=config(), dtype=torch.bfloat16, device_map=device
-        )
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' layers for inference on some CPUs
-                module.support_avx512bf16_for_cpu = False
-        return model
+        return AutoModelForCausalLM.from_pretrained(base, quantization_config=config(), dtype=torch.bfloat16, device_map=device)
 
     return load
 
@@ -219,6 +214,100 @@ def test_quantised_base_model(backend, device, base, tmp_path):
     assert torch.equal(logits(model.unload()), expected)
 
 
+def allow_packing(model: nn.Module) -> list[nn.Module]:
+    """What bitsandbytes does on a CPU with AVX512-BF16."""
+    linears = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for linear in linears:
+        linear.support_avx512bf16_for_cpu = True
+    return linears
+
+
+def gradients(model):
+    model.zero_grad()
+    batch = on(next(model.parameters()).device, labelled(token_batch()))
+    model.train()(**batch, task_types=[0, 1, 1]).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("backend", "device"), CASES)
+def test_gradients_are_the_same_before_and_after_an_evaluation(backend, device, base):
+    pytest.importorskip(backend.library)
+    quantised = backend.load(base, device)
+    allow_packing(quantised)
+    model = loramoe(quantised)
+    expected, output = gradients(model), logits(model)
+    for _ in range(2):
+        model.eval()
+        with torch.inference_mode():
+            model.generate(**on(device, token_batch()), max_new_tokens=3)
+        with model.disable_adapter():
+            logits(model)
+        assert torch.equal(logits(model), output)
+        found = gradients(model)
+        assert len(found) == 18 and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("attach", ["get_peft_model", "add_adapter"])
+def test_weights_that_an_earlier_evaluation_packed_are_unpacked(double, storage, quant_type, attach, base):
+    bnb = pytest.importorskip("bitsandbytes")
+    if not hasattr(bnb.functional, "_convert_weight_packed_for_cpu"):
+        pytest.skip("this bitsandbytes does not pack")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=storage,
+    )
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.bfloat16, device_map="cpu")
+
+    def weights(model):
+        return [bnb.functional.dequantize_4bit(m.weight, m.weight.quant_state).float() for m in model.modules()
+                if isinstance(m, bnb.nn.Linear4bit)]  # fmt: skip
+
+    expected = weights(load())
+    packed = load()
+    linears = allow_packing(packed)
+    logits(packed)
+    assert len(linears) == 14 and all(linear.weight.quant_state.packing_format_for_cpu for linear in linears)
+    if attach == "get_peft_model":
+        model = loramoe(packed)
+    else:
+        model = packed
+        torch.manual_seed(1)
+        model.add_adapter(LoRAMoEConfig(r=2, init_weights=False))
+    assert not any(linear.weight.quant_state.packing_format_for_cpu for linear in linears)
+    for found, weight in zip(weights(packed), expected):
+        torch.testing.assert_close(found, weight, rtol=0.01, atol=0)  # packing rounds the scales to bfloat16
+    before = gradients(model)
+    logits(model)
+    after = gradients(model)
+    assert before and all(torch.equal(after[name], before[name]) for name in before)
+    fresh = gradients(loramoe(load()))
+    for name, gradient in before.items():
+        other = fresh[name if attach == "get_peft_model" else f"base_model.model.{name}"]
+        assert torch.cosine_similarity(gradient.flatten(), other.flatten(), dim=0) > 0.98, name
+
+
+def test_unloading_lets_4_bit_weights_be_packed_again(base):
+    pytest.importorskip("bitsandbytes")
+    quantised = NF4.load(base, "cpu")
+    linears = allow_packing(quantised)
+    linears[0].support_avx512bf16_for_cpu = False  # as someone wants it
+    model = loramoe(quantised)
+    clone = copy.deepcopy(model)
+    assert not any(linear.support_avx512bf16_for_cpu for linear in linears)
+    model.unload()
+    assert [linear.support_avx512bf16_for_cpu for linear in linears] == [False] + [True] * 13
+    assert not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in clone.modules())
+    clone.unload()
+
+
 def effect(model):
     with model.disable_adapter():
         base_logits = logits(model)
@@ -273,7 +362,6 @@ def test_quantised_layers_that_are_no_nn_linear_are_adapted_and_given_back(layer
 def test_a_4_bit_layer_is_dequantised_once_each_way_and_no_copy_of_it_is_kept(monkeypatch):
     bnb = pytest.importorskip("bitsandbytes")
     linear = bnb.nn.Linear4bit(64, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-    linear.support_avx512bf16_for_cpu = False
     weight = bnb.nn.Params4bit(torch.randn(128, 64), requires_grad=False, quant_type="nf4", compress_statistics=False)
     linear.weight = weight.to("cpu")
     model = loramoe(nn.Sequential(linear), target_modules=["0"], task_type=None).train()

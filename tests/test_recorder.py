@@ -433,14 +433,6 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         assert torch.equal(plain, checkpointed)
 
 
-def test_reentrant_checkpointing_is_refused():
-    model = loramoe()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    model.enable_input_require_grads()
-    with pytest.raises(ValueError, match=r"reentrant gradient checkpointing.*use_reentrant\": False"):
-        model.train()(**labelled(token_batch()), task_types=TYPES)
-
-
 def test_copies_and_pickles_of_a_model_record_for_themselves():
     model, batch = loramoe(), labelled(token_batch())
     expected = model(**batch, task_types=TYPES).loss

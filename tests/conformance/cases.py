@@ -206,12 +206,6 @@ TABLES = {
 # Options added to the cases of some tests: (test name pattern, condition on the test's parameters, options, why)
 CASE_OPTIONS = [
     (
-        r"gradient_checkpointing",
-        lambda params: params.get("use_reentrant", True),
-        {"balance_loss_weight": 0.0},
-        "under reentrant checkpointing the balance term has no gradient and is refused; the rest must work",
-    ),
-    (
         r"layer_indexing",
         lambda params: params["config_kwargs"].get("target_modules") == "all-linear",
         {"target_modules": None},
