@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 from torch import nn
@@ -39,26 +40,26 @@ def check_adapter_tensors(model: nn.Module, state_dict: Mapping[str, Any], prefi
     find_recorder(model).loaded |= adapters
 
 
-def check_load_result(model: nn.Module, result: Any) -> None:
+def check_load_result(model: nn.Module, adapter: str, result: Any) -> None:
     """Refuse what a `load_adapter` of PEFT or transformers did if LoRAMoE tensors were absent or left over.
 
     Args:
         model: the model that was loaded into.
+        adapter: the adapter that was loaded; what others lack in its file is no fault.
         result: what `load_adapter` returned: an object with `missing_keys` and `unexpected_keys`, or None (transformers 4).
 
     Raises:
         RuntimeError: as `check_adapter_tensors`.
     """
     recorder = find_recorder(model)
-    if result is None and recorder is not None:
-        _refuse([f"missing: all tensors of adapter '{name}'" for name in recorder.configs.keys() - recorder.loaded])
+    if result is None and recorder is not None and adapter in recorder.configs and adapter not in recorder.loaded:
+        _refuse([f"missing: all tensors of adapter '{adapter}'"])
+    missing, unexpected = (
+        [key for key in sorted(getattr(result, f"{problem}_keys", None) or ()) if CONTAINER in key]
+        for problem in ("missing", "unexpected")
+    )
     _refuse(
-        [
-            f"{problem}: {key}"
-            for problem in ("missing", "unexpected")
-            for key in sorted(getattr(result, f"{problem}_keys", None) or ())
-            if CONTAINER in key
-        ]
+        [f"missing: {key}" for key in missing if _adapter_of(key) == adapter] + [f"unexpected: {key}" for key in unexpected]
     )
 
 
@@ -67,6 +68,7 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
     """Undo what was done to the model for a LoRAMoE adapter if the block fails: no half adapter stays behind."""
     children = [(module, dict(module._modules)) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active = [(module, copy(module._active_adapter)) for module in model.modules() if "_active_adapter" in module.__dict__]
     marks = {name: model.__dict__.get(name) for name in ("peft_config", "_hf_peft_config_loaded")}
     configs, recorder = dict(getattr(model, "peft_config", None) or {}), find_recorder(model)
     try:
@@ -80,6 +82,8 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
         for module, modules in children:
             module._modules.clear()
             module._modules.update(modules)
+        for module, adapters in active:
+            module._active_adapter = adapters
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         if configs:

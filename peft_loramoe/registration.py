@@ -1,6 +1,7 @@
 """Adds ``LORAMOE`` to PEFT's registry. The only module that changes anything in PEFT."""
 
 import functools
+import inspect
 import os
 import warnings
 from typing import Any
@@ -98,10 +99,16 @@ def _load_all_or_nothing() -> None:
     """
 
     def checked(load: Any) -> Any:
+        signature = inspect.signature(load)
+
         @functools.wraps(load)
         def load_adapter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            source = next((value for value in (*args[:1], kwargs.get("model_id"), kwargs.get("peft_model_id")) if value), "")
+            given = signature.bind_partial(self, *args, **kwargs).arguments
+            source = given.get("model_id") or given.get("peft_model_id") or ""
+            adapter = given.get("adapter_name") or "default"
             with unchanged_on_failure(self):
+                if (recorder := find_recorder(self)) is not None:
+                    recorder.loaded.discard(adapter)
                 try:
                     result = load(self, *args, **kwargs)
                 except SafetensorError as error:
@@ -111,7 +118,7 @@ def _load_all_or_nothing() -> None:
                         f"adapter_model.safetensors of '{source}' cannot be read ({error}): the file is incomplete or damaged. "
                         "Download it again, or save the adapter again."
                     ) from error
-                check_load_result(self, result)
+                check_load_result(self, adapter, result)
             return result
 
         return load_adapter

@@ -331,6 +331,86 @@ def test_a_failed_load_leaves_saved_modules_and_the_first_adapter_as_they_were(f
     assert torch.equal(logits(model), output)
 
 
+# several adapters
+
+
+def transformers_peft(folder, model, name):
+    """transformers' own method, on a model of its."""
+    model = tiny_llama() if model is None else model
+    model.load_adapter(str(folder), adapter_name=name)
+    return model
+
+
+def peft(folder, model, name):
+    if model is None:
+        return PeftModel.from_pretrained(tiny_llama(), folder, adapter_name=name)
+    model.load_adapter(folder, adapter_name=name)
+    return model
+
+
+def peft_after_a_new_adapter(folder, model, name):
+    """The first adapter is a new one, of which no file knows."""
+    if model is None:
+        model = get_peft_model(tiny_llama(), LoRAMoEConfig(r=2, task_type="CAUSAL_LM"), adapter_name="new")
+    return peft(folder, model, name)
+
+
+def transformers_after_a_new_adapter(folder, model, name):
+    if model is None:
+        model = tiny_llama()
+        model.add_adapter(LoRAMoEConfig(r=2), adapter_name="new")
+    return transformers_peft(folder, model, name)
+
+
+METHODS = [transformers_peft, peft, peft_after_a_new_adapter, transformers_after_a_new_adapter]
+SEVERAL = [("default", "second"), ("a", "ab", "abc"), ("abc", "ab", "a"), ("a", "A"), ("x_default", "default", "default_x"),
+           ("loramoe", "moe", "loramoe_experts"), ("router", "A", "B"), ("mlp", "layers", "model")]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Adapter name .* should not be contained in the prefix")
+@pytest.mark.parametrize("names", SEVERAL, ids="-".join)
+@pytest.mark.parametrize("load", METHODS)
+def test_several_adapters_are_loaded_one_after_the_other(load, names, folders):
+    sources = {name: folders / ("adapter", "other")[i % 2] for i, name in enumerate(names)}
+    outputs = {name: logits(PeftModel.from_pretrained(tiny_llama(), folder)) for name, folder in sources.items()}
+    model = None
+    for name, folder in sources.items():
+        model = load(folder, model, name)
+    for name in (*names, *reversed(names)):
+        model.set_adapter(name)
+        assert torch.equal(logits(model), outputs[name]), name
+
+
+@pytest.mark.parametrize("load", METHODS)
+@pytest.mark.parametrize("names", [("a", "ab"), ("ab", "a"), ("default", "second")], ids="-".join)
+@pytest.mark.parametrize("damaged", ["a tensor missing", "a layer missing", "a layer too many", "r"], indirect=True)
+def test_a_damaged_further_adapter_is_an_error(damaged, names, load, folders):
+    first, second = names
+    model = load(folders / "other", None, first)
+    model.set_adapter(first)
+    expected = logits(model)
+    with pytest.raises(RuntimeError, match=f"{UNFIT}|You set `ignore_mismatched_sizes` to `False`"):
+        load(damaged[1], model, second)
+    assert second not in model.peft_config and torch.equal(logits(model), expected)
+    model = load(folders / "adapter", model, second)
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 loads no saved modules")
+def test_saved_modules_of_several_adapters(tmp_path):
+    for seed, name in enumerate(("a", "ab")):
+        model = loramoe(seed=seed, modules_to_save=["lm_head"])
+        with torch.no_grad():
+            model.get_base_model().lm_head.modules_to_save["default"].weight.normal_()
+        model.save_pretrained(tmp_path / name)
+    outputs = {name: logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / name)) for name in ("a", "ab")}
+    model = None
+    for name in outputs:
+        model = transformers_peft(tmp_path / name, model, name)
+    for name in (*outputs, "a"):
+        model.set_adapter(name)
+        assert torch.equal(logits(model), outputs[name])
+
+
 # versions and tuners
 
 
