@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class LoRAMoEConfig(PeftConfig):
     r: int = _option("Rank of each expert.", 8)
     lora_alpha: float = _option(
         "The mixture is scaled by lora_alpha / r. Null experts take router weight without adding anything, so with them "
-        "the LoRA experts start with a smaller sum of gates; raise lora_alpha if that is to be made up for.",
+        "the LoRA experts start with a smaller sum of gates; LoRAMoEConfig.retain makes up for it.",
         8,
     )
     lora_dropout: float = _option("Probability of dropping an entry of the experts' input; all experts share a mask.", 0.0)
@@ -91,6 +92,10 @@ class LoRAMoEConfig(PeftConfig):
     router_dtype: str = _option(f"dtype of the router's logits, one of {ROUTER_DTYPES}.", "float32")
     router_init: str = _option(f"Initialisation of the router, one of {ROUTER_INIT}.", "kaiming_uniform")
     top_k: int | None = _option("Experts that each token uses, their gates renormalised to one; None: all (dense).")
+    router_lr_multiplier: float | None = _option(
+        "The router's learning rate is this many times that of the experts; LoRAMoETrainerMixin and optimizer_groups apply it. "
+        "None: 10, or 1 for a file written before the option existed."
+    )
     freeze_experts: bool = _option(
         "Train the routers only; A and B stay as they are, through switching, saving and loading. For experts that were "
         "trained before, for example by upcycling. FSDP1 needs use_orig_params=True for it.",
@@ -113,7 +118,11 @@ class LoRAMoEConfig(PeftConfig):
         "the paper, with which long samples outweigh short ones.",
         "mean",
     )
-    balance_detach: bool = _option("The balance term trains the router only, not the layers below it.", False)
+    balance_detach: bool = _option(
+        "The balance term trains the router only, not the layers below it. Without it the terms of all adapted linears push "
+        "on the hidden states, which makes a language model forget.",
+        True,
+    )
     balance_across_processes: bool = _option(
         "In training with several processes, compute the balance term over the samples of all of them instead of each "
         "process's own, so that it does not depend on how the batch is split. One all-gather a forward pass.",
@@ -124,6 +133,9 @@ class LoRAMoEConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LORAMOE")
+        if self.router_lr_multiplier is None:
+            # Files state their version and every option that it knew; without this one, all parameters had one rate.
+            self.router_lr_multiplier = 1.0 if self.peft_loramoe_version else 10.0
         self.peft_loramoe_version = self.peft_loramoe_version or __version__
         if Version(self.peft_loramoe_version) > Version(__version__):
             warnings.warn(
@@ -142,6 +154,121 @@ class LoRAMoEConfig(PeftConfig):
         self._check_lora_options()
         self._check_expert_options()
         self._check_balance_options()
+
+    @classmethod
+    def retain(cls, **overrides: Any) -> LoRAMoEConfig:
+        """Learn new tasks and keep what the model knew: the configuration to start with.
+
+        Group 0 has null experts: samples of task type 0, which stand for what the model knows already, are routed to the
+        untouched backbone. Group 1 has the LoRA experts, for samples of type 1. The balance term trains the routers only, at
+        ten times the experts' learning rate, without which they hardly learn to tell the types apart.
+
+        An expert starts with a gate of 1 / num_experts, and null experts add nothing: with half of them null, the gates
+        of the others sum to one half. `lora_alpha` makes up for it: unless it is given, it is chosen so that gate times
+        scale is 4/3 at the start, whatever `r`, `num_experts` and `use_rslora` are. With 12 experts that is lora_alpha = 16 r.
+
+        Args:
+            overrides: any options of `LoRAMoEConfig`, in place of the preset's. Half of `num_experts` are null unless
+                `expert_groups` says otherwise.
+
+        Returns:
+            The configuration. Without overrides: r=4, lora_alpha=64, num_experts=12, null_groups=[0],
+            task_type_names=["knowledge", "tasks"], balance_delta=0.7, balance_loss_weight=0.1, balance_detach=True,
+            router_lr_multiplier=10.
+
+        Raises:
+            ValueError: an override takes away what the preset is for: no null group for type 0, or no term that sends the
+                samples of type 0 there; or an option has a value outside its range.
+            TypeError: an option has a value of the wrong type, or there is no such option.
+
+        Example:
+            >>> from peft_loramoe import LoRAMoEConfig
+            >>> config = LoRAMoEConfig.retain(r=8, task_type="CAUSAL_LM")
+            >>> config.lora_alpha, config.groups_of(), config.null_groups
+            (128, [6, 6], [0])
+        """
+        groups = overrides.get("expert_groups")
+        preset = {
+            "r": 4,
+            "num_experts": 12,
+            "null_groups": [0],
+            "task_type_names": ["knowledge", "tasks"],
+            "balance_delta": 0.7,
+            "balance_loss_weight": 0.1,
+            "balance_detach": True,
+            "router_lr_multiplier": 10.0,
+        }
+        if groups is not None:
+            _check_group_sizes("expert_groups", groups)
+            if len(groups) == 1:
+                raise ValueError(
+                    f"LoRAMoEConfig.retain(expert_groups={groups!r}): there must be a null group for type 0 and at least one "
+                    "group of LoRA experts, for example [6, 6]. Use LoRAMoEConfig(...) for a mixture without a null group."
+                )
+            preset["num_experts"] = sum(groups)
+            if len(groups) > 2:
+                del preset["task_type_names"]  # only the user knows what the further types are
+        config = cls(**{**preset, **overrides})
+        for option, lost, promise in (
+            (
+                "null_groups",
+                0 not in (config.null_groups or []),
+                "group 0 is not null, so nothing leaves type 0 to the backbone",
+            ),
+            ("balance_loss_weight", config.balance_loss_weight == 0, "without the term the router does not learn the types"),
+            ("balance_delta", config.balance_delta == 0, "the term then asks for the same routing of all types"),
+            ("balance_target", config.balance_target == "printed", "it gives type 0 the smaller weight on its own group"),
+        ):
+            if lost:
+                raise ValueError(
+                    f"LoRAMoEConfig.retain({option}={getattr(config, option)!r}): {promise}. Leave {option} out, or use "
+                    "LoRAMoEConfig(...), which promises nothing."
+                )
+        if "lora_alpha" not in overrides:
+            alpha = 4 * config.num_experts * (config.r**0.5 if config.use_rslora else config.r) / 3
+            config.lora_alpha = round(alpha) if math.isclose(alpha, round(alpha)) else alpha
+        return config
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> LoRAMoEConfig:
+        """LoRAMoE as its authors trained it (Dou et al., ACL 2024, section 3.3, and their code), for reproduction.
+
+        Six LoRA experts of rank 4 in two groups, on the feed-forward linears, with delta = beta = 0.1 and one learning
+        rate for all parameters. The balance term is that of the authors' code, which their numbers come from: importance is
+        summed over a sample's tokens and multiplied by its target, and its dispersion is var(Z) / mean(Z)^2. The paper prints
+        var(Z) / mean(Z); pass `balance_formula="variance_to_mean"` for it. Either ends with the *smaller* router weight on the
+        matched experts (``docs/balance.md``); to keep what a model knows, use `LoRAMoEConfig.retain`.
+
+        Args:
+            overrides: any options of `LoRAMoEConfig`, in place of the preset's.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: an option has a value outside its range.
+            TypeError: an option has a value of the wrong type, or there is no such option.
+
+        Example:
+            >>> from peft_loramoe import LoRAMoEConfig
+            >>> config = LoRAMoEConfig.paper(task_type="CAUSAL_LM")
+            >>> config.balance_target, config.balance_importance, config.groups_of()
+            ('printed', 'sum', [3, 3])
+        """
+        preset = {
+            "r": 4,
+            "lora_alpha": 32,
+            "lora_dropout": 0.05,
+            "num_experts": 6,
+            "balance_loss_weight": 0.1,
+            "balance_delta": 0.1,
+            "balance_formula": "cv_squared",
+            "balance_target": "printed",
+            "balance_importance": "sum",
+            "balance_detach": False,
+            "router_lr_multiplier": 1.0,
+        }
+        return cls(**{**preset, **overrides})
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
@@ -285,6 +412,11 @@ class LoRAMoEConfig(PeftConfig):
         _check_number("router_temperature", self.router_temperature)
         if self.router_temperature <= 0:
             raise ValueError(f"router_temperature={self.router_temperature} must be positive.")
+        _check_number("router_lr_multiplier", self.router_lr_multiplier)
+        if not math.isfinite(self.router_lr_multiplier) or self.router_lr_multiplier <= 0:
+            raise ValueError(
+                f"router_lr_multiplier={self.router_lr_multiplier} must be positive and finite; 1 trains the router as the experts."
+            )
         _check_choice("router_dtype", self.router_dtype, ROUTER_DTYPES)
         _check_choice("router_init", self.router_init, ROUTER_INIT)
 

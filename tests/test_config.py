@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from peft import LoraConfig, PeftConfig, PeftType
 from peft_loramoe import LoRAMoEConfig, __version__
 from peft_loramoe.groups import ExpertGroups
 
+
+FIXTURE = Path(__file__).parent / "fixtures" / "adapter-0.1.0"
 
 EVERY_OPTION = dict(
     r=4,
@@ -36,6 +39,7 @@ EVERY_OPTION = dict(
     router_dtype="float64",
     router_init="normal",
     top_k=2,
+    router_lr_multiplier=3.0,
     freeze_experts=True,
     balance_loss_weight=0.2,
     balance_delta=0.3,
@@ -70,6 +74,22 @@ def test_saving_logs_how_to_load(tmp_path, caplog):
 def test_the_defaults_survive_the_json_file(tmp_path):
     LoRAMoEConfig().save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path) == LoRAMoEConfig()
+
+
+def test_the_plain_defaults_are_the_layout_of_the_paper_with_a_detached_term_and_fast_routers():
+    config = LoRAMoEConfig()
+    assert (config.num_experts, config.groups_of(), config.null_groups) == (6, [3, 3], None)
+    assert (config.balance_detach, config.router_lr_multiplier) == (True, 10.0)
+
+
+def test_a_file_from_before_the_router_rate_keeps_one_rate():
+    assert PeftConfig.from_pretrained(FIXTURE).router_lr_multiplier == 1.0
+
+
+def test_loading_keeps_the_training_dynamics_of_the_file(tmp_path):
+    LoRAMoEConfig(balance_detach=False, router_lr_multiplier=1.0).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert (config.balance_detach, config.router_lr_multiplier) == (False, 1.0)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
@@ -170,6 +190,12 @@ BAD_VALUES = [
     (dict(router_temperature=0.0), "router_temperature=0.0 must be positive"),
     (dict(router_dtype="float16"), "router_dtype='float16' is not one of"),
     (dict(router_init="xavier"), "router_init='xavier' is not one of"),
+    (dict(router_lr_multiplier=0), "router_lr_multiplier=0 must be positive and finite"),
+    (dict(router_lr_multiplier=-1.0), "router_lr_multiplier=-1.0 must be positive and finite"),
+    (dict(router_lr_multiplier=float("inf")), "router_lr_multiplier=inf must be positive and finite"),
+    (dict(router_lr_multiplier=float("nan")), "router_lr_multiplier=nan must be positive and finite"),
+    (dict(router_lr_multiplier="10"), "router_lr_multiplier='10' must be a number"),
+    (dict(router_lr_multiplier=True), "router_lr_multiplier=True must be a number"),
     (dict(balance_loss_weight=-0.1), "balance_loss_weight=-0.1 must not be negative"),
     (dict(balance_delta=1.0), r"balance_delta=1.0 must be in \[0, 1\)"),
     (dict(balance_delta=-0.1), "balance_delta=-0.1"),
@@ -191,3 +217,102 @@ BAD_VALUES = [
 def test_bad_values_are_refused_with_name_value_and_fix(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         LoRAMoEConfig(**options)
+
+
+# presets
+
+
+def test_retain():
+    config = LoRAMoEConfig.retain()
+    assert config == LoRAMoEConfig(
+        r=4,
+        lora_alpha=64,
+        num_experts=12,
+        null_groups=[0],
+        task_type_names=["knowledge", "tasks"],
+        balance_delta=0.7,
+        balance_loss_weight=0.1,
+        balance_detach=True,
+        router_lr_multiplier=10.0,
+    )
+
+
+def test_paper():
+    config = LoRAMoEConfig.paper()
+    assert config == LoRAMoEConfig(
+        r=4,
+        lora_alpha=32,
+        lora_dropout=0.05,
+        num_experts=6,
+        balance_loss_weight=0.1,
+        balance_delta=0.1,
+        balance_formula="cv_squared",
+        balance_target="printed",
+        balance_importance="sum",
+        balance_detach=False,
+        router_lr_multiplier=1.0,
+    )
+
+
+@pytest.mark.parametrize("preset", [LoRAMoEConfig.retain, LoRAMoEConfig.paper])
+def test_every_option_of_a_preset_can_be_overridden(preset):
+    overrides = {**EVERY_OPTION, "balance_target": "corrected"}  # the other one contradicts `retain`
+    assert preset(**overrides) == LoRAMoEConfig(**overrides)
+
+
+@pytest.mark.parametrize("preset", [LoRAMoEConfig.retain, LoRAMoEConfig.paper])
+def test_a_preset_has_no_other_options_than_the_configuration(preset):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rank'"):
+        preset(rank=8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "groups"),
+    [
+        (dict(num_experts=8), [4, 4]),
+        (dict(expert_groups=[2, 6]), [2, 6]),
+        (dict(expert_groups=[4, 2, 2]), [4, 2, 2]),
+        (dict(num_experts=3, expert_groups=[1, 2]), [1, 2]),
+    ],
+)
+def test_the_null_group_of_retain(overrides, groups):
+    config = LoRAMoEConfig.retain(**overrides)
+    assert (config.groups_of(), config.null_groups) == (groups, [0])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, dict(r=8), dict(num_experts=10), dict(expert_groups=[1, 6]), dict(r=16, use_rslora=True), dict(r=3, num_experts=4)],
+)
+def test_the_experts_of_retain_start_with_the_same_weight(overrides):
+    config = LoRAMoEConfig.retain(**overrides)
+    assert config.scaling(config.r, config.lora_alpha) / config.num_experts == pytest.approx(4 / 3)
+
+
+def test_a_given_lora_alpha_is_kept():
+    assert LoRAMoEConfig.retain(r=8, lora_alpha=16).lora_alpha == 16
+
+
+CONTRADICTIONS = [
+    (dict(null_groups=None), r"retain\(null_groups=None\): group 0 is not null"),
+    (dict(null_groups=[1]), r"retain\(null_groups=\[1\]\): group 0 is not null"),
+    (dict(balance_loss_weight=0), r"retain\(balance_loss_weight=0\): without the term"),
+    (dict(balance_delta=0.0), r"retain\(balance_delta=0.0\): the term then asks for the same routing"),
+    (dict(balance_target="printed"), r"retain\(balance_target='printed'\): it gives type 0 the smaller weight"),
+    (dict(expert_groups=[12]), r"retain\(expert_groups=\[12\]\): there must be a null group"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), CONTRADICTIONS)
+def test_retain_refuses_what_takes_its_promise_away(overrides, message):
+    with pytest.raises(ValueError, match=rf"LoRAMoEConfig\.{message}.*LoRAMoEConfig\(\.\.\.\)"):
+        LoRAMoEConfig.retain(**overrides)
+
+
+@pytest.mark.parametrize("overrides", [dict(r="4"), dict(num_experts=5), dict(expert_groups="66"), dict(expert_groups=["a"])])
+def test_presets_check_values_as_the_configuration_does(overrides):
+    with pytest.raises((TypeError, ValueError)) as plain:
+        LoRAMoEConfig(**overrides)
+    with pytest.raises((TypeError, ValueError)) as preset:
+        LoRAMoEConfig.retain(**overrides)
+    assert str(preset.value) == str(plain.value)

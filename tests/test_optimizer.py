@@ -4,6 +4,7 @@ from peft import PeftModel
 from torch.optim import SGD, AdamW
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from peft_loramoe import LoRAMoEConfig
 from peft_loramoe.training.optimizer import optimizer_groups
 from tiny import labelled, loramoe, tiny_llama, token_batch
 
@@ -61,8 +62,20 @@ def test_learning_rates():
     assert rates == {"A": 1e-2, "B": 16e-2, "router": 3e-2, "other": 1e-2, "no_decay": 1e-2}
 
 
-def test_one_rate_by_default():
-    assert {group["lr"] for group in optimizer_groups(everything(), 1e-4)} == {1e-4}
+def test_the_routers_rate_is_that_of_the_configuration_by_default():
+    groups = optimizer_groups(loramoe(router_lr_multiplier=3.0), 1e-2)
+    assert {group["name"]: group["lr"] for group in groups} == {"A": 1e-2, "B": 1e-2, "router": 3e-2}
+
+
+def test_adapters_that_differ_in_the_multiplier_have_groups_of_their_own():
+    model = loramoe(router_lr_multiplier=2.0)
+    model.add_adapter("other", LoRAMoEConfig(r=2, router_lr_multiplier=4.0))
+    model.base_model.set_adapter(["default", "other"])
+    groups = optimizer_groups(model, 1e-2)
+    assert [(group["name"], group["lr"]) for group in groups[2:]] == [("router", 2e-2), ("router", 4e-2)]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group, adapter in zip(groups[2:], ("default", "other")):
+        assert all(names[id(p)].endswith(f"{adapter}.router") for p in group["params"])
 
 
 def test_weight_decay_spares_what_trainer_spares(tmp_path):
@@ -145,7 +158,11 @@ def test_the_names_survive_a_state_dict():
     optimizer = AdamW(optimizer_groups(loramoe(), 1e-4))
     restored = AdamW(optimizer_groups(loramoe(), 1e-3))
     restored.load_state_dict(optimizer.state_dict())
-    assert [(group["name"], group["lr"]) for group in restored.param_groups] == [(n, 1e-4) for n in ("A", "B", "router")]
+    assert [(group["name"], group["lr"]) for group in restored.param_groups] == [
+        ("A", 1e-4),
+        ("B", 1e-4),
+        ("router", 1e-3),
+    ]
 
 
 @pytest.mark.parametrize(

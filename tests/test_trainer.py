@@ -7,9 +7,11 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers.optimization import Adafactor
+from transformers.training_args import OptimizerNames
 
 from peft_loramoe import balance_loss, balance_terms
-from peft_loramoe.training import LoRAMoETrainerMixin, TaskTypeCollator
+from peft_loramoe.training import LoRAMoETrainerMixin, TaskTypeCollator, optimizer_groups
 from tiny import loramoe, tiny_llama, tiny_tokenizer
 
 
@@ -44,7 +46,7 @@ def parameters(model):
 
 
 def build(trainer_class, tmp_path, columns=COLUMNS, model=None, balance_loss_weight=WEIGHT, **options):
-    model = loramoe(balance_loss_weight=balance_loss_weight) if model is None else model
+    model = loramoe(balance_loss_weight=balance_loss_weight, router_lr_multiplier=1.0) if model is None else model
     given = {key: options.pop(key) for key in ("compute_loss_func", "data_collator") if key in options}
     dataset = columns if isinstance(columns, IterableDataset) else Dataset.from_dict(columns)
     if issubclass(trainer_class, trl.SFTTrainer):
@@ -284,6 +286,171 @@ def test_micro_batches_count_equally_where_the_trainer_takes_their_mean(tmp_path
     # without num_items_in_batch, Trainer divides by the number of micro-batches
     calls = [(1 / 4, call([row], [t])) for row, t in zip(ROWS, TYPES)]
     check(Mean, tmp_path, calls, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+
+
+# the routers' learning rate
+
+# Optimizers of other devices or that need training that is not Trainer's.
+ELSEWHERE = ("adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision")
+ONE_RATE = [name.value for name in OptimizerNames if "lomo" in name.value or name.value.endswith("layerwise")]
+OPTIMIZERS = [name.value for name in OptimizerNames if name.value not in (*ELSEWHERE, *ONE_RATE)]
+
+
+def with_rate(trainer_class, tmp_path, multiplier=10.0, given=None, **options):
+    model = loramoe(tiny_llama(mlp_bias=True), modules_to_save=["norm"], router_lr_multiplier=multiplier, bias="loramoe_only")
+    trainer = build(mixed(trainer_class), tmp_path, model=model, **{"learning_rate": 1e-3, **options})
+    for name, value in (given or {}).items():
+        setattr(trainer, name, value(model))
+    return trainer
+
+
+def options_by_name(trainer):
+    """The options of each parameter's group."""
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    groups = trainer.create_optimizer().param_groups
+    listed = [
+        (names[id(p)], {key: value for key, value in group.items() if key not in ("params", "name")})
+        for group in groups
+        for p in group["params"]
+    ]
+    assert len(listed) == len(dict(listed))
+    return dict(listed)
+
+
+def made(trainer):
+    try:
+        return options_by_name(trainer)
+    except (ImportError, ValueError) as error:
+        if "install" not in str(error):
+            raise
+        pytest.skip(f"{error}".split(".")[0])
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_the_routers_rate_reaches_every_optimizer(optim, tmp_path):
+    extra = {"optim_target_modules": "all-linear"} if optim.startswith(("galore", "apollo")) else {}
+    options = dict(optim=optim, weight_decay=0.1, **extra)
+    plain, fast = (made(with_rate(Trainer, tmp_path, multiplier, **options)) for multiplier in (1.0, 10.0))
+    assert fast.keys() == plain.keys()
+    for name, group in fast.items():
+        rate = 1e-2 if name.endswith(".router") else 1e-3
+        assert float(group.pop("lr")) == pytest.approx(rate)
+        assert group == {key: value for key, value in plain[name].items() if key != "lr"}
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "adamw_torch_8bit"])
+def test_a_step_moves_the_routers_by_as_much_more(optim, tmp_path):
+    plain, fast = (gradients(with_rate(Trainer, tmp_path, multiplier, optim=optim)) for multiplier in (1.0, 10.0))
+    for name, moved in plain.items():
+        expected = moved * 10 if name.endswith(".router") else moved
+        torch.testing.assert_close(fast[name], expected, atol=1e-6, rtol=1e-3 if name.endswith(".router") else 0)
+
+
+def test_multiplier_1_leaves_the_optimizer_as_it_is(tmp_path):
+    trainer = with_rate(Trainer, tmp_path, 1.0)
+    reference = Trainer(trainer.model, trainer.args)
+    kept, expected = trainer.create_optimizer().state_dict(), reference.create_optimizer().state_dict()
+    assert kept == expected
+
+
+def test_the_groups_have_names(tmp_path):
+    groups = with_rate(Trainer, tmp_path).create_optimizer().param_groups
+    assert [group["name"] for group in groups] == ["experts", "other", "router"]
+
+
+def test_the_logged_rate_is_that_of_the_experts_and_schedules_scale_both(tmp_path):
+    trainer = with_rate(Trainer, tmp_path, max_steps=2, lr_scheduler_type="linear", logging_steps=1)
+    trainer.train()
+    assert [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log] == [1e-3, 5e-4]
+    assert {g["name"]: g["initial_lr"] for g in trainer.optimizer.param_groups} == {
+        "experts": 1e-3,
+        "other": 1e-3,
+        "router": 1e-2,
+    }
+
+
+def test_training_twice_multiplies_once(tmp_path):
+    trainer = with_rate(Trainer, tmp_path, optim="sgd")
+    trainer.train()
+    trainer.train()
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-3, 1e-3, pytest.approx(1e-2)]
+
+
+def test_frozen_experts_train_routers_at_their_rate(tmp_path):
+    model = loramoe(freeze_experts=True)
+    trainer = build(mixed(Trainer), tmp_path, model=model, learning_rate=1e-3)
+    assert [group["lr"] for group in trainer.create_optimizer().param_groups if group["params"]] == [pytest.approx(1e-2)]
+
+
+def test_sft_resumes_with_the_routers_rate(tmp_path):
+    options = dict(learning_rate=1e-3, optim="adamw_torch", save_strategy="steps", save_steps=1, max_steps=2)
+    whole = build(mixed(trl.SFTTrainer), tmp_path / "run", model=loramoe(), **options)
+    whole.train()
+    resumed = build(mixed(trl.SFTTrainer), tmp_path / "run", model=loramoe(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert [group["lr"] for group in resumed.optimizer.param_groups] == [1e-3, 1e-3, pytest.approx(1e-2)]
+    torch.testing.assert_close(parameters(resumed.model), parameters(whole.model), atol=0, rtol=0)
+
+
+def all_in_one(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+IGNORING = {
+    "optimizers": {"optimizer": lambda model: torch.optim.SGD(all_in_one(model), lr=1e-3)},
+    "optimizer_cls_and_kwargs": {
+        "optimizer_cls_and_kwargs": lambda model: (torch.optim.SGD, {"params": all_in_one(model), "lr": 1e-3})
+    },
+}
+RESPECTED = {
+    "optimizers": {"optimizer": lambda model: torch.optim.SGD(optimizer_groups(model, 1e-3, router_lr=2e-3))},
+    "optimizer_cls_and_kwargs": {
+        "optimizer_cls_and_kwargs": lambda model: (
+            torch.optim.SGD,
+            {"params": optimizer_groups(model, 1e-3, router_lr=2e-3), "lr": 1e-3},
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("given", IGNORING.values(), ids=IGNORING)
+def test_an_optimizer_that_ignores_the_multiplier_gives_one_warning(given, tmp_path):
+    trainer = with_rate(Trainer, tmp_path, given=given)
+    with pytest.warns(UserWarning, match="router_lr_multiplier has no effect.*optimizer_groups") as caught:
+        trainer.train()
+        trainer.train()
+    assert len([w for w in caught if "router_lr_multiplier" in str(w.message)]) == 1
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {1e-3}
+
+
+@pytest.mark.parametrize("given", RESPECTED.values(), ids=RESPECTED)
+def test_groups_of_ones_own_are_respected(given, tmp_path, recwarn):
+    trainer = with_rate(Trainer, tmp_path, given=given)
+    trainer.train()
+    rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {"A": 1e-3, "B": 1e-3, "router": 2e-3, "no_decay": 1e-3}
+    assert not [w for w in recwarn if "router_lr_multiplier" in str(w.message)]
+
+
+def test_a_class_of_ones_own_gets_the_groups(tmp_path):
+    given = {"optimizer_cls_and_kwargs": lambda model: (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.5})}
+    trainer = with_rate(Trainer, tmp_path, given=given)
+    groups = {group["name"]: (group["lr"], group["momentum"]) for group in trainer.create_optimizer().param_groups}
+    assert groups == {"experts": (1e-3, 0.5), "other": (1e-3, 0.5), "router": (pytest.approx(1e-2), 0.5)}
+
+
+@pytest.mark.parametrize("optim", ONE_RATE)
+def test_optimizers_with_one_rate_are_refused(optim, tmp_path):
+    with pytest.raises(ValueError, match=f"optim='{optim}' updates all parameters with one learning rate.*multiplier=1"):
+        with_rate(Trainer, tmp_path, optim=optim)
+    assert with_rate(Trainer, tmp_path, 1.0, optim=optim) is not None
+
+
+def test_an_optimizer_that_sets_its_rate_itself_is_refused(tmp_path):
+    given = {"optimizer_cls_and_kwargs": lambda model: (Adafactor, {"lr": None})}
+    trainer = with_rate(Trainer, tmp_path, given=given)
+    with pytest.raises(ValueError, match="Adafactor was made with lr=None.*router_lr_multiplier=1"):
+        trainer.create_optimizer()
 
 
 # bad input

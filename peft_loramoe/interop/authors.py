@@ -38,6 +38,7 @@ TRAINING = {
     "balance_importance": "sum",
     "balance_detach": False,
     "balance_across_processes": False,
+    "router_lr_multiplier": 1.0,
 }
 
 
@@ -132,7 +133,7 @@ def to_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
             different.append(f"expert_groups={ours.expert_groups}")
         if different:
             warnings.warn(f"The authors' code does not know {', '.join(different)} and would go on training with another "
-                          "balance term. The outputs are the same.")  # fmt: skip
+                          "balance term or router rate. The outputs are the same.")  # fmt: skip
 
     named = ours.exclude_modules or ours.layers_to_transform is not None  # options that their code does not have
     targets = list(modules) if named or ours.target_modules is None else ours.target_modules

@@ -89,6 +89,7 @@ def from_moe_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> t
             expert_groups=[config["num_experts"]],
             num_experts_pattern={name: [COPIES] for name in sorted(plain)},
             balance_loss_weight=0.0,
+            router_lr_multiplier=1.0,  # MoE-PEFT has one learning rate
             base_model_name_or_path=config.get("base_model_name_or_path"),
             task_type=config.get("task_type"),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from ..config import LoRAMoEConfig
 from ..layer import LoRAMoELinear
 from .callback import RouterCallback
 from .collator import COLUMN, TaskTypeCollator
+from .optimizer import router_multipliers, routers_share_a_group, set_router_rates
 
 
 class LoRAMoETrainerMixin:
@@ -32,15 +34,25 @@ class LoRAMoETrainerMixin:
     micro-batches of an accumulated batch; all passes of one `compute_loss` count as one batch. A `RouterCallback` among the
     callbacks adds its numbers to the trainer's log. With a model without LoRAMoE layers the trainer is the plain one.
 
+    The routers learn at `router_lr_multiplier` (of the config) times `learning_rate`, with any `optim` of the training
+    arguments; its options, weight decay included, stay as they are. Groups that are passed to the trainer
+    (`optimizer_groups` makes some) are kept, with a warning if they give routers and experts one rate.
+
     Raises:
-        ValueError: FSDP 1 with `use_orig_params=False`, context or sequence parallelism, "wrapped" packing, or a
-            `compute_loss` that passes the adapted model by.
+        ValueError: FSDP 1 with `use_orig_params=False`, context or sequence parallelism, "wrapped" packing, a
+            `compute_loss` that passes the adapted model by, or an optimizer whose rate is the same for all parameters
+            (LOMO, layer-wise ones, an optimizer or a scheduler in DeepSpeed's own configuration) while
+            `router_lr_multiplier` is not 1.
     """
+
+    _warned_of_router_rate = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if _config_of(self.model) is not None:
             _check_parallelism(self.accelerator)
+            if _has_router_rates(self.model):
+                self._check_optimizer()
 
     def compute_loss(
         self,
@@ -69,6 +81,25 @@ class LoRAMoETrainerMixin:
         loss = loss + (balance_loss(model) * share).to(loss.device, loss.dtype)
         return (loss, *result[1:]) if return_outputs else loss
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The trainer's optimizer, with the routers in groups of their own unless `router_lr_multiplier` is 1."""
+        trained = self.model if model is None else model
+        _, options = self.optimizer_cls_and_kwargs or (None, {})
+        given = self.optimizer is not None or "params" in options
+        optimizer = super().create_optimizer(*(() if model is None else (model,)))
+        if not _has_router_rates(trained):
+            return optimizer
+        if not given:
+            set_router_rates(optimizer, trained)
+        elif routers_share_a_group(optimizer, trained) and not self._warned_of_router_rate:
+            self._warned_of_router_rate = True
+            warnings.warn(
+                "The optimizer given to the trainer has routers and other parameters in one group, so they have one learning rate "
+                "and router_lr_multiplier has no effect. Make its groups with peft_loramoe.training.optimizer_groups(model, lr), "
+                "let the trainer make the optimizer, or set router_lr_multiplier=1."
+            )
+        return optimizer
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's log, with what `RouterCallback` measured in this step."""
         for callback in self.callback_handler.callbacks:
@@ -90,6 +121,24 @@ class LoRAMoETrainerMixin:
         """As the trainer's, with `task_types` in the batches."""
         with self._task_types_collated():
             return super().get_test_dataloader(*args, **kwargs)
+
+    def _check_optimizer(self) -> None:
+        name = getattr(self.args.optim, "value", self.args.optim)
+        own_rate = "lomo" in name or name.endswith("layerwise")
+        if own_rate and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            raise ValueError(
+                f"optim='{name}' updates all parameters with one learning rate during the backward pass; choose another, or set "
+                "router_lr_multiplier=1."
+            )
+        if self.is_deepspeed_enabled:
+            config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+            for section in ("optimizer", "scheduler"):
+                if section in config:
+                    raise ValueError(
+                        f"The DeepSpeed configuration has a section '{section}', which gives all parameters one learning rate. "
+                        "Remove it, so that `optim` and `lr_scheduler_type` of the training arguments count, or set "
+                        "router_lr_multiplier=1."
+                    )
 
     @contextmanager
     def _task_types_collated(self) -> Iterator[None]:
@@ -144,6 +193,10 @@ def _config_of(model: nn.Module) -> LoRAMoEConfig | None:
     if layer is None:
         return None
     return next(layer.recorder.configs[name] for name in (*layer.active_adapters, *layer.loramoe_experts))
+
+
+def _has_router_rates(model: nn.Module) -> bool:
+    return any(multiplier != 1 for multiplier in router_multipliers(model).values())
 
 
 def _check_parallelism(accelerator: Any) -> None:
