@@ -415,7 +415,8 @@ class LoRAMoEConfig(PeftConfig):
         _check_number("router_lr_multiplier", self.router_lr_multiplier)
         if not math.isfinite(self.router_lr_multiplier) or self.router_lr_multiplier <= 0:
             raise ValueError(
-                f"router_lr_multiplier={self.router_lr_multiplier} must be positive and finite; 1 trains the router as the experts."
+                f"router_lr_multiplier={self.router_lr_multiplier} must be positive and finite; with 1, routers learn at the "
+                "rate of the experts."
             )
         _check_choice("router_dtype", self.router_dtype, ROUTER_DTYPES)
         _check_choice("router_init", self.router_init, ROUTER_INIT)

@@ -94,9 +94,10 @@ class LoRAMoETrainerMixin:
         elif routers_share_a_group(optimizer, trained) and not self._warned_of_router_rate:
             self._warned_of_router_rate = True
             warnings.warn(
-                "The optimizer given to the trainer has routers and other parameters in one group, so they have one learning rate "
-                "and router_lr_multiplier has no effect. Make its groups with peft_loramoe.training.optimizer_groups(model, lr), "
-                "let the trainer make the optimizer, or set router_lr_multiplier=1."
+                "The optimizer given to the trainer has routers and other parameters in one group, so they have one "
+                "learning rate and router_lr_multiplier has no effect. Make its groups with "
+                "peft_loramoe.training.optimizer_groups(model, lr), let the trainer make the optimizer, or set "
+                "router_lr_multiplier=1."
             )
         return optimizer
 
@@ -127,8 +128,8 @@ class LoRAMoETrainerMixin:
         own_rate = "lomo" in name or name.endswith("layerwise")
         if own_rate and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             raise ValueError(
-                f"optim='{name}' updates all parameters with one learning rate during the backward pass; choose another, or set "
-                "router_lr_multiplier=1."
+                f"optim='{name}' updates all parameters with one learning rate during the backward pass; choose another, "
+                "or set router_lr_multiplier=1."
             )
         if self.is_deepspeed_enabled:
             config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config

@@ -24,6 +24,8 @@ MIXTURE = {
     "num_experts": 6,
     "balance_delta": 0.1,
     "balance_loss_weight": 0.1,
+    "balance_detach": False,
+    "router_lr_multiplier": 1.0,
     "task_type_names": ["knowledge", "tasks"],
     "target_modules": FEED_FORWARD,
 }
