@@ -184,8 +184,8 @@ class LoRAMoEConfig(PeftConfig):
         Example:
             >>> from peft_loramoe import LoRAMoEConfig
             >>> config = LoRAMoEConfig.retain(r=8, task_type="CAUSAL_LM")
-            >>> config.lora_alpha, config.groups_of(), config.null_groups
-            (128, [6, 6], [0])
+            >>> config.lora_alpha, config.groups_of()
+            (128, ExpertGroups(sizes=(6, 6), null=(0,)))
         """
         groups = overrides.get("expert_groups")
         preset = {
@@ -252,8 +252,8 @@ class LoRAMoEConfig(PeftConfig):
         Example:
             >>> from peft_loramoe import LoRAMoEConfig
             >>> config = LoRAMoEConfig.paper(task_type="CAUSAL_LM")
-            >>> config.balance_target, config.balance_importance, config.groups_of()
-            ('printed', 'sum', [3, 3])
+            >>> config.balance_target, config.balance_importance, config.groups_of().sizes
+            ('printed', 'sum', (3, 3))
         """
         preset = {
             "r": 4,

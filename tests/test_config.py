@@ -78,7 +78,7 @@ def test_the_defaults_survive_the_json_file(tmp_path):
 
 def test_the_plain_defaults_are_the_layout_of_the_paper_with_a_detached_term_and_fast_routers():
     config = LoRAMoEConfig()
-    assert (config.num_experts, config.groups_of(), config.null_groups) == (6, [3, 3], None)
+    assert (config.num_experts, config.groups_of()) == (6, ExpertGroups((3, 3)))
     assert (config.balance_detach, config.router_lr_multiplier) == (True, 10.0)
 
 
@@ -277,7 +277,7 @@ def test_a_preset_has_no_other_options_than_the_configuration(preset):
 )
 def test_the_null_group_of_retain(overrides, groups):
     config = LoRAMoEConfig.retain(**overrides)
-    assert (config.groups_of(), config.null_groups) == (groups, [0])
+    assert config.groups_of() == ExpertGroups(groups, null=(0,))
 
 
 @pytest.mark.parametrize(
