@@ -8,6 +8,8 @@ import re
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 
 if TYPE_CHECKING:
@@ -56,9 +58,25 @@ def loading_snippet(adapter: str, config: LoRAMoEConfig) -> str:
         "import peft_loramoe  # registers LORAMOE with PEFT\n"
         "from peft import PeftModel\n"
         f"from transformers import {auto_class}\n\n"
-        f'base_model = {auto_class}.from_pretrained("{config.base_model_name_or_path or "BASE_MODEL"}")\n'
-        f'model = PeftModel.from_pretrained(base_model, "{adapter}")'
+        f"base_model = {auto_class}.from_pretrained({_literal(config.base_model_name_or_path or 'BASE_MODEL')})\n"
+        f"model = PeftModel.from_pretrained(base_model, {_literal(adapter)})"
     )
+
+
+def _literal(text: str) -> str:
+    """The Python literal of a name that somebody else may have chosen: on one line, and without a mark of HTML."""
+    # `repr` takes double quotes for a text with a single one in it; that one is cut off again.
+    quoted = repr(text) if '"' in text else '"' + repr("'" + text)[2:]
+    return quoted.replace("<", "\\x3c")
+
+
+def is_hub_name(base_model: str) -> bool:
+    """Whether a card's metadata may name this base model: the Hub refuses cards that name a local folder, or worse."""
+    try:
+        validate_repo_id(base_model)
+    except HFValidationError:
+        return False
+    return not os.path.isdir(base_model)
 
 
 def write_card(path: str, config: LoRAMoEConfig) -> None:
@@ -69,11 +87,12 @@ def write_card(path: str, config: LoRAMoEConfig) -> None:
     if os.path.exists(path):
         card = ModelCard.load(path, ignore_metadata_errors=True)
     else:
-        card = ModelCard.from_template(ModelCardData(library_name="peft", base_model=config.base_model_name_or_path))
+        base_model = config.base_model_name_or_path
+        named = base_model if base_model and is_hub_name(base_model) else None
+        card = ModelCard.from_template(ModelCardData(library_name="peft", base_model=named))
     tags = {*(card.data.get("tags") or ()), *TAGS}
     base_model = card.data.get("base_model")
-    if isinstance(base_model, str) and os.path.isdir(base_model):
-        # The Hub refuses cards that name a local folder.
+    if isinstance(base_model, str) and not is_hub_name(base_model):
         tags -= {f"base_model:adapter:{base_model}"}
         card.data["base_model"] = None
     card.data["tags"] = sorted(tags)
@@ -81,7 +100,9 @@ def write_card(path: str, config: LoRAMoEConfig) -> None:
     options = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     text = TEXT.format(
         snippet=loading_snippet("ADAPTER", config),
-        config=json.dumps({key: value for key, value in options.items() if value not in (None, {}, [])}, indent=2),
+        config=json.dumps({key: value for key, value in options.items() if value not in (None, {}, [])}, indent=2).replace(
+            "<", r"\u003c"
+        ),
     )
     block = f"{BEGIN}\n{text}{END}\n"
     rest = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}\n?", "", card.text, flags=re.DOTALL)

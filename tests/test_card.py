@@ -1,7 +1,14 @@
+import ast
+import json
+
+import pytest
 from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftConfig
 
 from peft_loramoe import LoRAMoEConfig
-from peft_loramoe.card import BEGIN, loading_snippet, write_card
+from peft_loramoe.card import BEGIN, END, loading_snippet, write_card
 from tiny import loramoe
 
 
@@ -40,3 +47,80 @@ def test_a_local_base_model_is_not_named_to_the_hub(tmp_path):
     data = ModelCard.load(path).data
     assert data.base_model is None
     assert sorted(data.tags) == ["lora", "loramoe", "mixture-of-experts", "peft_loramoe"]
+
+
+HOSTILE = [
+    'a"b',
+    "a'b",
+    "a'b\"c",
+    'x")\nimport os; os.system("rm -rf ~")  # ',
+    "x\r\nimport os",
+    "x\u2028import os\x85import sys",
+    "<!-- peft_loramoe: end -->",
+    "<!-- peft_loramoe: begin -->\n",
+    "\n```\n## Another section\n```python\n",
+    "a\n---\nlicense: other\n---\n",
+    "nul\0",
+    "{snippet} {{ 1 + 1 }} {% raw %}",
+    "back\\slash\\",
+    "\\<",
+    "\u202eesrever",
+    "- a: [",
+    "---",
+    "<script>alert(1)</script>",
+    "x" * 5000,
+]
+
+
+def code_of(text):
+    return text.split("```python\n")[1].split("\n```")[0]
+
+
+@pytest.mark.parametrize("place", ["base model", "target module", "task type name"])
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_names_of_others_stay_data(name, place, tmp_path):
+    options = {
+        "base model": {"base_model_name_or_path": name},
+        "target module": {"target_modules": [name]},
+        "task type name": {"task_type_names": [name, "other"]},
+    }[place]
+    config, path = LoRAMoEConfig(task_type="CAUSAL_LM", **options), tmp_path / "README.md"
+    write_card(str(path), config)
+    first = path.read_text(encoding="utf-8")
+    write_card(str(path), config)
+    assert path.read_text(encoding="utf-8") == first  # the block was found and replaced
+    assert first.count(BEGIN) == first.count(END) == 1
+
+    card = ModelCard.load(path)
+    assert code_of(card.text) == loading_snippet("ADAPTER", config)
+    statements = ast.parse(code_of(card.text)).body
+    assert [type(statement) for statement in statements] == [ast.Import, ast.ImportFrom, ast.ImportFrom, ast.Assign, ast.Assign]
+    expected = name if place == "base model" else "BASE_MODEL"
+    assert statements[3].value.args[0].value == expected and statements[4].value.args[1].value == "ADAPTER"
+    assert card.data.get("base_model") in (None, expected) and card.data.get("license") is None
+    block = card.text.split(BEGIN)[1]
+    loaded = json.loads(block.split("```json\n")[1].split("\n```")[0])
+    assert all(loaded[option] == value for option, value in options.items())
+    assert not any("<" in line for line in block.splitlines() if line != END)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=60))
+def test_the_snippet_is_five_statements_whatever_the_names(name):
+    for snippet in (
+        loading_snippet("a", LoRAMoEConfig(base_model_name_or_path=name or "x")),
+        loading_snippet(name, LoRAMoEConfig()),
+    ):
+        assert len(snippet.splitlines()) == 6
+        statements = ast.parse(snippet).body
+        assert len(statements) == 5
+    assert statements[4].value.args[1].value == name
+
+
+def test_a_saved_adapter_of_a_hostile_base_model(tmp_path):
+    model = loramoe()
+    model.peft_config["default"].base_model_name_or_path = HOSTILE[3]
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    assert len(ast.parse(code_of(ModelCard.load(tmp_path / "README.md").text)).body) == 5
+    assert PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == HOSTILE[3]

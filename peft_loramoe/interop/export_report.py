@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..card import is_hub_name
 from ..layer import LoRAMoELinear
 from ..modes import evaluation_mode
 from .calibration import Adapter, CalibrationBatch, OutputError, visit_inputs
@@ -236,8 +236,8 @@ def import_rich() -> tuple[type, type]:
 def write_lora_card(path: Path, report: LoRAExport, adapter: Adapter) -> None:
     """Write the model card of the exported LoRA: what it is, and how far from the mixture."""
     base_model = adapter.config.base_model_name_or_path
-    if base_model and os.path.isdir(base_model):
-        base_model = None  # the Hub refuses cards that name a local folder
+    if base_model and not is_hub_name(base_model):
+        base_model = None
     data = ModelCardData(library_name="peft", base_model=base_model or None, tags=["lora", "loramoe"])
     of_type = "" if report.task_type is None else f", of task type {report.task_type}"
     text = (
