@@ -18,6 +18,23 @@ from peft.utils import PeftType
 from .card import loading_snippet, write_card
 from .groups import ExpertGroups
 from .ops import MixtureOptions
+from .options import (
+    AT_THE_END,
+    MODULE_TO_SAVE,
+    Kind,
+    boolean,
+    by_type,
+    choice,
+    expression,
+    integer,
+    list_of,
+    mapping,
+    number,
+    optional,
+    shown,
+    text,
+    version,
+)
 from .peft_api import get_pattern_key
 from .version import __version__
 
@@ -25,6 +42,9 @@ from .version import __version__
 logger = logging.getLogger(__name__)
 
 BIAS = ("none", "all", "loramoe_only")
+# More than any linear layer has inputs or outputs. Beyond it, a configuration only takes memory until something fails.
+MAX_RANK = 2**16
+MAX_EXPERTS = 2**12
 INIT_WEIGHTS = (True, False, "gaussian")
 ROUTER_INIT = ("kaiming_uniform", "normal", "zeros")
 ROUTER_DTYPES = ("float32", "float64", "bfloat16")
@@ -33,9 +53,51 @@ BALANCE_TARGETS = ("corrected", "printed")
 BALANCE_IMPORTANCE = ("mean", "sum")
 
 
-def _option(help: str, default: Any = None, factory: Any = None) -> Any:
+RANK = integer(1, MAX_RANK, ": no linear layer has more inputs or outputs")
+EXPERTS = integer(2, MAX_EXPERTS, ": each expert is a row of every layer's router")
+GROUP_SIZE = integer(1, MAX_EXPERTS, ": each expert is a row of every layer's router")
+INDEX = integer(0, 2**31 - 1)
+ALPHA = number(-1e9, 1e9)
+MODULES = by_type("a list of module names or a string", string=expression(), list=list_of(text, "module names", container=set))
+PATTERN = expression(AT_THE_END)
+
+
+def _group_sizes(name: str, value: Any) -> list[int]:
+    """The kind of a list of group sizes."""
+    sizes = list_of(GROUP_SIZE, "group sizes, for example [3, 3]", empty=False)(name, value)
+    if sum(sizes) < 2:
+        raise ValueError(f"{name}={sizes} has one expert; the router needs at least 2 (with one it has no gradient: a LoRA).")
+    if sum(sizes) > MAX_EXPERTS:
+        raise ValueError(f"{name}={shown(sizes)} has {sum(sizes)} experts; at most {MAX_EXPERTS} are possible.")
+    return sizes
+
+
+def _num_experts(name: str, value: Any) -> int:
+    if isinstance(value, int) and value == 1:
+        raise ValueError(f"{name}=1 must be at least 2 (with one, the router has no gradient: that is a LoRA).")
+    return EXPERTS(name, value)
+
+
+def _router_dtype(name: str, value: Any) -> str:
+    value = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    return choice(*ROUTER_DTYPES)(name, value)
+
+
+def _option(kind: Kind, help: str, default: Any = None, factory: Any = None) -> Any:
     source = {"default_factory": factory} if factory else {"default": default}
-    return field(**source, metadata={"help": help})
+    return field(**source, metadata={"help": help, "kind": kind})
+
+
+# The options that every configuration of PEFT has; PEFT checks task_type, and peft_type is fixed.
+BASE_KINDS = {
+    "base_model_name_or_path": optional(
+        lambda name, value: text(name, str(value) if isinstance(value, os.PathLike) else value)
+    ),
+    "revision": optional(text),
+    "inference_mode": boolean,
+    "peft_version": optional(text),
+    "auto_mapping": optional(mapping(text, lambda name, value: value, "names of classes")),
+}
 
 
 @dataclass
@@ -49,111 +111,174 @@ class LoRAMoEConfig(PeftConfig):
     Options:
     """
 
-    r: int = _option("Rank of each expert.", 8)
+    r: int = _option(RANK, "Rank of each expert.", 8)
     lora_alpha: float = _option(
+        ALPHA,
         "The mixture is scaled by lora_alpha / r. Null experts take router weight without adding anything, so with them "
         "the LoRA experts start with a smaller sum of gates; LoRAMoEConfig.retain makes up for it.",
         8,
     )
-    lora_dropout: float = _option("Probability of dropping an entry of the experts' input; all experts share a mask.", 0.0)
-    use_rslora: bool = _option("Scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA).", False)
+    lora_dropout: float = _option(
+        number(0, 1, open_maximum=True),
+        "Probability of dropping an entry of the experts' input; all experts share a mask.",
+        0.0,
+    )
+    use_rslora: bool = _option(boolean, "Scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA).", False)
     target_modules: list[str] | str | None = _option(
+        optional(MODULES),
         "Linear layers to adapt: names (matched at the end of the module's name), a regular expression for the whole "
-        "name, or 'all-linear'. None: the feed-forward linears of known architectures, as in the paper."
+        "name, or 'all-linear'. None: the feed-forward linears of known architectures, as in the paper.",
     )
-    exclude_modules: list[str] | str | None = _option("Names or regular expression of modules not to adapt.")
-    layers_to_transform: list[int] | int | None = _option("Indices of the transformer layers to adapt; None for all.")
-    layers_pattern: list[str] | str | None = _option("Name of the module list that layers_to_transform indexes.")
-    rank_pattern: dict[str, int] = _option("Module name or regular expression -> r, where it differs.", factory=dict)
-    alpha_pattern: dict[str, float] = _option("The same for lora_alpha.", factory=dict)
-    bias: str = _option(f"Biases of the base model to train, one of {BIAS}.", "none")
-    modules_to_save: list[str] | None = _option("Further modules to train fully and save with the adapter.")
+    exclude_modules: list[str] | str | None = _option(optional(MODULES), "Names or regular expression of modules not to adapt.")
+    layers_to_transform: list[int] | int | None = _option(
+        optional(by_type("an index of a layer or a list of indices", integer=INDEX, list=list_of(INDEX, "indices"))),
+        "Indices of the transformer layers to adapt; None for all.",
+    )
+    layers_pattern: list[str] | str | None = _option(
+        optional(by_type("a name or a list of names", string=expression(), list=list_of(expression(), "names"))),
+        "Name of the module list that layers_to_transform indexes.",
+    )
+    rank_pattern: dict[str, int] = _option(
+        mapping(PATTERN, RANK, "names or expressions to ranks"),
+        "Module name or regular expression -> r, where it differs.",
+        factory=dict,
+    )
+    alpha_pattern: dict[str, float] = _option(
+        mapping(PATTERN, ALPHA, "names or expressions to numbers"), "The same for lora_alpha.", factory=dict
+    )
+    bias: str = _option(choice(*BIAS), f"Biases of the base model to train, one of {BIAS}.", "none")
+    modules_to_save: list[str] | None = _option(
+        optional(list_of(expression(MODULE_TO_SAVE), "module names")),
+        "Further modules to train fully and save with the adapter.",
+    )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = _option(
-        "Token ids whose embeddings to train too (or embedding name -> ids)."
+        optional(
+            by_type(
+                "a list of token ids or a dictionary of such lists",
+                list=list_of(INDEX, "token ids"),
+                mapping=mapping(text, list_of(INDEX, "token ids"), "names of embeddings to lists of token ids"),
+            )
+        ),
+        "Token ids whose embeddings to train too (or embedding name -> ids).",
     )
-    fan_in_fan_out: bool = _option("The base weight is stored (in, out), as in GPT-2's Conv1D; set automatically.", False)
+    fan_in_fan_out: bool = _option(
+        boolean, "The base weight is stored (in, out), as in GPT-2's Conv1D; set automatically.", False
+    )
     init_weights: bool | str = _option(
-        "True: the adapter starts as the identity (B zero); 'gaussian': the same with a normal A; False: random B too.", True
+        choice(*INIT_WEIGHTS),
+        "True: the adapter starts as the identity (B zero); 'gaussian': the same with a normal A; False: random B too.",
+        True,
     )
 
-    num_experts: int = _option("Number of experts (router outputs) of each adapted linear, at least 2.", 6)
+    num_experts: int = _option(_num_experts, "Number of experts (router outputs) of each adapted linear, at least 2.", 6)
     num_experts_pattern: dict[str, int | list[int]] = _option(
-        "Module name or regular expression -> num_experts, or a list of group sizes, where it differs.", factory=dict
+        mapping(
+            PATTERN,
+            by_type("a number of experts or a list of group sizes", integer=_num_experts, list=_group_sizes),
+            "names or expressions to numbers of experts or lists of group sizes",
+        ),
+        "Module name or regular expression -> num_experts, or a list of group sizes, where it differs.",
+        factory=dict,
     )
     expert_groups: list[int] | None = _option(
-        "Sizes of the expert groups; group g is meant for samples of task type g. None: two equal groups."
+        optional(_group_sizes),
+        "Sizes of the expert groups; group g is meant for samples of task type g. None: two equal groups.",
     )
     null_groups: list[int] | None = _option(
+        optional(list_of(INDEX, "indices of expert groups")),
         "Groups whose experts are null: a router output without parameters or contribution. Their samples are routed to "
-        "the untouched backbone."
+        "the untouched backbone.",
     )
-    task_type_names: list[str] | None = _option("Names of the groups' task types, accepted in task_types.")
-    router_temperature: float = _option("The router's logits are divided by it.", 1.0)
-    router_dtype: str = _option(f"dtype of the router's logits, one of {ROUTER_DTYPES}.", "float32")
-    router_init: str = _option(f"Initialisation of the router, one of {ROUTER_INIT}.", "kaiming_uniform")
-    top_k: int | None = _option("Experts that each token uses, their gates renormalised to one; None: all (dense).")
+    task_type_names: list[str] | None = _option(
+        optional(list_of(text, "names")), "Names of the groups' task types, accepted in task_types."
+    )
+    router_temperature: float = _option(number(1e-6, 1e6), "The router's logits are divided by it.", 1.0)
+    router_dtype: str = _option(_router_dtype, f"dtype of the router's logits, one of {ROUTER_DTYPES}.", "float32")
+    router_init: str = _option(choice(*ROUTER_INIT), f"Initialisation of the router, one of {ROUTER_INIT}.", "kaiming_uniform")
+    top_k: int | None = _option(
+        optional(integer(1, MAX_EXPERTS)), "Experts that each token uses, their gates renormalised to one; None: all (dense)."
+    )
     router_lr_multiplier: float | None = _option(
+        number(0, 1e6, open_minimum=True, why="; with 1, routers learn at the rate of the experts"),
         "The router's learning rate is this many times that of the experts; LoRAMoETrainerMixin and optimizer_groups apply it. "
-        "None: 10, or 1 for a file written before the option existed."
+        "None: 10, or 1 for a file written before the option existed.",
     )
     freeze_experts: bool = _option(
+        boolean,
         "Train the routers only; A and B stay as they are, through switching, saving and loading. For experts that were "
         "trained before, for example by upcycling. FSDP1 needs use_orig_params=True for it.",
         False,
     )
 
-    balance_loss_weight: float = _option("Weight (beta) of the balance term in the training loss; 0 turns it off.", 0.1)
-    balance_delta: float = _option("How far matched and other experts' target importance differ, in [0, 1).", 0.1)
+    balance_loss_weight: float = _option(
+        number(0, 1e6, why="; 0 turns balancing off"),
+        "Weight (beta) of the balance term in the training loss; 0 turns it off.",
+        0.1,
+    )
+    balance_delta: float = _option(
+        number(0, 1, open_maximum=True, why=": experts of other groups have target 1 - balance_delta"),
+        "How far matched and other experts' target importance differ, in [0, 1).",
+        0.1,
+    )
     balance_formula: str = _option(
+        choice(*BALANCE_FORMULAS),
         "'cv_squared': var(Z) / mean(Z)^2, as in the authors' code; 'variance_to_mean': var(Z) / mean(Z), as printed.",
         "cv_squared",
     )
     balance_target: str = _option(
+        choice(*BALANCE_TARGETS),
         "'corrected': importance is divided by its target, so the matched group gets the larger weight; 'printed': it is "
         "multiplied by it, as in the paper, which gives the matched group the smaller one.",
         "corrected",
     )
     balance_importance: str = _option(
+        choice(*BALANCE_IMPORTANCE),
         "Importance of an expert for a sample: 'mean' of the router probabilities over its tokens, or their 'sum' as in "
         "the paper, with which long samples outweigh short ones.",
         "mean",
     )
     balance_detach: bool = _option(
+        boolean,
         "The balance term trains the router only, not the layers below it. Without it the terms of all adapted linears push "
         "on the hidden states, which makes a language model forget.",
         True,
     )
     balance_across_processes: bool = _option(
+        boolean,
         "In training with several processes, compute the balance term over the samples of all of them instead of each "
         "process's own, so that it does not depend on how the batch is split. One all-gather a forward pass.",
         False,
     )
-    peft_loramoe_version: str | None = _option("Version that wrote the config; filled in automatically.")
+    peft_loramoe_version: str | None = _option(version, "Version that wrote the config; filled in automatically.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LORAMOE")
         if self.router_lr_multiplier is None:
             # Files state their version and every option that it knew; without this one, all parameters had one rate.
-            self.router_lr_multiplier = 1.0 if self.peft_loramoe_version else 10.0
-        self.peft_loramoe_version = self.peft_loramoe_version or __version__
+            self.router_lr_multiplier = 10.0 if self.peft_loramoe_version is None else 1.0
+        if self.peft_loramoe_version is None:
+            self.peft_loramoe_version = __version__
+        self.check()
         if Version(self.peft_loramoe_version) > Version(__version__):
             warnings.warn(
                 f"The configuration was written by peft_loramoe {self.peft_loramoe_version}, newer than the installed "
                 f"{__version__}; options that it does not know are ignored. Upgrade with `pip install -U peft_loramoe`."
             )
-        if isinstance(self.router_dtype, torch.dtype):
-            self.router_dtype = str(self.router_dtype).removeprefix("torch.")
-        for name in ("target_modules", "exclude_modules"):
-            _check_names(name, value := getattr(self, name))
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
-        for name in ("use_rslora", "fan_in_fan_out", "freeze_experts", "balance_detach", "balance_across_processes"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise TypeError(f"{name}={value!r} must be True or False.")
-        self._check_lora_options()
-        self._check_expert_options()
-        self._check_balance_options()
+
+    def check(self) -> None:
+        """Check every option by its kind, and then those that depend on each other; called when an adapter is attached, too.
+
+        Raises:
+            ValueError: an option has a value outside its range; the message names the option, the value and the fix.
+            TypeError: an option has a value of the wrong type.
+        """
+        kinds = {f.name: f.metadata["kind"] for f in dataclasses.fields(self) if "kind" in f.metadata}
+        for name, kind in {**BASE_KINDS, **kinds}.items():
+            if hasattr(self, name):  # not every version of PEFT has all of its own
+                setattr(self, name, kind(name, getattr(self, name)))
+        self._check_targets()
+        self._check_groups()
 
     @classmethod
     def retain(cls, **overrides: Any) -> LoRAMoEConfig:
@@ -199,7 +324,7 @@ class LoRAMoEConfig(PeftConfig):
             "router_lr_multiplier": 10.0,
         }
         if groups is not None:
-            _check_group_sizes("expert_groups", groups)
+            _group_sizes("expert_groups", groups)
             if len(groups) == 1:
                 raise ValueError(
                     f"LoRAMoEConfig.retain(expert_groups={groups!r}): there must be a null group for type 0 and at least one "
@@ -332,7 +457,7 @@ class LoRAMoEConfig(PeftConfig):
         """Sizes of the expert groups, those of an entry of `num_experts_pattern` if one is named."""
         option, num_experts = "num_experts", self.num_experts
         if pattern_key is not None:
-            option, num_experts = f"num_experts_pattern['{pattern_key}']", self.num_experts_pattern[pattern_key]
+            option, num_experts = f"num_experts_pattern[{shown(pattern_key)}]", self.num_experts_pattern[pattern_key]
             if isinstance(num_experts, (list, tuple)):
                 return list(num_experts)
         if self.expert_groups is None:
@@ -355,94 +480,55 @@ class LoRAMoEConfig(PeftConfig):
         write_card(os.path.join(save_directory, "README.md"), self)
         logger.info("Saved a LoRAMoE adapter. Load it with:\n%s", loading_snippet(str(save_directory), self))
 
-    def _check_lora_options(self) -> None:
-        _check_positive_int("r", self.r)
-        _check_number("lora_alpha", self.lora_alpha)
-        _check_number("lora_dropout", self.lora_dropout)
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1).")
-        for name, rank in self.rank_pattern.items():
-            _check_positive_int(f"rank_pattern['{name}']", rank)
-        for name, alpha in self.alpha_pattern.items():
-            _check_number(f"alpha_pattern['{name}']", alpha)
-        _check_names("modules_to_save", self.modules_to_save)
-        _check_choice("bias", self.bias, BIAS)
-        _check_choice("init_weights", self.init_weights, INIT_WEIGHTS)
+    def _check_targets(self) -> None:
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(
-                        f"`{name}` cannot be used when `target_modules` is a str: {name}={value} would have no effect on "
-                        f"target_modules='{self.target_modules}'. Put the layers into the expression or pass a list."
+                        f"`{name}` cannot be used when `target_modules` is a str: {name}={shown(value)} would have no effect "
+                        f"on target_modules={shown(self.target_modules)}. Put the layers into the expression or pass a list."
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"When `layers_pattern` is specified, `layers_to_transform` must also be specified: "
-                f"layers_pattern={self.layers_pattern!r} names the list that layers_to_transform indexes."
+                f"layers_pattern={shown(self.layers_pattern)} names the list that layers_to_transform indexes."
             )
 
-    def _check_expert_options(self) -> None:
-        _check_positive_int("num_experts", self.num_experts, minimum=2)
-        for name, entry in self.num_experts_pattern.items():
-            option = f"num_experts_pattern['{name}']"
-            if isinstance(entry, (list, tuple)):
-                _check_group_sizes(option, entry)
-            else:
-                _check_positive_int(option, entry, minimum=2)
-        if self.expert_groups is not None:
-            _check_group_sizes("expert_groups", self.expert_groups)
-            self.expert_groups = list(self.expert_groups)
+    def _check_groups(self) -> None:
         num_groups = self.num_groups
         layouts = {"num_experts": self._group_sizes()}
         for name in self.num_experts_pattern:
-            layouts[f"num_experts_pattern['{name}']"] = self._group_sizes(name)
+            layouts[f"num_experts_pattern[{shown(name)}]"] = self._group_sizes(name)
+        rank_option, rank = max([("r", self.r), *((f"rank_pattern[{shown(k)}]", r) for k, r in self.rank_pattern.items())],
+                                key=lambda item: item[1])  # fmt: skip
         for option, groups in layouts.items():
             if len(groups) != num_groups:
                 raise ValueError(f"{option} gives {len(groups)} groups, {groups}, but there are {num_groups}.")
-            if self.top_k is not None:
-                _check_positive_int("top_k", self.top_k)
-                if self.top_k > sum(groups):
-                    raise ValueError(f"top_k={self.top_k} is more than the {sum(groups)} experts of {option}.")
+            if self.top_k is not None and self.top_k > sum(groups):
+                raise ValueError(f"top_k={self.top_k} is more than the {sum(groups)} experts of {option}.")
+            if rank * sum(groups) > MAX_RANK:
+                raise ValueError(
+                    f"{rank_option}={rank} times the {sum(groups)} experts of {option} is a rank of {rank * sum(groups)}; at "
+                    f"most {MAX_RANK} is possible: no linear layer has more inputs or outputs. Take fewer experts or a smaller "
+                    "rank."
+                )
         if self.null_groups is not None:
             self.null_groups = self._checked_null_groups(num_groups)
-        if self.task_type_names is not None:
-            names = self.task_type_names = list(self.task_type_names)
-            if len(names) != num_groups or len(set(names)) != len(names) or not all(isinstance(n, str) for n in names):
-                raise ValueError(f"task_type_names={names} must be {num_groups} different names, one for each expert group.")
-        _check_number("router_temperature", self.router_temperature)
-        if self.router_temperature <= 0:
-            raise ValueError(f"router_temperature={self.router_temperature} must be positive.")
-        _check_number("router_lr_multiplier", self.router_lr_multiplier)
-        if not math.isfinite(self.router_lr_multiplier) or self.router_lr_multiplier <= 0:
-            raise ValueError(
-                f"router_lr_multiplier={self.router_lr_multiplier} must be positive and finite; with 1, routers learn at the "
-                "rate of the experts."
-            )
-        _check_choice("router_dtype", self.router_dtype, ROUTER_DTYPES)
-        _check_choice("router_init", self.router_init, ROUTER_INIT)
+        names = self.task_type_names
+        if names is not None and (len(names) != num_groups or len(set(names)) != len(names)):
+            raise ValueError(f"task_type_names={shown(names)} must be {num_groups} different names, one for each expert group.")
 
     def _checked_null_groups(self, num_groups: int) -> list[int]:
         groups = sorted(set(self.null_groups))
         for group in groups:
-            if not isinstance(group, int) or not 0 <= group < num_groups:
-                raise ValueError(f"null_groups={self.null_groups} must be indices of the {num_groups} expert groups (0 to "
-                                 f"{num_groups - 1}); {group!r} is none.")  # fmt: skip
+            if group >= num_groups:
+                raise ValueError(
+                    f"null_groups={shown(self.null_groups)} must be indices of the {num_groups} expert groups (0 to "
+                    f"{num_groups - 1}); {group} is none."
+                )
         if len(groups) == num_groups:
-            raise ValueError(f"null_groups={self.null_groups} leaves no group with parameters; leave at least one out.")
+            raise ValueError(f"null_groups={shown(self.null_groups)} leaves no group with parameters; leave at least one out.")
         return groups
-
-    def _check_balance_options(self) -> None:
-        _check_number("balance_loss_weight", self.balance_loss_weight)
-        if self.balance_loss_weight < 0:
-            raise ValueError(f"balance_loss_weight={self.balance_loss_weight} must not be negative; 0 turns balancing off.")
-        _check_number("balance_delta", self.balance_delta)
-        if not 0 <= self.balance_delta < 1:
-            raise ValueError(
-                f"balance_delta={self.balance_delta} must be in [0, 1): experts of other groups have target 1 - balance_delta."
-            )
-        _check_choice("balance_formula", self.balance_formula, BALANCE_FORMULAS)
-        _check_choice("balance_target", self.balance_target, BALANCE_TARGETS)
-        _check_choice("balance_importance", self.balance_importance, BALANCE_IMPORTANCE)
 
 
 # The help texts are written once, above; the class docstring lists them from there.
@@ -451,36 +537,3 @@ LoRAMoEConfig.__doc__ += "".join(
     for f in dataclasses.fields(LoRAMoEConfig)
     if f.name in LoRAMoEConfig.__annotations__
 )
-
-
-def _check_positive_int(option: str, value: Any, minimum: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{option}={value!r} must be an integer, at least {minimum}.")
-    if value < minimum:
-        reason = " (with one, the router has no gradient: that is a LoRA)" if minimum == 2 and value == 1 else ""
-        raise ValueError(f"{option}={value} must be at least {minimum}{reason}.")
-
-
-def _check_names(option: str, value: Any) -> None:
-    names = [value] if value is None or isinstance(value, str) else value
-    if not isinstance(names, (list, tuple, set)) or not all(name is None or isinstance(name, str) for name in names):
-        raise TypeError(f"{option}={value!r} must be a list of module names or a string.")
-
-
-def _check_number(option: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{option}={value!r} must be a number.")
-
-
-def _check_choice(option: str, value: Any, choices: tuple) -> None:
-    if not any(value is choice if isinstance(choice, bool) else value == choice for choice in choices):
-        raise ValueError(f"{option}={value!r} is not one of {', '.join(map(repr, choices))}.")
-
-
-def _check_group_sizes(option: str, sizes: Any) -> None:
-    if not isinstance(sizes, (list, tuple)) or not sizes:
-        raise TypeError(f"{option}={sizes!r} must be a list of group sizes, for example [3, 3].")
-    for size in sizes:
-        _check_positive_int(f"a size in {option}={list(sizes)}", size)
-    if sum(sizes) < 2:
-        raise ValueError(f"{option}={list(sizes)} has one expert; the router needs at least 2.")

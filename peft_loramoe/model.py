@@ -49,6 +49,7 @@ class LoRAMoEModel(BaseTuner):
         return self.model(*args, **kwargs)
 
     def _check_new_adapter_config(self, config: LoRAMoEConfig) -> None:
+        config.check()
         others = sorted({c.peft_type for c in self.peft_config.values()} - {"LORAMOE"})
         if others and not PEFT_AT_LEAST_0_21:
             raise ValueError(

@@ -1,15 +1,18 @@
 import copy
 import dataclasses
 import json
+import math
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
 
 from peft_loramoe import LoRAMoEConfig, __version__
 from peft_loramoe.groups import ExpertGroups
+from tiny import tiny_llama
 
 
 FIXTURE = Path(__file__).parent / "fixtures" / "adapter-0.1.0"
@@ -176,7 +179,7 @@ BAD_VALUES = [
         r"sums to 6, not to num_experts_pattern\['up'\]=4; give the sizes there as a list",
     ),
     (dict(num_experts_pattern={"up": [1, 1, 1]}), r"num_experts_pattern\['up'\] gives 3 groups.*but there are 2"),
-    (dict(expert_groups=[6, 0]), r"a size in expert_groups=\[6, 0\]=0"),
+    (dict(expert_groups=[6, 0]), r"expert_groups\[1\]=0 must be at least 1"),
     (dict(expert_groups=6), "expert_groups=6 must be a list"),
     (dict(expert_groups=[]), r"expert_groups=\[\] must be a list"),
     (dict(num_experts_pattern={"up": [1]}), r"num_experts_pattern\['up'\]=\[1\] has one expert"),
@@ -187,29 +190,71 @@ BAD_VALUES = [
     (dict(top_k=7), "top_k=7 is more than the 6 experts of num_experts"),
     (dict(top_k=5, num_experts_pattern={"up": 4}), r"top_k=5 is more than the 4 experts of num_experts_pattern\['up'\]"),
     (dict(top_k=0), "top_k=0"),
-    (dict(router_temperature=0.0), "router_temperature=0.0 must be positive"),
+    (dict(router_temperature=0.0), r"router_temperature=0.0 must be in \[1e-06, 1e\+06\]"),
     (dict(router_dtype="float16"), "router_dtype='float16' is not one of"),
     (dict(router_init="xavier"), "router_init='xavier' is not one of"),
-    (dict(router_lr_multiplier=0), "router_lr_multiplier=0 must be positive and finite"),
-    (dict(router_lr_multiplier=-1.0), "router_lr_multiplier=-1.0 must be positive and finite"),
-    (dict(router_lr_multiplier=float("inf")), "router_lr_multiplier=inf must be positive and finite"),
-    (dict(router_lr_multiplier=float("nan")), "router_lr_multiplier=nan must be positive and finite"),
+    (dict(router_lr_multiplier=0), "router_lr_multiplier=0 must be in"),
+    (dict(router_lr_multiplier=-1.0), "router_lr_multiplier=-1.0 must be in"),
+    (dict(router_lr_multiplier=float("inf")), "router_lr_multiplier=inf must be in"),
+    (dict(router_lr_multiplier=float("nan")), "router_lr_multiplier=nan must be in"),
     (dict(router_lr_multiplier="10"), "router_lr_multiplier='10' must be a number"),
     (dict(router_lr_multiplier=True), "router_lr_multiplier=True must be a number"),
-    (dict(balance_loss_weight=-0.1), "balance_loss_weight=-0.1 must not be negative"),
+    (dict(balance_loss_weight=-0.1), r"balance_loss_weight=-0.1 must be in \[0, 1e\+06\]; 0 turns balancing off"),
     (dict(balance_delta=1.0), r"balance_delta=1.0 must be in \[0, 1\)"),
     (dict(balance_delta=-0.1), "balance_delta=-0.1"),
     (dict(balance_formula="cv"), "balance_formula='cv' is not one of"),
     (dict(balance_target="paper"), "balance_target='paper' is not one of"),
     (dict(balance_importance="max"), "balance_importance='max' is not one of"),
     (dict(target_modules=5), "target_modules=5 must be a list of module names"),
-    (dict(exclude_modules=["up", 1]), "exclude_modules="),
+    (dict(exclude_modules=["up", 1]), r"exclude_modules\[1\]=1 must be a string"),
     (dict(modules_to_save={"lm_head": True}), "modules_to_save="),
     (dict(use_rslora="yes"), "use_rslora='yes' must be True or False"),
     (dict(freeze_experts="yes"), "freeze_experts='yes' must be True or False"),
     (dict(balance_detach=1), "balance_detach=1 must be True or False"),
     (dict(balance_across_processes="yes"), "balance_across_processes='yes' must be True or False"),
     (dict(task_type="POETRY"), "Invalid task type"),
+    (dict(lora_alpha=math.nan), "lora_alpha=nan must be in"),
+    (dict(lora_alpha=-math.inf), "lora_alpha=-inf must be in"),
+    (dict(lora_alpha=10**400), "lora_alpha=1000.*must be in"),
+    (dict(r=10**5000), "r=<int> must be at most"),
+    (dict(lora_dropout=math.nan), "lora_dropout=nan"),
+    (dict(router_temperature=math.inf), "router_temperature=inf"),
+    (dict(balance_loss_weight=math.nan), "balance_loss_weight=nan"),
+    (dict(balance_delta=math.nan), "balance_delta=nan"),
+    (dict(num_experts=4_000_000_000), "num_experts=4000000000 must be at most 4096: each expert is a row of every"),
+    (dict(num_experts=1e30), r"num_experts=1e\+30 must be an integer"),
+    (dict(expert_groups=[3, 4_000_000_000]), r"expert_groups\[1\]=4000000000 must be at most"),
+    (dict(expert_groups=[4096, 4096]), "has 8192 experts; at most 4096"),
+    (dict(r=10**9), "r=1000000000 must be at most 65536: no linear layer"),
+    (dict(r=20_000), "r=20000 times the 6 experts of num_experts is a rank of 120000"),
+    (dict(rank_pattern={"up": 20_000}), r"rank_pattern\['up'\]=20000 times the 6 experts"),
+    (dict(num_experts_pattern=None), "num_experts_pattern=None must be a dictionary"),
+    (dict(num_experts_pattern=[4]), r"num_experts_pattern=\[4\] must be a dictionary"),
+    (dict(num_experts_pattern={"up": None}), r"num_experts_pattern\['up'\]=None must be a number of experts or a list"),
+    (dict(rank_pattern=[2]), r"rank_pattern=\[2\] must be a dictionary"),
+    (dict(rank_pattern={"(": 2}), r"a key of rank_pattern='\(' is no valid regular expression"),
+    (dict(target_modules="("), r"target_modules='\(' is no valid regular expression"),
+    (dict(exclude_modules="*"), "exclude_modules='\\*' is no valid regular expression"),
+    (dict(null_groups=5), "null_groups=5 must be a list of indices"),
+    (dict(null_groups=[-1]), r"null_groups\[0\]=-1 must be at least 0"),
+    (dict(null_groups=[True]), r"null_groups\[0\]=True must be an integer"),
+    (dict(null_groups=[0.0]), r"null_groups\[0\]=0.0 must be an integer"),
+    (dict(task_type_names="ab"), "task_type_names='ab' must be a list of names"),
+    (dict(task_type_names=5), "task_type_names=5 must be a list of names"),
+    (dict(modules_to_save="lm_head"), "modules_to_save='lm_head' must be a list of module names"),
+    (dict(modules_to_save=["("]), r"modules_to_save\[0\]='\(' is no valid regular expression"),
+    (dict(layers_to_transform=[1.5]), r"layers_to_transform\[0\]=1.5 must be an integer"),
+    (dict(layers_to_transform=True), "layers_to_transform=True must be an index of a layer or a list"),
+    (dict(trainable_token_indices=[[1]]), r"trainable_token_indices\[0\]=\[1\] must be an integer"),
+    (dict(trainable_token_indices={"embed": 1}), r"trainable_token_indices\['embed'\]=1 must be a list of token ids"),
+    (dict(fan_in_fan_out=None), "fan_in_fan_out=None must be True or False"),
+    (dict(inference_mode="no"), "inference_mode='no' must be True or False"),
+    (dict(base_model_name_or_path=5), "base_model_name_or_path=5 must be a string"),
+    (dict(base_model_name_or_path="\ud800"), "base_model_name_or_path=.* has a character that no file can hold"),
+    (dict(peft_loramoe_version="x"), "peft_loramoe_version='x' is no version such as '0.1.0'; leave it out"),
+    (dict(peft_loramoe_version=1.0), "peft_loramoe_version=1.0 must be a string"),
+    (dict(router_dtype=torch.float16), "router_dtype='float16' is not one of"),
+    (dict(top_k=True), "top_k=True must be an integer"),
 ]
 
 
@@ -217,6 +262,39 @@ BAD_VALUES = [
 def test_bad_values_are_refused_with_name_value_and_fix(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         LoRAMoEConfig(**options)
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_VALUES)
+def test_bad_values_in_a_file_are_refused_alike(options, message, tmp_path):
+    LoRAMoEConfig().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    try:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+    except (TypeError, ValueError):
+        pytest.skip("JSON cannot hold it")
+    with pytest.raises((ValueError, TypeError), match=message):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def test_keys_that_are_no_strings_are_refused():
+    with pytest.raises(TypeError, match="a key of num_experts_pattern=1 must be a string"):
+        LoRAMoEConfig(num_experts_pattern={1: 4})
+
+
+def test_numbers_of_numpy_become_numbers_of_python(tmp_path):
+    config = LoRAMoEConfig(
+        r=np.int64(4), lora_alpha=np.float32(8), expert_groups=[np.int32(3), 3], lora_dropout=np.float64(0.5)
+    )
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == config
+    assert [type(value) for value in (config.r, config.lora_alpha, config.expert_groups[0])] == [int, float, int]
+
+
+def test_an_option_changed_afterwards_is_checked_when_the_adapter_is_attached():
+    config = LoRAMoEConfig(r=2)
+    config.lora_alpha = math.nan
+    with pytest.raises(ValueError, match="lora_alpha=nan"):
+        get_peft_model(tiny_llama(), config)
 
 
 # presets
