@@ -47,7 +47,6 @@ SFT_OPTIONS = [
     *("--load-in-4bit", "--no-bf16", "--no-gradient-checkpointing"),
     *("--epochs", "4", "--batch-size", "32", "--gradient-accumulation-steps", "1", "--learning-rate", "2e-3"),
     *("--max-length", "128", "--logging-steps", "0.1", "--save-steps", "0", "--eval-steps", "0"),
-    *("--num-experts", "6", "--lora-alpha", "32", "--null-groups", "null", "--balance-delta", "0.5"),
     *("--task-type-names", json.dumps(countries.TASK_TYPE_NAMES)),
 ]
 INPUTS = ("input_ids", "attention_mask", "task_types")

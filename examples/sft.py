@@ -8,8 +8,8 @@ With a 4-bit model, or on several GPUs:
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/sft.py --model Qwen/Qwen3-8B ...
 
 The data are JSON records (a list, or one record a line) in one of three formats. Each has a task type, which is an expert group
-by index or by name (--task-type-names), or -1 for unknown. Type 0 is for questions about what the model knows already: its
-group has no parameters, unless --null-groups says otherwise.
+by index or by name (--task-type-names), or -1 for unknown. Type 0 is for questions about what the model knows already: with
+--preset retain, the default, its group has no parameters.
 
     {"messages": [{"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": "Paris"}], "task_type": 0}
     {"instruction": "What is the capital of France?", "input": "", "output": "Paris", "task_type": 0}
@@ -48,16 +48,7 @@ from peft_loramoe.training import LoRAMoETrainerMixin, RouterCallback, last_comp
 
 FORMATS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "instruction": ("instruction", "output")}
 PLAIN_PROMPT = "### Instruction:\n{}\n\n### Response:\n"  # for tokenizers without a chat template
-# What kept most in docs/evidence.md: type 0, what the model knows, is left to the backbone (null experts). The paper's own
-# recipe: --num-experts 6 --lora-alpha 32 --null-groups null --balance-delta 0.1
-LORAMOE_DEFAULTS = {
-    "r": 4,
-    "lora_alpha": 64,
-    "lora_dropout": 0.05,
-    "num_experts": 12,
-    "null_groups": [0],
-    "balance_delta": 0.7,
-}
+PRESETS = {"retain": LoRAMoEConfig.retain, "paper": LoRAMoEConfig.paper, "plain": LoRAMoEConfig}
 
 # flag -> (field of SFTConfig, type, default, help)
 TRAINING_OPTIONS = {
@@ -134,7 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
     for flag, (_, kind, default, text) in TRAINING_OPTIONS.items():
         parse = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         training.add_argument(f"--{flag}", default=default, help=f"{text} Default: {default}.", **parse)
-    training.add_argument("--router-learning-rate", type=float, help="For the routers. Default: --learning-rate.")
+    training.add_argument(
+        "--router-learning-rate", type=float, help="For the routers. Default: --learning-rate times --router-lr-multiplier."
+    )
     training.add_argument("--loraplus-ratio", type=float, help="B learns this many times faster than A (LoRA+). Default: 1.")
     training.add_argument("--resume", action="store_true", help="Continue from the last complete checkpoint in --output-dir.")
     training.add_argument(
@@ -148,7 +141,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_config_options(group: argparse._ArgumentGroup) -> None:
-    """A flag for every option of `LoRAMoEConfig`, with the type and the help that stand there."""
+    """Flags for the preset and for every option of `LoRAMoEConfig`, with the type and the help that stand there."""
+    preset_help = (
+        "LoRAMoEConfig.retain, LoRAMoEConfig.paper or the plain LoRAMoEConfig, before the options below. Default: retain."
+    )
+    group.add_argument("--preset", choices=PRESETS, default="retain", help=preset_help)
     hints = typing.get_type_hints(LoRAMoEConfig)
     for field in config_fields():
         kind = hints[field.name]
@@ -161,9 +158,8 @@ def add_config_options(group: argparse._ArgumentGroup) -> None:
             parse = {"type": kind}
         else:
             parse = {"type": json_or_text, "metavar": "JSON"}
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        default = LORAMOE_DEFAULTS.get(field.name, default)
-        text = f"{field.metadata['help']} Default: {default}.".replace("%", "%%")
+        default = getattr(LoRAMoEConfig.retain(), field.name)
+        text = f"{field.metadata['help']} With --preset retain: {default}.".replace("%", "%%")
         group.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **parse)
 
 
@@ -193,7 +189,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def build_config(args: argparse.Namespace) -> LoRAMoEConfig:
     given = {field.name: getattr(args, field.name) for field in config_fields() if hasattr(args, field.name)}
     try:
-        return LoRAMoEConfig(task_type="CAUSAL_LM", **{**LORAMOE_DEFAULTS, **given})
+        return PRESETS[args.preset](task_type="CAUSAL_LM", **given)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
 

@@ -145,6 +145,7 @@ def train(case: str, folder: Path, output: Path, batches: int = 1) -> dict:
     trainer.save_model()
     last = layer_routing(trainer.model)[0]
     return {
+        "rates": {group["name"]: group["lr"] for group in trainer.optimizer.param_groups if "name" in group},
         "engine": type(trainer.model_wrapped).__name__,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry],
         "balance": balance_loss(trainer.model).item(),

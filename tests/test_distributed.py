@@ -108,6 +108,11 @@ def test_engine_is_the_one_asked_for(run):
     assert [seen["engine"] for seen in processes(run, "own term")] == [ENGINES[run[0]]] * PROCESSES
 
 
+def test_routers_learn_at_the_rate_of_the_configuration(run):
+    for seen in processes(run, "mixin"):
+        assert seen["rates"]["router"] == pytest.approx(10 * seen["rates"]["experts"])
+
+
 def test_each_process_sees_its_own_samples(run, reference):
     _, alone = reference("common term")  # the whole step
     seen = processes(run, "common term")

@@ -65,9 +65,27 @@ def test_every_config_option_has_a_flag():
     config = sft.build_config(parse(*given))
     assert (config.num_experts, config.expert_groups, config.null_groups, config.top_k) == (4, [1, 3], [0], 2)
     assert (config.target_modules, config.balance_delta, config.use_rslora) == ("all-linear", 0.3, True)
-    assert (config.task_type_names, config.r, config.lora_alpha) == (["a", "b"], 4, 64)
+    assert (config.task_type_names, config.r) == (["a", "b"], 4)
     text = sft.build_parser().format_help()
     assert all(f"--{field.name.replace('_', '-')}" in text for field in sft.config_fields())
+
+
+@pytest.mark.parametrize(
+    ("preset", "config"),
+    [("retain", LoRAMoEConfig.retain), ("paper", LoRAMoEConfig.paper), ("plain", LoRAMoEConfig)],
+)
+def test_presets(preset, config):
+    given = ["--preset", preset, "--r", "6"]
+    assert sft.build_config(parse(*given)) == config(r=6, task_type="CAUSAL_LM")
+
+
+def test_retain_is_the_default():
+    assert sft.build_config(parse()) == LoRAMoEConfig.retain(task_type="CAUSAL_LM")
+
+
+def test_options_that_contradict_the_preset_are_refused():
+    with pytest.raises(sft.InputError, match=r"retain\(null_groups=None\): group 0 is not null"):
+        sft.build_config(parse("--null-groups", "null"))
 
 
 def test_training_options_reach_the_trainer():
