@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from peft_loramoe.ops import MixtureOptions, mixture, reference
 from peft_loramoe.ops.mixture import _mixture, _mixture_backward
-from peft_loramoe.ops.mixture_torch import dropout_mask
+from peft_loramoe.ops.mixture_torch import drop_probability, dropout_mask
 
 
 # Relative to the float64 result; the rank channels and the gates are rounded to the activations' dtype.
@@ -38,7 +38,7 @@ def exact(inputs, options, keep=None):
         experts=options.experts,
         top_k=options.top_k,
         keep=keep,
-        dropout=options.dropout,
+        dropout=drop_probability(options.dropout),
     )
     return inputs, base + output, probabilities
 
@@ -247,6 +247,15 @@ def test_dropout_keeps_the_mean():
     options = MixtureOptions([0], 1.0, 1.0, 0.25, top_k=None, balance_detach=False)
     output, _ = mixture(x, A, B, torch.zeros(2, 8), options, dropout=True)
     assert output.mean().item() == pytest.approx(0.5 * 8, rel=0.01)  # the gate of one of two experts
+
+
+@pytest.mark.parametrize("dropout", [1e-6, 0.001, 0.3, 0.9, 0.999, 0.99999, 1 - 1e-9])
+def test_the_factor_makes_up_for_what_the_mask_drops(dropout):
+    assert MixtureOptions((0,), dropout=dropout).factor(torch.ones(1)) == 1 / (1 - drop_probability(dropout))
+    entries = 50_000_000 if dropout > 0.999 else 1_000_000
+    keep = dropout_mask(torch.empty(entries), dropout)
+    deviation = (drop_probability(dropout) * (1 - drop_probability(dropout)) / entries) ** 0.5
+    assert abs(keep.sum(dtype=torch.float64).item() / entries - (1 - drop_probability(dropout))) < 5 * deviation
 
 
 def test_the_gradient_of_the_gradient_is_refused():

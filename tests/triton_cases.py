@@ -96,7 +96,7 @@ def errors(case, device="cpu"):
         experts=options.experts,
         top_k=options.top_k,
         keep=keep,
-        dropout=case.dropout,
+        dropout=mixture_torch.drop_probability(case.dropout),
     )
     output, probabilities = reference.mixture(*exact, **arguments)
     if case.balance_detach:

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..options import shown
+
 
 # Inputs whose first dimension is the batch, in the order in which they are asked for it.
 BATCH_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_ids", "pixel_values", "input_features")
 # Linears of a decoder that read the encoder's tokens.
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 CROSS_ATTENTION_INPUT = re.compile(
     r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention).*\.(k|v|k_proj|v_proj|key|value)$"
 )
@@ -51,25 +54,38 @@ def task_type_tensor(task_types: Any, num_groups: int, names: Sequence[str] | No
         ValueError: unknown name, type out of range, or neither one nor two dimensions.
     """
     if not isinstance(task_types, Tensor):
-        task_types = torch.as_tensor(_names_to_indices(task_types, names))
-    if task_types.is_floating_point() or task_types.dtype == torch.bool:
+        indices = _names_to_indices(task_types, names)
+        try:
+            task_types = torch.as_tensor(indices)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TypeError(
+                f"task_types={shown(indices)} is no list of integers, all rows of one length ({error}); pass -1 for unknown."
+            ) from error
+    if task_types.dtype not in INTEGERS:
         raise TypeError(f"task_types has dtype {task_types.dtype}; pass integers, -1 for unknown.")
+    if task_types.layout != torch.strided:
+        raise TypeError(f"task_types has layout {task_types.layout}; pass a dense tensor.")
+    dtype, task_types = task_types.dtype, task_types.long()  # few operations take unsigned integers
     if task_types.dim() not in (1, 2):
         raise ValueError(f"task_types has shape {tuple(task_types.shape)}; pass (batch,) or, per token, (batch, seq).")
     # Reading values waits for the device, and cannot be compiled.
     if not torch.compiler.is_compiling():
-        outside = task_types[(task_types < -1) | (task_types >= num_groups)]
+        lowest = -1 if dtype.is_signed else 0
+        outside = task_types[(task_types < lowest) | (task_types >= num_groups)]
         if outside.numel():
+            unknown = ", or -1 for unknown" + ("" if dtype.is_signed else f", which {dtype} cannot hold: take int64")
             raise ValueError(
                 f"task_types contains {outside[0].item()}, but the adapter has {num_groups} expert groups: pass 0 to "
-                f"{num_groups - 1}, or -1 for unknown."
+                f"{num_groups - 1}{unknown}."
             )
-    return task_types.long()
+    return task_types
 
 
 def _names_to_indices(task_types: Any, names: Sequence[str] | None) -> Any:
     if isinstance(task_types, (list, tuple)):
         return [_names_to_indices(entry, names) for entry in task_types]
+    if task_types is None:
+        raise TypeError("task_types contains None; pass -1 where a sample's type is unknown.")
     if not isinstance(task_types, str):
         return task_types
     if names is None:

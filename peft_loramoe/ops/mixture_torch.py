@@ -44,15 +44,19 @@ class MixtureOptions(NamedTuple):
 
     def factor(self, keep: Tensor | None) -> float:
         """The factor on the experts' sum, with what makes up for dropped entries where there is a mask."""
-        return self.scaling if keep is None else self.scaling / (1 - self.dropout)
+        return self.scaling if keep is None else self.scaling / (1 - drop_probability(self.dropout))
+
+
+def drop_probability(dropout: float) -> float:
+    """The probability with which masks drop an entry: that asked for, in (0, 1), rounded to 16 binary digits, never 0 or 1."""
+    return min(max(round(dropout * 2**16), 1), 2**16 - 1) / 2**16
 
 
 def dropout_mask(x: Tensor, dropout: float) -> Tensor:
-    """What dropout keeps of x, shape of x, boolean; the probability is rounded to 16 binary digits."""
+    """What dropout keeps of x, shape of x, boolean."""
     # Four entries from each 64 random bits: on a CPU three times as fast as a random float for each, as in torch.rand.
     words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
-    dropped = min(max(round(dropout * 2**16), 1), 2**16 - 1)
-    return words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+    return words.view(torch.int16)[: x.numel()].view(x.shape) >= int(drop_probability(dropout) * 2**16) - 2**15
 
 
 def forward(

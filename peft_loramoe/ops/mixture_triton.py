@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from . import triton_kernels as kernels
-from .mixture_torch import MixtureOptions
+from .mixture_torch import MixtureOptions, drop_probability
 from .router import select_gates, select_gates_backward, softmax_backward
 
 
@@ -64,7 +64,7 @@ def dropout_mask(x: Tensor, dropout: float) -> Tensor:
 def _draw_bits(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
     keep = _empty_bits(seed, rows, columns, dropout)
     scale = 2**kernels.DIGITS.value
-    threshold = min(round((1 - dropout) * scale), scale - 1)
+    threshold = int((1 - drop_probability(dropout)) * scale)
     _launch(kernels.dropout_bits, (triton.cdiv(keep.numel(), 256),), seed, keep, keep.numel(), threshold, BLOCK=256)
     return keep
 

@@ -29,7 +29,7 @@ def mixture(
         experts: the E router outputs that have parameters; None for all N.
         top_k: router outputs that each token uses, renormalised; None for all.
         keep: entries of x that dropout keeps, boolean, shape of x; None for all.
-        dropout: the probability with which `keep` was drawn.
+        dropout: the probability with which `keep` was drawn (`mixture_torch.drop_probability`).
 
     Returns:
         The contribution, shape (..., out_features), and the router probabilities, shape (..., N).
