@@ -446,6 +446,21 @@ def test_optimizers_with_one_rate_are_refused(optim, tmp_path):
     assert with_rate(Trainer, tmp_path, 1.0, optim=optim) is not None
 
 
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_an_optimizer_or_schedule_of_deepspeeds_own_is_refused(section, tmp_path):
+    class OnDeepSpeed(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            settings = SimpleNamespace(hf_ds_config=SimpleNamespace(config={section: {"type": "AdamW"}}))
+            state = SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=settings)
+            self.is_deepspeed_enabled = True
+            self.accelerator = SimpleNamespace(state=state, parallelism_config=None)
+
+    with pytest.raises(ValueError, match=f"DeepSpeed configuration has a section '{section}'.*router_lr_multiplier=1"):
+        with_rate(OnDeepSpeed, tmp_path)
+    assert with_rate(OnDeepSpeed, tmp_path, 1.0) is not None
+
+
 def test_an_optimizer_that_sets_its_rate_itself_is_refused(tmp_path):
     given = {"optimizer_cls_and_kwargs": lambda model: (Adafactor, {"lr": None})}
     trainer = with_rate(Trainer, tmp_path, given=given)
