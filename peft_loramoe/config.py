@@ -422,10 +422,11 @@ class LoRAMoEConfig(PeftConfig):
 
         Example:
             >>> LoRAMoEConfig(num_experts=4, num_experts_pattern={"down_proj": [1, 2]}).groups_of("mlp.down_proj")
-            ExpertGroups(sizes=(1, 2), null=())
+            ExpertGroups(sizes=(1, 2), null=(), names=None)
         """
         key = None if layer is None else get_pattern_key(self.num_experts_pattern, layer)
-        return ExpertGroups(self._group_sizes(key if key in self.num_experts_pattern else None), self.null_groups or ())
+        sizes = self._group_sizes(key if key in self.num_experts_pattern else None)
+        return ExpertGroups(sizes, self.null_groups or (), self.task_type_names)
 
     @property
     def num_groups(self) -> int:

@@ -25,6 +25,7 @@ class LoRAExperts(nn.Module):
         r: rank of each expert.
         groups: the expert groups.
         options: scaling, router and dropout; `options.experts` are the experts that are not null.
+        frozen: whether A and B stay as they are when the adapter is trained.
 
     Example:
         >>> import torch
@@ -38,11 +39,21 @@ class LoRAExperts(nn.Module):
         (torch.Size([3, 32]), torch.Size([3, 4]))
     """
 
-    def __init__(self, in_features: int, out_features: int, *, r: int, groups: ExpertGroups, options: MixtureOptions) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        r: int,
+        groups: ExpertGroups,
+        options: MixtureOptions,
+        frozen: bool = False,
+    ) -> None:
         super().__init__()
         self.r = r
         self.groups = groups
         self.options = options
+        self.frozen = frozen
         self.initial_scaling = options.scaling
         self.A = nn.Parameter(torch.empty(len(options.experts) * r, in_features))
         self.B = nn.Parameter(torch.empty(out_features, len(options.experts) * r))

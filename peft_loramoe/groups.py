@@ -12,6 +12,7 @@ class ExpertGroups:
     Attributes:
         sizes: number of experts in each group.
         null: indices of the groups whose experts are null: a router output without parameters or contribution.
+        names: the task type that each group is for, if the types have names.
 
     Example:
         >>> groups = ExpertGroups((2, 3), null=(0,))
@@ -25,10 +26,12 @@ class ExpertGroups:
 
     sizes: tuple[int, ...]
     null: tuple[int, ...] = ()
+    names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(self.sizes))
         object.__setattr__(self, "null", tuple(self.null))
+        object.__setattr__(self, "names", tuple(self.names) if self.names else None)
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -41,7 +41,7 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
     Args:
         base_layer: the linear layer, left as it is.
         name: name of the layer inside the base model.
-        recorder: takes the router probabilities of each forward pass.
+        recorder: takes the router probabilities of each forward pass; None for inference without the balance term.
     """
 
     adapter_layer_names = ("loramoe_experts",)
@@ -49,7 +49,7 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
     # PEFT's disable_input_dtype_casting sets it. Here it changes nothing: the input is never cast, only the small weights.
     cast_input_dtype_enabled = True
 
-    def __init__(self, base_layer: nn.Module, name: str, recorder: Recorder) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, recorder: Recorder | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name
@@ -67,6 +67,7 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
             r=config.rank_of(self.name),
             groups=config.groups_of(self.name),
             options=config.mixture_options(self.name),
+            frozen=config.freeze_experts,
         )
         experts.reset_parameters(config.init_weights, config.router_init)
         self.loramoe_experts[adapter_name] = experts
@@ -101,7 +102,8 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
             experts = mixtures[adapter]
             base, probabilities = experts(x, base, **linear)
             linear = {}
-            self.recorder.record(adapter, self.name, experts, probabilities)
+            if self.recorder is not None:
+                self.recorder.record(adapter, self.name, experts.groups, experts.router.requires_grad, probabilities)
         return base
 
     def _frozen_linear(self) -> dict[str, Tensor | None]:
@@ -137,7 +139,7 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
 
     def _forward_per_sample(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
         if len(x) != len(adapter_names):  # some models flatten batch and sequence before their feed-forward layers
-            width = self.recorder.tokens_per_row(len(x), self.name) if x.dim() == 2 else None
+            width = self.recorder.tokens_per_row(len(x), self.name) if self.recorder is not None and x.dim() == 2 else None
             adapter_names = [name for name in adapter_names for _ in range(width or 1)]
         if len(x) != len(adapter_names):
             raise ValueError(
@@ -162,8 +164,8 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
         self._keep_frozen()
 
     def _keep_frozen(self) -> None:
-        for adapter, experts in self.loramoe_experts.items():
-            if getattr(self.recorder.configs.get(adapter), "freeze_experts", False):
+        for experts in self.loramoe_experts.values():
+            if experts.frozen:
                 for parameter in (experts.A, experts.B):
                     if parameter.is_leaf:  # FSDP2's are not always, and PEFT passes those by too
                         parameter.requires_grad_(False)

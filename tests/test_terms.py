@@ -19,7 +19,7 @@ def operations(layers):
     """How many operations the balance term of a model with so many layers takes, forward and backward."""
     model = loramoe(tiny_llama(num_hidden_layers=layers)).eval()
     model(**token_batch(), task_types=[0, 1, -1])
-    probabilities = [record.probabilities for record in find_recorder(model)._passes[0].records]
+    probabilities = [record.probabilities for record in find_recorder(model)._thread.recordings[0].records]
     with CountOperations() as counted:
         torch.autograd.grad(balance_loss(model), probabilities)
     assert len(probabilities) == 3 * layers

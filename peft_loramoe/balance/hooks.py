@@ -1,18 +1,21 @@
-"""What the layers hand over during a call of the model, and the balance term that it becomes.
+"""Hooks that record the calls of a base model and add the balance term to its loss; functions that read what was recorded.
 
-Two hooks on the base model serve every way of calling it: `PeftModelFor*`, the plain `PeftModel`, `inject_adapter_in_model`
-and transformers' `add_adapter`. The first takes `task_types` out of the arguments and starts recording; the second stops
-and adds the balance term to the loss. Layers that run again in the backward pass (gradient checkpointing) find it stopped.
-The same hooks on the model below the head serve trainers that apply the head themselves.
+Two hooks on the base model serve every way of calling it: `PeftModelFor*`, plain `PeftModel`, `inject_adapter_in_model` and
+transformers' `add_adapter`. The first takes `task_types` out of the arguments and begins a recording; the second ends it and
+adds the balance term to the loss. Layers that run again in the backward pass (gradient checkpointing) find no recording. The
+same hooks on the model below the head serve trainers that apply the head themselves.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,9 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..config import LoRAMoEConfig
-from ..experts import LoRAExperts
 from ..groups import ExpertGroups
-from .recording import ForwardPass, Record
+from .recording import Record, Recording
 from .samples import Batch, label_tokens, repeat_for_rows
 from .terms import Terms, compute_terms
 
@@ -53,8 +55,48 @@ class LayerRouting:
     probabilities: Tensor
 
 
+@dataclass
+class _Call:
+    """A call of a hooked module that has not returned yet.
+
+    Attributes:
+        module: the module.
+        recording: what its layers record.
+        frame: the Python frame that runs the call; None in compiled code. A call that raised has left the stack.
+        below_head: whether the model below the head is running as a part of this call.
+    """
+
+    module: nn.Module
+    recording: Recording
+    frame: FrameType | None
+    below_head: bool = False
+
+
+@dataclass
+class _Thread:
+    """What the calls of one thread recorded.
+
+    Attributes:
+        calls: calls that have not returned, the innermost last.
+        recordings: what `balance_loss`, `balance_terms` and `layer_routing` are about: the last call, or those collected.
+        terms: their balance terms, once computed.
+        unread: a training pass whose term was neither added to a loss nor read.
+        collecting: whether `collect_balance` is open.
+        collected_types: the task types of calls inside it that are given none.
+    """
+
+    calls: list[_Call] = field(default_factory=list)
+    recordings: list[Recording] = field(default_factory=list)
+    terms: list[Terms] | None = None
+    unread: Recording | None = None
+    collecting: bool = False
+    collected_types: Any = None
+
+
 class Recorder:
-    """Collects router probabilities while the base model runs; one per base model, shared by its adapted layers.
+    """Records the router probabilities of a base model's calls; one per base model, shared by its adapted layers.
+
+    Each call has a recording of its own, from the first hook to the second. Threads do not see each other's.
 
     Args:
         configs: the base model's adapter configurations by adapter name, shared with the tuner.
@@ -65,33 +107,25 @@ class Recorder:
         self.handles: list[RemovableHandle] = []  # hooks that leave the base model with the recorder
         self.loaded: set[str] = set()  # adapters whose tensors came from a checkpoint
         self._warned: set[str] = set()
-        self._reset()
-
-    def _reset(self) -> None:
-        self._recording: nn.Module | None = None  # the module whose call is being recorded
-        self._passes: list[ForwardPass] = []
-        self._terms: list[Terms] | None = None
-        self._unused = False  # a term that was neither added to a loss nor read
-        self._collecting = False
-        self._collected_types: Any = None
+        self._threads: dict[int, _Thread] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # What one forward pass recorded belongs to that graph: copies and pickles start empty.
+        # A recording belongs to the graph of its call: copies and pickles start empty.
         copy = Recorder(self.configs)
         copy.handles, copy.loaded, copy._warned = self.handles, self.loaded, self._warned
         return copy.__dict__
 
     def install(self, model: nn.Module) -> None:
         """Hook into the base model, and into the model below its head."""
-        self._hook(model, self._start)
+        self._hook(model, self._begin)
         below_head = getattr(model, "base_model", None)
         if isinstance(below_head, nn.Module) and below_head is not model:
-            self._hook(below_head, self._start_below_head)
+            self._hook(below_head, self._begin_below_head)
 
-    def _hook(self, module: nn.Module, start: Callable) -> None:
+    def _hook(self, module: nn.Module, begin: Callable) -> None:
         self.handles += [
-            module.register_forward_pre_hook(start, with_kwargs=True),
-            module.register_forward_hook(self._stop, with_kwargs=True),
+            module.register_forward_pre_hook(begin, with_kwargs=True),
+            module.register_forward_hook(self._end, with_kwargs=True),
         ]
 
     def remove(self) -> None:
@@ -99,131 +133,206 @@ class Recorder:
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        self._reset()
+        self._threads = {}
 
     @contextmanager
     def collect(self, task_types: Any = None) -> Iterator[None]:
-        """Take the training passes inside for one batch, whose term is read afterwards instead of added to their losses.
-
-        Passes without gradient (reference models, metrics) are left out.
-
-        Args:
-            task_types: for calls that are not given any; repeated where a call has the rows several times over.
-        """
-        self._reset()
-        self._collecting, self._collected_types = True, task_types
+        """See `collect_balance`."""
+        thread = self._thread
+        if thread.collecting:
+            raise RuntimeError(
+                "collect_balance is open already, and a pass inside two of them would count twice. LoRAMoETrainerMixin opens "
+                "one around compute_loss: leave collect_balance and balance_loss out of a compute_loss of your own."
+            )
+        thread.recordings, thread.terms = [], None
+        thread.collecting, thread.collected_types = True, task_types
         try:
             yield
         finally:
-            self._collecting, self._collected_types = False, None
+            thread.collecting, thread.collected_types = False, None
 
-    def record(self, adapter: str, layer: str, experts: LoRAExperts, probabilities: Tensor) -> None:
-        """Called by each adapted layer with its router probabilities, shape (..., N); kept only inside the hooks."""
-        if self._recording is not None:
-            self._passes[-1].records.append(Record(adapter, layer, experts, probabilities))
+    def record(self, adapter: str, layer: str, groups: ExpertGroups, trained: bool, probabilities: Tensor) -> None:
+        """Called by each adapted layer with its router probabilities, shape (..., N); without effect outside of a call."""
+        if calls := self._thread.calls:
+            calls[-1].recording.records.append(Record(adapter, layer, groups, trained, probabilities))
 
     def tokens_per_row(self, tokens: int, layer: str) -> int | None:
         """Tokens in each row of the batch, if a layer that sees `tokens` of them sees the whole batch, flattened."""
-        return self._passes[-1].batch.row_width(tokens, layer) if self._recording is not None else None
+        calls = self._thread.calls
+        return calls[-1].recording.batch.row_width(tokens, layer) if calls else None
+
+    @property
+    def recorded(self) -> bool:
+        """Whether an adapted layer was called in the passes that are read next."""
+        return any(recording.records for recording in self._thread.recordings)
 
     def terms(self) -> dict[str, dict[str, Tensor]]:
         """The balance term of each layer, unweighted, by adapter and layer name."""
-        found = {(some.adapter, layer): term for some in self._all_terms() for layer, term in zip(some.layers, some.values)}
-        terms: dict[str, dict[str, Tensor]] = {}
-        for one in self._passes:
-            for record in one.records:  # in the order of the layers
-                terms.setdefault(record.adapter, {})[record.layer] = found[record.adapter, record.layer].clone()  # no view
-        return terms
+        found = {(terms.adapter, layer): value for terms in self._terms() for layer, value in zip(terms.layers, terms.values)}
+        by_adapter: dict[str, dict[str, Tensor]] = {}
+        for recording in self._thread.recordings:
+            for record in recording.records:  # in the order of the layers
+                # A copy: a view of the others would be changed by writing to one of them.
+                by_adapter.setdefault(record.adapter, {})[record.layer] = found[record.adapter, record.layer].clone()
+        return by_adapter
 
     def loss(self) -> Tensor:
         """The sum of all terms, each weighted by its adapter's `balance_loss_weight`: a scalar."""
-        weighted = [self.configs[some.adapter].balance_loss_weight * some.values.sum() for some in self._all_terms()]
+        weighted = [self.configs[terms.adapter].balance_loss_weight * terms.values.sum() for terms in self._terms()]
         return torch.stack([term.to(weighted[0].device) for term in weighted]).sum() if weighted else torch.zeros(())
 
+    @torch.no_grad()
     def routing(self) -> list[LayerRouting]:
         """What the last forward pass recorded, summed over the tokens of each sample."""
-        with torch.no_grad():
-            return [
-                LayerRouting(
-                    record.adapter,
-                    record.layer,
-                    (importance := one.importance([record]))[0].squeeze(0),
-                    one.entropy(record),
-                    importance[1],
-                    one.task_types(record),
-                    record.experts.groups,
-                    record.probabilities.detach(),
-                )
-                for one in self._passes
-                for record in one.records
-            ]
+        return [
+            LayerRouting(
+                adapter=record.adapter,
+                layer=record.layer,
+                importance=(importance := recording.importance([record]))[0].squeeze(0),
+                entropy=recording.entropy(record),
+                token_counts=importance[1],
+                task_types=recording.task_types(record),
+                groups=record.groups,
+                probabilities=record.probabilities.detach(),
+            )
+            for recording in self._thread.recordings
+            for record in recording.records
+        ]
 
-    def _start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    @property
+    def _thread(self) -> _Thread:
+        ident = _thread_ident()
+        if ident not in self._threads:
+            if not torch.compiler.is_compiling():
+                alive = {thread.ident for thread in threading.enumerate()}
+                self._threads = {known: thread for known, thread in self._threads.items() if known in alive}
+            self._threads[ident] = _Thread()
+        return self._threads[ident]
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return self._begin_call(module, args, kwargs, None if torch.compiler.is_compiling() else sys._getframe(1))
+
+    def _begin_below_head(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+        calls = self._calls_of(frame, module)
+        if calls and calls[-1].module is not module and not calls[-1].below_head:
+            calls[-1].below_head = True
+            return args, kwargs
+        return self._begin_call(module, args, kwargs, frame)
+
+    def _calls_of(self, frame: FrameType | None, module: nn.Module) -> list[_Call]:
+        """The calls around a new one, without those that an exception (or Ctrl-C) has ended."""
+        calls = self._thread.calls
+        if not calls:
+            return calls
+        if frame is None:  # compiled: a call inside itself does not occur
+            while calls and calls[-1].module is module:
+                calls.pop()
+            return calls
+        running = []
+        while frame is not None:
+            running.append(frame)
+            frame = frame.f_back
+        while calls and calls[-1].frame is not None and not any(calls[-1].frame is other for other in running):
+            calls.pop()
+        return calls
+
+    def _begin_call(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], frame: FrameType | None
+    ) -> tuple[tuple, dict[str, Any]]:
         if getattr(module, "_is_replica", False):
             raise ValueError(
                 "The model runs inside nn.DataParallel, whose threads would mix up their batches. Start one process for each "
                 "GPU instead (torchrun, accelerate launch), or make one GPU visible with CUDA_VISIBLE_DEVICES."
             )
+        thread, calls = self._thread, self._calls_of(frame, module)
         kwargs = dict(kwargs)
         task_types = kwargs.pop("task_types", None)
-        if not self._collecting:
-            self._warn_of_unused_term(module)
-            self._reset()
-        self._terms = None
+        if not thread.collecting and not calls:
+            self._warn_of_unread_term(thread, module)
+            thread.recordings = []  # frees the graph of the call before
+        thread.terms = None
         names = inspect.signature(module.forward).parameters if args else ()
         inputs = {**dict(zip(names, args)), **kwargs}
         is_encoder_decoder = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
         batch = Batch(inputs, task_types, is_encoder_decoder)
-        if task_types is None and self._collected_types is not None:
-            batch = Batch(inputs, repeat_for_rows(self._collected_types, batch.rows), is_encoder_decoder)
-        self._passes.append(ForwardPass(self.configs, batch, module.training))
-        self._recording = module
+        if task_types is None and thread.collected_types is not None:
+            batch = Batch(inputs, repeat_for_rows(thread.collected_types, batch.rows), is_encoder_decoder)
+        calls.append(_Call(module, Recording(batch, module.training), frame))
         return args, kwargs
 
-    def _start_below_head(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return (args, kwargs) if self._recording is not None else self._start(module, args, kwargs)
-
-    def _stop(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if module is not self._recording:
+    def _end(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        thread = self._thread
+        calls = thread.calls
+        if not calls or calls[-1].module is not module:
+            if calls:
+                calls[-1].below_head = False
             return output
-        self._recording = None
-        last = self._passes[-1]
-        last.check_task_types()
-        balanced = last.balanced
-        if self._collecting and not (last.training and last.grad_enabled and last.records):
-            self._passes.pop()
-        if not last.training or not balanced:
+        recording = calls.pop().recording
+        recording.check_task_types()
+        if thread.collecting:
+            if recording.carries_gradient and recording.records:
+                thread.recordings = [*thread.recordings, recording]
+        elif not calls:  # a call inside another one leaves no trace
+            thread.recordings = [recording]
+        balanced = {r.adapter for r in recording.records if self.configs[r.adapter].balance_loss_weight > 0}
+        if not recording.training or not balanced:
             return output
-        if last.batch.task_types is None and any(self.configs[name].num_groups > 1 for name in balanced):
+        if recording.batch.task_types is None and any(self.configs[name].num_groups > 1 for name in balanced):
             self._warn(
                 "balance_loss_weight > 0, but the model was called without task_types: every sample counts as of unknown "
                 "type, so the balance term only spreads the load evenly over the experts. Pass task_types (with Trainer or "
                 "TRL: a column task_type and peft_loramoe.training.LoRAMoETrainerMixin), or set balance_loss_weight=0."
             )
-        if self._collecting:
+        if thread.collecting:
             return output
-        self._unused = last.grad_enabled
-        has_labels = last.batch.inputs.get("labels") is not None
-        return _add_to_loss(output, lambda: self.loss() * self._share(module), has_labels)
+        return self._add_to_loss(output, recording, module)
 
-    def _all_terms(self) -> list[Terms]:
-        self._unused = False
-        if self._terms is None:  # kept, so that one process may read what all of them computed together
-            self._terms = compute_terms(self._passes, self.configs)
-        return self._terms
+    def _add_to_loss(self, output: Any, recording: Recording, module: nn.Module) -> Any:
+        """Add the recording's term to the loss in the model's output; an output without a loss is returned as it is."""
+        thread = self._thread
+        if isinstance(output, dict):  # ModelOutput is one too
+            loss = output.get("loss")
+        else:
+            has_labels = recording.batch.has_labels and isinstance(output, tuple)
+            loss = output[0] if has_labels and isinstance(output[0], Tensor) and output[0].dim() == 0 else None
+        if loss is None:
+            if recording.grad_enabled:
+                thread.unread = recording
+            return output
+        loss = loss + (self._weighted(recording) * self._share(module, recording)).to(loss.device, loss.dtype)
+        if isinstance(output, dict):
+            output["loss"] = loss
+            return output
+        return (loss, *output[1:])
 
-    def _share(self, module: nn.Module) -> Tensor | float:
+    def _weighted(self, recording: Recording) -> Tensor:
+        if self._thread.recordings == [recording]:
+            return self.loss()
+        terms = compute_terms([recording], self.configs)  # of a call inside another one
+        return torch.stack([self.configs[t.adapter].balance_loss_weight * t.values.sum() for t in terms]).sum()
+
+    def _terms(self) -> list[Terms]:
+        thread = self._thread
+        if thread.unread is not None and any(thread.unread is recording for recording in thread.recordings):
+            thread.unread = None
+        if thread.terms is None:  # kept, so that one process may read what all of them computed together
+            thread.terms = compute_terms(thread.recordings, self.configs)
+        return thread.terms
+
+    def _share(self, module: nn.Module, recording: Recording) -> Tensor | float:
         """This batch's part of the label tokens by which the model normalised its loss (gradient accumulation)."""
-        batch = self._passes[-1].batch
+        batch = recording.batch
         total = batch.inputs.get("num_items_in_batch")
         shifted = LOSS_MAPPING.get(getattr(module, "loss_type", None)) is ForCausalLMLoss and not batch.is_encoder_decoder
         tokens = label_tokens(batch.inputs, shifted)
         return 1.0 if total is None or tokens is None else tokens / total
 
-    def _warn_of_unused_term(self, module: nn.Module) -> None:
-        if self._unused and module.training and torch.is_grad_enabled():
+    def _warn_of_unread_term(self, thread: _Thread, module: nn.Module) -> None:
+        if thread.unread is not None and module.training and torch.is_grad_enabled():
+            thread.unread = None
             self._warn(
-                "The balance term of the last forward pass reached no loss: the model computed none itself, and "
+                "The balance term of the last training pass reached no loss: the model computed none itself, and "
                 "balance_loss(model) was not read before the next pass. With Trainer or TRL use "
                 "peft_loramoe.training.LoRAMoETrainerMixin; in a loop of your own add balance_loss(model) to the loss, or set "
                 "balance_loss_weight=0."
@@ -240,15 +349,9 @@ def _emit(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def _add_to_loss(output: Any, term: Any, has_labels: bool) -> Any:
-    """Add `term()` to the loss in a model's output; an output without a loss is returned as it is."""
-    if isinstance(output, dict):  # ModelOutput is one too
-        if output.get("loss") is not None:
-            loss = output["loss"]
-            output["loss"] = loss + term().to(loss.device, loss.dtype)
-    elif isinstance(output, tuple) and has_labels and isinstance(output[0], Tensor) and output[0].dim() == 0:
-        return (output[0] + term().to(output[0].device, output[0].dtype), *output[1:])
-    return output
+@torch.compiler.assume_constant_result  # torch.compile cannot trace it; compiled code belongs to the thread that compiled it
+def _thread_ident() -> int:
+    return threading.get_ident()
 
 
 def find_recorder(model: nn.Module) -> Recorder | None:
@@ -289,11 +392,12 @@ def collect_balance(model: nn.Module, task_types: Any = None) -> Iterator[None]:
 
     Args:
         model: the adapted model, wrapped in whatever way.
-        task_types: for calls that are not given any, as the model takes them; a call that has the batch's rows several times
-            over (first all chosen, then all rejected answers) repeats them.
+        task_types: for calls that are not given any, as the model takes them, or one integer for all samples; a call that has
+            the batch's rows several times over (first all chosen, then all rejected answers) repeats them.
 
     Raises:
         ValueError: the model has no LoRAMoE layers.
+        RuntimeError: `collect_balance` is open already.
     """
     with _recorder_of(model).collect(task_types):
         yield

@@ -16,6 +16,10 @@ from ..options import shown
 
 # Inputs whose first dimension is the batch, in the order in which they are asked for it.
 BATCH_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_ids", "pixel_values", "input_features")
+# Arguments that a recording keeps after the call. Others, like a KV cache, must not outlive it.
+KEPT_INPUTS = ("attention_mask", "decoder_attention_mask", "labels", "shift_labels", "position_ids", "num_items_in_batch")
+# Arguments whose shape tells how many tokens the layers see.
+TOKEN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 # Linears of a decoder that read the encoder's tokens.
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 CROSS_ATTENTION_INPUT = re.compile(
@@ -96,7 +100,14 @@ def _names_to_indices(task_types: Any, names: Sequence[str] | None) -> Any:
 
 
 def repeat_for_rows(task_types: Any, rows: int) -> Any:
-    """The types of a batch whose rows a call has several times over, one after the other (chosen, then rejected answers)."""
+    """Repeat the task types of a batch for a call that has its rows several times over (chosen, then rejected answers).
+
+    Args:
+        task_types: those of the batch, or an integer, the type of all its samples.
+        rows: number of rows of the call.
+    """
+    if isinstance(task_types, int):
+        return [task_types] * rows
     times, rest = divmod(rows, len(task_types)) if len(task_types) else (1, 0)
     if times <= 1 or rest:
         return task_types  # where they do not fit, the check of shapes says so
@@ -119,28 +130,33 @@ def label_tokens(inputs: Mapping[str, Any], shifted: bool) -> Tensor | None:
     return None
 
 
-@dataclass(frozen=True)
 class Batch:
     """What one call of the model says about its tokens.
 
-    Attributes:
+    Keeps the masks, labels and positions of the call, and of its other arguments only the shapes.
+
+    Args:
         inputs: the call's arguments by name.
         task_types: what the user passed as `task_types`, or None.
         is_encoder_decoder: whether decoder layers see other tokens than encoder layers.
+
+    Attributes:
+        rows: number of rows of the batch; 1 if no argument is a tensor.
+        inputs: the arguments that are kept, by name.
     """
 
-    inputs: Mapping[str, Any]
-    task_types: Any
-    is_encoder_decoder: bool
-
-    @property
-    def rows(self) -> int:
-        """Number of rows of the batch; 1 if no argument is a tensor."""
-        named = (self.inputs.get(name) for name in BATCH_INPUTS)
-        for value in (*named, *self.inputs.values()):
-            if isinstance(value, Tensor) and value.dim() > 0:
-                return value.shape[0]
-        return 1
+    def __init__(self, inputs: Mapping[str, Any], task_types: Any, is_encoder_decoder: bool) -> None:
+        self.task_types = task_types
+        self.is_encoder_decoder = is_encoder_decoder
+        named = (inputs.get(name) for name in BATCH_INPUTS)
+        tensors = (value for value in (*named, *inputs.values()) if isinstance(value, Tensor) and value.dim() > 0)
+        self.rows = next((tensor.shape[0] for tensor in tensors), 1)
+        self.inputs = {name: inputs[name] for name in KEPT_INPUTS if inputs.get(name) is not None}
+        self.has_labels = inputs.get("labels") is not None
+        self._has_cache = inputs.get("past_key_values") is not None
+        self._token_shapes = {
+            name: value.shape[:2] for name in TOKEN_INPUTS if isinstance(value := inputs.get(name), Tensor) and value.dim() >= 2
+        }
 
     def reads_decoder_tokens(self, layer: str) -> bool:
         """Whether the layer of that name sees the decoder's tokens."""
@@ -197,7 +213,7 @@ class Batch:
         rows = self.rows
         if tokens[:1] == (rows,):
             width = prod(tokens[1:])
-            if self.inputs.get("past_key_values") is not None and mask is not None and mask.shape[1] > width:
+            if self._has_cache and mask is not None and mask.shape[1] > width:
                 return mask[:, -width:]  # the mask covers the cached tokens too
             return torch.ones(rows, width, dtype=torch.bool)  # pooled, or not text: no mask speaks of these tokens
         raise ValueError(
@@ -228,8 +244,8 @@ class Batch:
                 )
             return mask != 0
         for source in tokens:
-            if isinstance(value := self.inputs.get(source), Tensor) and value.dim() >= 2:
-                return torch.ones(value.shape[:2], dtype=torch.bool)
+            if source in self._token_shapes:
+                return torch.ones(self._token_shapes[source], dtype=torch.bool)
         return None
 
 

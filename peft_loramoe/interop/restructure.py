@@ -131,7 +131,10 @@ def restructure(
         ValueError: a layer would have fewer than two experts, a group be torn apart, or the layers differ in their groups.
     """
     config = _new_config(adapter, layers, top_k, new_names or {})
-    built = {layer: _build(layer.loramoe_experts[adapter.name], experts, config.top_k) for layer, experts in layers.items()}
+    built = {
+        layer: _build(layer.loramoe_experts[adapter.name], experts, config.groups_of(layer.name), config.top_k)
+        for layer, experts in layers.items()
+    }
     if fit:
         _fit(model, adapter, batches, built)
     error = OutputError()
@@ -200,13 +203,10 @@ def _new_config(
     )
 
 
-def _build(old: LoRAExperts, experts: list[Expert], top_k: int | None) -> LoRAExperts:
+def _build(old: LoRAExperts, experts: list[Expert], groups: ExpertGroups, top_k: int | None) -> LoRAExperts:
     """The mixture of these experts; everything else is as in the old one."""
-    sizes = _sizes(experts)
-    null = {expert.group for expert in experts if expert.A is None}
-    groups = ExpertGroups(sizes.values(), [i for i, group in enumerate(sizes) if group in null])
     options = old.options._replace(experts=groups.lora_experts, scaling=old.initial_scaling, top_k=top_k)
-    new = LoRAExperts(old.A.shape[1], old.B.shape[0], r=old.r, groups=groups, options=options)
+    new = LoRAExperts(old.A.shape[1], old.B.shape[0], r=old.r, groups=groups, options=options, frozen=old.frozen)
     new.scaling = old.scaling
     lora = [expert for expert in experts if expert.A is not None]
     values = {
