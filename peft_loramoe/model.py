@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 from torch import nn
@@ -186,7 +187,8 @@ class LoRAMoEModel(BaseTuner):
         in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
         handles = [
             layer.register_forward_pre_hook(
-                partial(_pass_adapter_names, adapter_names=adapter_names if layer in in_encoder else names), with_kwargs=True
+                partial(_pass_adapter_names, names=adapter_names if layer in in_encoder else names, thread=get_ident()),
+                with_kwargs=True,
             )
             for layer in layers
         ]
@@ -197,5 +199,6 @@ class LoRAMoEModel(BaseTuner):
                 handle.remove()
 
 
-def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:
-    return args, {**kwargs, "adapter_names": adapter_names}
+def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, *, names: list[str], thread: int) -> tuple[Any, Any]:
+    # Hooks are shared by all threads, the names belong to the call of one.
+    return (args, {**kwargs, "adapter_names": names}) if get_ident() == thread else (args, kwargs)

@@ -27,7 +27,7 @@ from ..config import LoRAMoEConfig
 from ..groups import ExpertGroups
 from .recording import Record, Recording
 from .samples import Batch, label_tokens, repeat_for_rows
-from .terms import Terms, compute_terms
+from .terms import Terms, compute_terms, deleted_adapter
 
 
 @dataclass(frozen=True)
@@ -318,6 +318,9 @@ class Recorder:
             thread.unread = None
         if thread.terms is None:  # kept, so that one process may read what all of them computed together
             thread.terms = compute_terms(thread.recordings, self.configs)
+        for terms in thread.terms:
+            if terms.adapter not in self.configs:
+                raise deleted_adapter(terms.adapter)
         return thread.terms
 
     def _share(self, module: nn.Module, recording: Recording) -> Tensor | float:

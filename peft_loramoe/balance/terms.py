@@ -76,10 +76,7 @@ def _tables(recordings: Sequence[Recording], configs: Mapping[str, LoRAMoEConfig
     uses: dict[tuple[str, str], list[_Table]] = {(r.adapter, r.layer): [] for call in recordings for r in call.records}
     for adapter, _ in uses:
         if adapter not in configs:
-            raise ValueError(
-                f"Adapter '{adapter}' was deleted after the forward pass, so its balance term cannot be computed. Read it "
-                "before delete_adapter, or run another forward pass."
-            )
+            raise deleted_adapter(adapter)
     for call in recordings:
         alike = group_by(call.records, lambda r, call=call: (*call.key(r), r.probabilities.dtype, r.groups))
         for records in alike:
@@ -100,3 +97,11 @@ def _refuse_without_gradient(record: Record, recording: Recording, config: LoRAM
             "the router: the layer ran inside reentrant gradient checkpointing. Use "
             'gradient_checkpointing_kwargs={"use_reentrant": False}, or set balance_loss_weight=0.'
         )
+
+
+def deleted_adapter(name: str) -> ValueError:
+    """The error for reading the term of an adapter that is gone."""
+    return ValueError(
+        f"Adapter '{name}' was deleted after the forward pass, so its balance term cannot be computed. Read it before "
+        "delete_adapter, or run another forward pass."
+    )
