@@ -54,6 +54,7 @@ class LoRAExperts(nn.Module):
         self.groups = groups
         self.options = options
         self.frozen = frozen
+        self.loaded = False  # whether the values came from a checkpoint
         self.initial_scaling = options.scaling
         self.A = nn.Parameter(torch.empty(len(options.experts) * r, in_features))
         self.B = nn.Parameter(torch.empty(out_features, len(options.experts) * r))

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .balance.hooks import find_recorder
+from .experts import LoRAExperts
 
 
 CONTAINER = ".loramoe_experts."
@@ -37,7 +38,8 @@ def check_adapter_tensors(model: nn.Module, state_dict: Mapping[str, Any], prefi
         if tuple(found[key].shape) not in (shape, tuple(expected[key].shape)):
             problems.append(f"size mismatch for {key}: {tuple(found[key].shape)} in the checkpoint, {shape} in the model")
     _refuse(problems)
-    find_recorder(model).loaded |= adapters
+    for adapter in adapters:
+        mark_loaded(model, adapter, True)
 
 
 def check_load_result(model: nn.Module, adapter: str, result: Any) -> None:
@@ -51,8 +53,7 @@ def check_load_result(model: nn.Module, adapter: str, result: Any) -> None:
     Raises:
         RuntimeError: as `check_adapter_tensors`.
     """
-    recorder = find_recorder(model)
-    if result is None and recorder is not None and adapter in recorder.configs and adapter not in recorder.loaded:
+    if result is None and not all(experts.loaded for experts in _experts_of(model, adapter)):
         _refuse([f"missing: all tensors of adapter '{adapter}'"])
     missing, unexpected = (
         [key for key in sorted(getattr(result, f"{problem}_keys", None) or ()) if CONTAINER in key]
@@ -61,6 +62,12 @@ def check_load_result(model: nn.Module, adapter: str, result: Any) -> None:
     _refuse(
         [f"missing: {key}" for key in missing if _adapter_of(key) == adapter] + [f"unexpected: {key}" for key in unexpected]
     )
+
+
+def mark_loaded(model: nn.Module, adapter: str, loaded: bool) -> None:
+    """Note whether the experts of an adapter hold the values of a checkpoint."""
+    for experts in _experts_of(model, adapter):
+        experts.loaded = loaded
 
 
 @contextmanager
@@ -95,6 +102,11 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
             else:
                 model.__dict__[name] = value
         raise
+
+
+def _experts_of(model: nn.Module, adapter: str) -> list[LoRAExperts]:
+    modules = model.named_modules(remove_duplicate=False)
+    return [m for name, m in modules if isinstance(m, LoRAExperts) and name.endswith(f"{CONTAINER}{adapter}")]
 
 
 def _bare(name: str) -> str:

@@ -16,7 +16,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from .balance.hooks import find_recorder
 from .card import write_card
 from .config import LoRAMoEConfig
-from .loading import check_load_result, unchanged_on_failure
+from .loading import check_load_result, mark_loaded, unchanged_on_failure
 from .model import LoRAMoEModel
 
 
@@ -107,8 +107,7 @@ def _load_all_or_nothing() -> None:
             source = given.get("model_id") or given.get("peft_model_id") or ""
             adapter = given.get("adapter_name") or "default"
             with unchanged_on_failure(self):
-                if (recorder := find_recorder(self)) is not None:
-                    recorder.loaded.discard(adapter)
+                mark_loaded(self, adapter, False)
                 try:
                     result = load(self, *args, **kwargs)
                 except SafetensorError as error:

@@ -105,14 +105,13 @@ class Recorder:
     def __init__(self, configs: dict[str, LoRAMoEConfig]) -> None:
         self.configs = configs
         self.handles: list[RemovableHandle] = []  # hooks that leave the base model with the recorder
-        self.loaded: set[str] = set()  # adapters whose tensors came from a checkpoint
         self._warned: set[str] = set()
         self._threads: dict[int, _Thread] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A recording belongs to the graph of its call: copies and pickles start empty.
         copy = Recorder(self.configs)
-        copy.handles, copy.loaded, copy._warned = self.handles, self.loaded, self._warned
+        copy.handles, copy._warned = self.handles, self._warned
         return copy.__dict__
 
     def install(self, model: nn.Module) -> None:
