@@ -223,7 +223,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         trainable_parameters=trainable,
         parameters=total,
     )
-    print(f"time: {seconds} s\n\nTo load the adapter:\n\n{loading_snippet(sft_args.output_dir, config)}")
+    print(f"time: {seconds} s\n\nTo load the adapter:\n\n{loading_snippet(sft_args.output_dir, config.to_dict())}")
     return 0
 
 

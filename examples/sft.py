@@ -533,7 +533,7 @@ def run(args: argparse.Namespace) -> None:
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # one file, not one for each process
     trainer.save_model()
-    say(f"To load the adapter:\n\n{loading_snippet(args.output_dir, trainer.model.peft_config['default'])}")
+    say(f"To load the adapter:\n\n{loading_snippet(args.output_dir, trainer.model.peft_config['default'].to_dict())}")
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
 

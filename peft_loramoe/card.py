@@ -1,19 +1,16 @@
-"""What a reader of a saved adapter has to know: that it needs this package, and how to load it."""
+"""The model card of a saved adapter: it needs this package, and is loaded like this."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-
-
-if TYPE_CHECKING:
-    from .config import LoRAMoEConfig
 
 
 TAGS = ("loramoe", "mixture-of-experts", "peft_loramoe")
@@ -51,14 +48,19 @@ AUTO_CLASSES = {
 }
 
 
-def loading_snippet(adapter: str, config: LoRAMoEConfig) -> str:
-    """The lines of Python that load the adapter in that folder or Hub repository on its base model."""
-    auto_class = AUTO_CLASSES.get(config.task_type, "AutoModel")
+def loading_snippet(adapter: str, options: Mapping[str, Any]) -> str:
+    """Python code that loads an adapter on its base model.
+
+    Args:
+        adapter: its folder or Hub repository.
+        options: the adapter's configuration by name, as in ``adapter_config.json``.
+    """
+    auto_class = AUTO_CLASSES.get(options.get("task_type"), "AutoModel")
     return (
         "import peft_loramoe  # registers LORAMOE with PEFT\n"
         "from peft import PeftModel\n"
         f"from transformers import {auto_class}\n\n"
-        f"base_model = {auto_class}.from_pretrained({_literal(config.base_model_name_or_path or 'BASE_MODEL')})\n"
+        f"base_model = {auto_class}.from_pretrained({_literal(options.get('base_model_name_or_path') or 'BASE_MODEL')})\n"
         f"model = PeftModel.from_pretrained(base_model, {_literal(adapter)})"
     )
 
@@ -79,15 +81,19 @@ def is_hub_name(base_model: str) -> bool:
     return not os.path.isdir(base_model)
 
 
-def write_card(path: str, config: LoRAMoEConfig) -> None:
-    """Add the loading snippet, the configuration and the tags to the model card at `path`; write one if there is none.
+def write_card(path: str, options: Mapping[str, Any]) -> None:
+    """Add the loading snippet, the configuration and the tags to a model card, or write a new card.
 
     Everything else in the card is kept; saving again replaces what an earlier call added.
+
+    Args:
+        path: the card, ``README.md`` of the adapter's folder.
+        options: the adapter's configuration by name, as in ``adapter_config.json``.
     """
     if os.path.exists(path):
         card = ModelCard.load(path, ignore_metadata_errors=True)
     else:
-        base_model = config.base_model_name_or_path
+        base_model = options.get("base_model_name_or_path")
         named = base_model if base_model and is_hub_name(base_model) else None
         card = ModelCard.from_template(ModelCardData(library_name="peft", base_model=named))
     tags = {*(card.data.get("tags") or ()), *TAGS}
@@ -97,9 +103,9 @@ def write_card(path: str, config: LoRAMoEConfig) -> None:
         card.data["base_model"] = None
     card.data["tags"] = sorted(tags)
 
-    options = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    options = {key: sorted(value) if isinstance(value, set) else value for key, value in options.items()}
     text = TEXT.format(
-        snippet=loading_snippet("ADAPTER", config),
+        snippet=loading_snippet("ADAPTER", options),
         config=json.dumps({key: value for key, value in options.items() if value not in (None, {}, [])}, indent=2).replace(
             "<", r"\u003c"
         ),

@@ -478,8 +478,8 @@ class LoRAMoEConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, and tell the reader of the model card (README.md) how to load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
-        write_card(os.path.join(save_directory, "README.md"), self)
-        logger.info("Saved a LoRAMoE adapter. Load it with:\n%s", loading_snippet(str(save_directory), self))
+        write_card(os.path.join(save_directory, "README.md"), self.to_dict())
+        logger.info("Saved a LoRAMoE adapter. Load it with:\n%s", loading_snippet(str(save_directory), self.to_dict()))
 
     def _check_targets(self) -> None:
         if isinstance(self.target_modules, str):

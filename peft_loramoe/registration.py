@@ -78,7 +78,7 @@ def _keep_model_card() -> None:
     def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
         update(self, output_dir)
         for config in loramoe_configs(self)[:1]:
-            write_card(os.path.join(output_dir, "README.md"), config)
+            write_card(os.path.join(output_dir, "README.md"), config.to_dict())
 
     @functools.wraps(upload)
     def _upload_modified_files(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:

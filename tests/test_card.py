@@ -19,22 +19,22 @@ def test_a_saved_adapter_tells_how_to_load_it(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert {"loramoe", "mixture-of-experts", "peft_loramoe"} <= set(card.data.tags)
     assert card.data.library_name == "peft"
-    assert loading_snippet("ADAPTER", model.peft_config["default"]) in card.text
+    assert loading_snippet("ADAPTER", model.peft_config["default"].to_dict()) in card.text
     assert '"num_experts": 6' in card.text
 
 
 def test_saving_again_replaces_the_block_and_keeps_the_rest(tmp_path):
     path = tmp_path / "README.md"
-    write_card(str(path), LoRAMoEConfig(r=4))
+    write_card(str(path), LoRAMoEConfig(r=4).to_dict())
     path.write_text(path.read_text().replace("library_name: peft", "library_name: peft\nlicense: mit") + "\nMy own notes.\n")
-    write_card(str(path), LoRAMoEConfig(r=5))
+    write_card(str(path), LoRAMoEConfig(r=5).to_dict())
     text = path.read_text()
     assert "My own notes." in text and "license: mit" in text
     assert text.count(BEGIN) == 1 and '"r": 5' in text and '"r": 4' not in text
 
 
 def test_the_snippet_loads_the_class_of_the_task_type():
-    snippet = loading_snippet("me/adapter", LoRAMoEConfig(task_type="SEQ_CLS", base_model_name_or_path="base"))
+    snippet = loading_snippet("me/adapter", LoRAMoEConfig(task_type="SEQ_CLS", base_model_name_or_path="base").to_dict())
     assert snippet.startswith("import peft_loramoe")
     assert 'AutoModelForSequenceClassification.from_pretrained("base")' in snippet
     assert 'PeftModel.from_pretrained(base_model, "me/adapter")' in snippet
@@ -43,7 +43,7 @@ def test_the_snippet_loads_the_class_of_the_task_type():
 def test_a_local_base_model_is_not_named_to_the_hub(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"---\nbase_model: {tmp_path}\ntags:\n- base_model:adapter:{tmp_path}\n- lora\n---\n\nText.\n")
-    write_card(str(path), LoRAMoEConfig())
+    write_card(str(path), LoRAMoEConfig().to_dict())
     data = ModelCard.load(path).data
     assert data.base_model is None
     assert sorted(data.tags) == ["lora", "loramoe", "mixture-of-experts", "peft_loramoe"]
@@ -85,14 +85,14 @@ def test_names_of_others_stay_data(name, place, tmp_path):
         "task type name": {"task_type_names": [name, "other"]},
     }[place]
     config, path = LoRAMoEConfig(task_type="CAUSAL_LM", **options), tmp_path / "README.md"
-    write_card(str(path), config)
+    write_card(str(path), config.to_dict())
     first = path.read_text(encoding="utf-8")
-    write_card(str(path), config)
+    write_card(str(path), config.to_dict())
     assert path.read_text(encoding="utf-8") == first  # the block was found and replaced
     assert first.count(BEGIN) == first.count(END) == 1
 
     card = ModelCard.load(path)
-    assert code_of(card.text) == loading_snippet("ADAPTER", config)
+    assert code_of(card.text) == loading_snippet("ADAPTER", config.to_dict())
     statements = ast.parse(code_of(card.text)).body
     assert [type(statement) for statement in statements] == [ast.Import, ast.ImportFrom, ast.ImportFrom, ast.Assign, ast.Assign]
     expected = name if place == "base model" else "BASE_MODEL"
@@ -108,8 +108,8 @@ def test_names_of_others_stay_data(name, place, tmp_path):
 @given(st.text(max_size=60))
 def test_the_snippet_is_five_statements_whatever_the_names(name):
     for snippet in (
-        loading_snippet("a", LoRAMoEConfig(base_model_name_or_path=name or "x")),
-        loading_snippet(name, LoRAMoEConfig()),
+        loading_snippet("a", LoRAMoEConfig(base_model_name_or_path=name or "x").to_dict()),
+        loading_snippet(name, LoRAMoEConfig().to_dict()),
     ):
         assert len(snippet.splitlines()) == 6
         statements = ast.parse(snippet).body

@@ -93,7 +93,7 @@ def write_adapter(folder: str | Path, config: PeftConfig, tensors: Mapping[str, 
     own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}  # no views
     save_file(own, folder / SAFETENSORS, {"format": "pt"})
     if isinstance(config, LoRAMoEConfig):
-        write_card(str(folder / "README.md"), config)
+        write_card(str(folder / "README.md"), config.to_dict())
 
 
 def expert_keys(module: str, A: Tensor, B: Tensor, router: Tensor) -> dict[str, Tensor]:

@@ -202,8 +202,8 @@ def expected_gates(model, name, batch, rows):
     real = batch["attention_mask"].bool()
     real[[row for row in range(len(real)) if row not in rows]] = False
     gates = (seen[0][real] @ experts.router.T).softmax(-1)
-    if experts.top_k:
-        kept = gates >= gates.topk(experts.top_k).values[:, -1:]
+    if experts.options.top_k:
+        kept = gates >= gates.topk(experts.options.top_k).values[:, -1:]
         gates = gates * kept / (gates * kept).sum(-1, keepdim=True)
     return gates.mean(0).tolist()
 
