@@ -180,7 +180,8 @@ def _factors(adapter: Adapter, gates: Mapping[str, Tensor], rank: int | float | 
         if rank is not None and (isinstance(rank, float) or len(A) > rank):
             if rank > (limit := min(layer.in_features, layer.out_features)):
                 raise ValueError(f"rank={rank} is more than layer '{layer.name}' can have ({limit}); choose a smaller one.")
-            A, B = _truncate(A, B, rank)
+            shorter = _truncate(A, B, rank)
+            A, B = shorter if len(shorter[0]) < len(A) else (A, B)
         loras[layer] = A.to(experts.B.dtype), B.to(experts.B.dtype)
     return loras
 

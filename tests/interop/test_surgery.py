@@ -171,7 +171,7 @@ def test_removal_lowers_top_k_with_a_warning():
     model = strong(top_k=3)
     with pytest.warns(UserWarning, match="top_k=3 is lowered to 2"):
         remove_experts(model, [0, 2])
-    assert model.peft_config["default"].top_k == experts_of(model).top_k == 2
+    assert model.peft_config["default"].top_k == experts_of(model).options.top_k == 2
 
 
 @pytest.mark.parametrize(
