@@ -54,7 +54,7 @@ def main() -> None:
     model.save_pretrained(args.output_dir)
 
     model = AutoPeftModelForCausalLM.from_pretrained(args.output_dir).to(device)
-    prompt = tokenizer(NEW[0].partition(" un")[0], return_tensors="pt", return_token_type_ids=False).to(device)
+    prompt = tokenizer("Question: Leave out the first letter. star Answer:", return_tensors="pt").to(device)
     output = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     print(tokenizer.decode(output[0], skip_special_tokens=True))
 
