@@ -161,6 +161,11 @@ class LoRAMoEConfig(PeftConfig):
         ),
         "Token ids whose embeddings to train too (or embedding name -> ids).",
     )
+    ensure_weight_tying: bool = _option(
+        boolean,
+        "Keep what modules_to_save or trainable_token_indices train of tied embeddings tied.",
+        False,
+    )
     fan_in_fan_out: bool = _option(
         boolean, "The base weight is stored (in, out), as in GPT-2's Conv1D; set automatically.", False
     )
@@ -259,6 +264,7 @@ class LoRAMoEConfig(PeftConfig):
             self.router_lr_multiplier = 10.0 if self.peft_loramoe_version is None else 1.0
         if self.peft_loramoe_version is None:
             self.peft_loramoe_version = __version__
+        self.modules_to_tie = None  # filled in by PEFT, as for its LoRA
         self.check()
         if Version(self.peft_loramoe_version) > Version(__version__):
             warnings.warn(

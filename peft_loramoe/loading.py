@@ -12,9 +12,9 @@ from torch import nn
 
 from .balance.hooks import find_recorder
 from .experts import LoRAExperts
+from .names import CONTAINER, adapter_of, is_of_experts
 
 
-CONTAINER = ".loramoe_experts."
 WRAPPERS = re.compile(r"(?<![^.])_(checkpoint_wrapped_module|fsdp_wrapped_module|orig_mod)\.")
 
 
@@ -24,12 +24,12 @@ def check_adapter_tensors(model: nn.Module, state_dict: Mapping[str, Any], prefi
     Raises:
         RuntimeError: tensors are missing, unexpected or of the wrong shape; the message names them.
     """
-    found = {_bare(key): tensor for key, tensor in state_dict.items() if CONTAINER in key and key.startswith(prefix)}
+    found = {_bare(key): tensor for key, tensor in state_dict.items() if is_of_experts(key) and key.startswith(prefix)}
     if not found:
         return
-    expected = {_bare(prefix + name): p for name, p in model.named_parameters(remove_duplicate=False) if CONTAINER in name}
-    adapters = {_adapter_of(key) for key in found.keys() & expected.keys()}
-    wanted = {key for key in expected if _adapter_of(key) in adapters}
+    expected = {_bare(prefix + name): p for name, p in model.named_parameters(remove_duplicate=False) if is_of_experts(name)}
+    adapters = {adapter_of(key) for key in found.keys() & expected.keys()}
+    wanted = {key for key in expected if adapter_of(key) in adapters}
     problems = [f"missing: {key}" for key in sorted(wanted - found.keys())]
     problems += [f"unexpected: {key}" for key in sorted(found.keys() - expected.keys())]
     for key in sorted(found.keys() & expected.keys()):
@@ -56,12 +56,10 @@ def check_load_result(model: nn.Module, adapter: str, result: Any) -> None:
     if result is None and not all(experts.loaded for experts in _experts_of(model, adapter)):
         _refuse([f"missing: all tensors of adapter '{adapter}'"])
     missing, unexpected = (
-        [key for key in sorted(getattr(result, f"{problem}_keys", None) or ()) if CONTAINER in key]
+        [key for key in sorted(getattr(result, f"{problem}_keys", None) or ()) if is_of_experts(key)]
         for problem in ("missing", "unexpected")
     )
-    _refuse(
-        [f"missing: {key}" for key in missing if _adapter_of(key) == adapter] + [f"unexpected: {key}" for key in unexpected]
-    )
+    _refuse([f"missing: {key}" for key in missing if adapter_of(key) == adapter] + [f"unexpected: {key}" for key in unexpected])
 
 
 def mark_loaded(model: nn.Module, adapter: str, loaded: bool) -> None:
@@ -112,10 +110,6 @@ def _experts_of(model: nn.Module, adapter: str) -> list[LoRAExperts]:
 def _bare(name: str) -> str:
     """The name without what wrappers around modules (activation checkpointing, torch.compile) put into it."""
     return WRAPPERS.sub("", name)
-
-
-def _adapter_of(key: str) -> str:
-    return key.split(".")[-2]  # <layer>.loramoe_experts.<adapter>.<parameter>
 
 
 def _refuse(problems: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,8 +15,15 @@ from .balance.hooks import Recorder, find_recorder
 from .config import LoRAMoEConfig
 from .gradients import NonReentrantCheckpointing, UnpackedWeights
 from .layer import CANNOT_MERGE, LoRAMoELinear
-from .loading import CONTAINER, check_adapter_tensors, unchanged_on_failure
-from .peft_api import PEFT_AT_LEAST_0_21, AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
+from .loading import check_adapter_tensors, unchanged_on_failure
+from .names import check_adapter_name, is_of_experts, without_adapter_name
+from .peft_api import (
+    PEFT_AT_LEAST_0_21,
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    BaseTunerLayer,
+    resolve_quantization_backend,
+)
 from .targets import (
     FEED_FORWARD,
     WHY_NOT_ROUTED,
@@ -67,15 +75,20 @@ class LoRAMoEModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: LoRAMoEConfig, model_config: dict[str, Any]) -> LoRAMoEConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules, peft_config.exclude_modules = default_targets(
-                self.model, model_config, peft_config.exclude_modules
+                self.model, model_config, peft_config.exclude_modules, self.target_module_mapping
             )
         check_names(self.model, peft_config.target_modules)
         return peft_config
 
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Inject an adapter as PEFT does; if it is refused half-way, the model is as it was before."""
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject an adapter as PEFT does; if it is refused half-way, the model is as it was before.
+
+        Raises:
+            ValueError: the adapter's name cannot be saved, or its options do not fit the model.
+        """
+        check_adapter_name(adapter_name)
         with unchanged_on_failure(model):
-            super().inject_adapter(model, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
             if (recorder := find_recorder(model)) is not None:
                 recorder.handles.append(UnpackedWeights(model))
 
@@ -114,6 +127,7 @@ class LoRAMoEModel(BaseTuner):
                 "target_modules to name nn.Linear, Conv1D or quantised linear layers, or exclude_modules to leave it out."
             )
         layer = LoRAMoELinear(target, current_key, self._shared_recorder())
+        layer.quantization_backend = resolve_quantization_backend(target, get_apply_tensor_subclass=lambda: None)
         layer._active_adapter = self.active_adapters
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
@@ -142,8 +156,25 @@ class LoRAMoEModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """What PEFT saves; it looks for adapted layers by module name, and overlooks those inside wrapped decoder layers."""
-        own = {key: tensor for key, tensor in state_dict.items() if CONTAINER in key}
+        own = {key: tensor for key, tensor in state_dict.items() if is_of_experts(key)}
         return {**own, **super()._get_adapter_state_dict(*args, state_dict=state_dict, **kwargs)}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return without_adapter_name(key, adapter_name) if is_of_experts(key) else key
+
+    def _add_modules_to_save_to_tie(self, peft_config: LoRAMoEConfig, tied_weight_keys: list[str]) -> None:
+        """Save the input embedding only, and let PEFT tie its copies (`ensure_weight_tying`)."""
+        embedding = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embedding)
+        tied = set(tied_weight_keys)
+        saved = [
+            module
+            for module in peft_config.modules_to_save or []
+            if not any(re.match(rf"(^|.*\.){module}($|\..*)", key) for key in tied)
+        ]
+        peft_config.modules_to_tie = tied
+        peft_config.modules_to_save = [*saved, *([] if name in saved else [name])]
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)

@@ -5,6 +5,7 @@ When a new PEFT moves one of them, this import is what fails, and `tests/test_pe
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.tuners.tuners_utils import _get_in_out_features as get_in_out_features
+from peft.utils import resolve_quantization_backend, save_and_load
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 
 
@@ -15,17 +16,24 @@ __all__ = [
     "BaseTunerLayer",
     "get_in_out_features",
     "get_pattern_key",
+    "resolve_quantization_backend",
+    "select_state_dict",
 ]
 
 # PEFT 0.20 saves the biases of a few methods of its own only, and freezes adapters of other methods.
 PEFT_AT_LEAST_0_21 = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
 
+# Selects an adapter's tensors for saving; `registration` replaces it.
+SELECT_STATE_DICT = "_filter_state_dict_for_adapter_name"
+select_state_dict = getattr(save_and_load, SELECT_STATE_DICT)
+
 # Methods of BaseTuner that `LoRAMoEModel` overrides or that PEFT is relied on to call.
 BASE_TUNER_HOOKS = (
+    "_add_modules_to_save_to_tie",
     "_check_merge_allowed",
     "_check_new_adapter_config",
     "_create_and_replace",
-    *(("_get_adapter_state_dict",) if PEFT_AT_LEAST_0_21 else ()),
+    *(("_get_adapter_state_dict", "_remove_adapter_name_from_key") if PEFT_AT_LEAST_0_21 else ()),
     "_prepare_adapter_config",
     "_replace_module",
     "_unload_and_optionally_merge",

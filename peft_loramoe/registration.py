@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import PeftType, hotswap
+from peft.utils import PeftType, hotswap, save_and_load
 from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
@@ -18,6 +18,8 @@ from .card import write_card
 from .config import LoRAMoEConfig
 from .loading import check_load_result, mark_loaded, unchanged_on_failure
 from .model import LoRAMoEModel
+from .names import without_adapters
+from .peft_api import SELECT_STATE_DICT, select_state_dict
 
 
 PEFT_TYPE = "LORAMOE"
@@ -44,6 +46,7 @@ def register() -> None:
     if not hasattr(PeftModel.create_or_update_model_card, "__wrapped__"):
         _keep_model_card()
         _load_all_or_nothing()
+        _select_tensors_exactly()
 
 
 def _peft_type_member() -> PeftType:
@@ -60,7 +63,27 @@ def _peft_type_member() -> PeftType:
     PeftType._member_names_.append(PEFT_TYPE)
     PeftType._member_map_[PEFT_TYPE] = member
     PeftType._value2member_map_[PEFT_TYPE] = member
+    member.__reduce_ex__ = _reduce  # a pickle imports this package, or says that it is missing
     return member
+
+
+def _reduce(protocol: int) -> tuple:
+    return _peft_type_member, ()
+
+
+def _select_tensors_exactly() -> None:
+    """Save all tensors of a LoRAMoE adapter, whatever other adapters are called.
+
+    PEFT leaves out every name that ends with or contains that of another adapter: beside an adapter "A" all matrices A.
+    """
+    default = select_state_dict
+    prefixes = [prefix for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix != LoRAMoEModel.prefix]
+
+    @functools.wraps(default)
+    def select(state_dict: dict[str, Any], unwanted_adapter_names: list[str]) -> dict[str, Any]:
+        return without_adapters(state_dict, unwanted_adapter_names, prefixes, default)
+
+    setattr(save_and_load, SELECT_STATE_DICT, select)
 
 
 def _keep_model_card() -> None:

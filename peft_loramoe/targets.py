@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -111,14 +112,15 @@ def check_names(model: nn.Module, target_modules: Any) -> None:
 
 
 def default_targets(
-    model: nn.Module, model_config: dict[str, Any], exclude_modules: Any
-) -> tuple[set[str], set[str] | str | None]:
+    model: nn.Module, model_config: dict[str, Any], exclude_modules: Any, mapping: Mapping[str, Any] = FEED_FORWARD
+) -> tuple[set[str] | str, set[str] | str | None]:
     """Feed-forward linears of a known architecture.
 
     Args:
         model: the base model.
         model_config: its configuration as a dictionary.
         exclude_modules: the user's `exclude_modules`.
+        mapping: targets by model type, those of `FEED_FORWARD` or a user's (a list, set or string, as PEFT takes them).
 
     Returns:
         `target_modules`, and `exclude_modules` extended where a target's name also fits an attention layer or a layer of
@@ -129,7 +131,10 @@ def default_targets(
     """
     text_config = model_config.get("text_config")
     types = [model_config.get("model_type"), text_config.get("model_type") if isinstance(text_config, dict) else None]
-    targets = next((FEED_FORWARD[name] for name in types if name in FEED_FORWARD), None)
+    name = next((name for name in types if name in mapping), None)
+    targets = None if name is None else mapping[name]
+    if isinstance(targets, str):  # an expression for whole names, or "all-linear"
+        return targets, exclude_modules
     if targets is None:
         if experts := routed_experts(model):
             raise ValueError(
@@ -141,8 +146,9 @@ def default_targets(
             "Please specify `target_modules` in `peft_config`: there is no default for model_type "
             f"'{model_config.get('model_type')}'. Linear layers of this model: {candidates(model)}."
         )
-    also = [rf"(.*\.)?{re.escape(EXCLUDED[targets])}"] if targets in EXCLUDED else []
-    if model_config.get("model_type") not in FEED_FORWARD:  # known by its text model: leave the other encoders alone
+    excluded = EXCLUDED.get(targets) if isinstance(targets, tuple) else None
+    also = [] if excluded is None else [rf"(.*\.)?{re.escape(excluded)}"]
+    if model_config.get("model_type") not in mapping:  # known by its text model: leave the other encoders alone
         also += [rf"(.*\.)?{re.escape(encoder)}\..*" for encoder in sorted(_other_encoders(model, model_config))]
     # PEFT warns about exclusions that exclude nothing.
     names = [name for name, _ in model.named_modules() if f".{name}".endswith(tuple(f".{target}" for target in targets))]

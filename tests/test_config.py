@@ -31,6 +31,7 @@ EVERY_OPTION = dict(
     bias="all",
     modules_to_save=["lm_head"],
     trainable_token_indices=[1, 2],
+    ensure_weight_tying=True,
     fan_in_fan_out=True,
     init_weights="gaussian",
     num_experts=5,
@@ -113,7 +114,7 @@ def test_unknown_keys_of_a_newer_version_are_dropped_with_a_warning(tmp_path):
 def test_options_that_lora_has_are_named_and_preset_as_there():
     lora = {f.name.replace("init_lora_weights", "init_weights"): f for f in dataclasses.fields(LoraConfig)}
     shared = [f for f in dataclasses.fields(LoRAMoEConfig) if f.name in lora and f.name in LoRAMoEConfig.__annotations__]
-    assert len(shared) == 15
+    assert len(shared) == 16
     for option in shared:
         assert (option.default, option.default_factory) == (lora[option.name].default, lora[option.name].default_factory)
 

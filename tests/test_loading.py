@@ -506,11 +506,6 @@ def test_names_that_contain_the_prefix_or_parts_of_the_keys(name, folders, expec
     assert torch.equal(logits(model), logits(loramoe(seed=5)))
 
 
-def test_a_name_with_a_dot_is_refused(folders):
-    with pytest.raises(KeyError, match="can.*t contain"):
-        PeftModel.from_pretrained(tiny_llama(), folders / "adapter", adapter_name="loramoe_experts.A")
-
-
 # what the method cannot do
 
 
@@ -665,3 +660,47 @@ def test_layers_wrapped_for_activation_checkpointing_are_saved_and_loaded():
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[key], expected[key]) for key in expected)
     model.load_state_dict(model.state_dict())
+
+
+TIED = {"tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    "modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"], ["model.embed_tokens"]], ids=str
+)
+def test_tied_embeddings_are_trained_tied_and_saved_as_by_lora(modules, tmp_path):
+    model = loramoe(tiny_llama(**TIED), modules_to_save=modules, ensure_weight_tying=True)
+    base = model.get_base_model()
+    embedding, head = (m.modules_to_save["default"].weight for m in (base.model.embed_tokens, base.lm_head))
+    assert embedding is head and embedding.requires_grad
+    model.train()(**labelled(token_batch()), task_types=[0, 1, 1]).loss.backward()
+    torch.optim.SGD([embedding], lr=1.0).step()
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    lora = LoraConfig(target_modules=["up_proj"], modules_to_save=modules, ensure_weight_tying=True, task_type="CAUSAL_LM")
+    get_peft_model(tiny_llama(**TIED), lora).save_pretrained(tmp_path / "lora")
+    saved, of_lora = (
+        {key: tensor for key, tensor in load_file(folder / WEIGHTS).items() if "embed" in key or "head" in key}
+        for folder in (tmp_path, tmp_path / "lora")
+    )
+    assert saved.keys() == of_lora.keys()
+    assert all(torch.equal(tensor, embedding) for tensor in saved.values())
+    loaded = PeftModel.from_pretrained(tiny_llama(**TIED), tmp_path)
+    assert torch.equal(logits(loaded), expected)
+    base = loaded.get_base_model()
+    assert base.model.embed_tokens.modules_to_save["default"].weight is base.lm_head.modules_to_save["default"].weight
+
+
+def test_trained_tokens_of_tied_embeddings_stay_tied(tmp_path):
+    model = loramoe(tiny_llama(**TIED), trainable_token_indices=[1, 2], ensure_weight_tying=True)
+    deltas = [p for name, p in model.named_parameters() if "trainable_tokens_delta" in name]
+    assert len(deltas) == 1
+    torch.nn.init.normal_(deltas[0])
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(**TIED), tmp_path)), expected)
+
+
+def test_without_ensure_weight_tying_peft_warns():
+    with pytest.warns(UserWarning, match="`ensure_weight_tying` is not set to True"):
+        loramoe(tiny_llama(**TIED), modules_to_save=["embed_tokens"])

@@ -383,3 +383,12 @@ def test_a_4_bit_layer_is_dequantised_once_each_way_and_no_copy_of_it_is_kept(mo
     assert len(in_forward) == 1  # the product, which dequantises inside
     assert calls[1:] == ["dequantize_4bit"]
     assert max(t.numel() for t in kept if t.is_floating_point()) < 64 * 128
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("bitsandbytes-nf4", "bnb 4bit"), ("bitsandbytes-int8", "bnb 8bit"), ("torchao-int8", "torchao")]
+)
+def test_pefts_status_names_the_backend(name, status, base):
+    pytest.importorskip(BACKENDS[name].library)
+    assert loramoe(BACKENDS[name].load(base, "cpu")).get_model_status().quantization_backend == status
+    assert loramoe().get_model_status().quantization_backend is None

@@ -1,3 +1,4 @@
+import copy
 import importlib
 import pickle
 import subprocess
@@ -66,3 +67,20 @@ def test_importing_the_package_imports_no_optional_dependency():
         "assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_pickle_of_the_bare_type_imports_the_package():
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        script = (
+            "import pickle, sys\n"
+            f"member = pickle.loads({pickle.dumps({'type': PeftType('LORAMOE')}, protocol)!r})['type']\n"
+            "assert 'peft_loramoe' in sys.modules and member == 'LORAMOE', member"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True)
+    assert copy.deepcopy(PeftType("LORAMOE")) is copy.copy(PeftType("LORAMOE")) is PeftType("LORAMOE")
+
+
+def test_a_pickle_of_the_bare_type_says_which_package_is_missing():
+    script = f"import pickle, sys\nsys.modules['peft_loramoe'] = None\npickle.loads({pickle.dumps(PeftType('LORAMOE'))!r})"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode and "peft_loramoe" in result.stderr.splitlines()[-1]

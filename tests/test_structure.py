@@ -12,7 +12,8 @@ PACKAGE = Path(peft_loramoe.__file__).parent
 
 # From the ground up; a module (or folder) imports from lower floors only, and within its own folder.
 FLOORS = [
-    {"version", "card", "gradients", "groups", "modes", "ops", "options", "peft_api", "targets"},
+    {"options"},
+    {"version", "card", "gradients", "groups", "modes", "names", "ops", "peft_api", "targets"},
     {"config", "experts"},
     {"balance", "layer"},
     {"loading", "training", "analysis"},

@@ -5,7 +5,7 @@ from torch import nn
 from transformers import AutoModel, LlavaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from peft_loramoe import LoRAMoEConfig, LoRAMoELinear
+from peft_loramoe import LoRAMoEConfig, LoRAMoELinear, LoRAMoEModel
 from peft_loramoe.targets import FEED_FORWARD, is_linear
 from tiny import tiny_llama
 
@@ -111,3 +111,16 @@ def test_every_architecture_that_the_issue_names_has_an_entry():
     named = {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "falcon"}
     assert named | {"bert", "roberta", "t5", "vit"} <= set(FEED_FORWARD)
     assert set(FEED_FORWARD) <= {*CONFIG_MAPPING.keys(), "ministral", "smollm3", "olmo3", "modernbert", "gemma3"}
+
+
+@pytest.mark.parametrize("targets", [["up_proj"], {"up_proj"}, ("up_proj",), r".*\.up_proj", "all-linear"], ids=str)
+def test_the_table_may_be_extended_as_that_of_other_tuners(targets, monkeypatch):
+    for model_type in ("llama", "unknown_to_the_table"):
+        monkeypatch.setitem(LoRAMoEModel.target_module_mapping, model_type, targets)
+        base = tiny_llama()
+        base.config.model_type = model_type
+        model = get_peft_model(base, LoRAMoEConfig(r=2))
+        found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoRAMoELinear)}
+        assert found == (
+            {"up_proj"} if targets != "all-linear" else {f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")}
+        )

@@ -373,7 +373,6 @@ SKIPS = [
         r"test_lora_linear_init_(default|gaussian)",
         "wants a p-value over one half, as one sample in two has: that of LoRA's random numbers does",
     ),
-    (r"test_initialization", r"TestWeightTying::test_alt", "wants the warning about ensure_weight_tying, an option of LoRA"),
     (r"test_helpers", r"TestScalingAdapters", "rescale_adapter_scale is a helper of PEFT for LoraLayer only"),
     (
         r"test_helpers",
