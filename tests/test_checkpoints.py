@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import skip_first_batches
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -302,3 +304,102 @@ def test_a_killed_run_is_resumed_to_the_same_end(tmp_path):
         process.kill()  # SIGKILL
         assert process.wait() == -9
     assert_same(run_to_the_end(run), reference)
+
+
+def answer(run):
+    """The step of the checkpoint that is taken; nothing may raise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = last_complete_checkpoint(run)
+    return None if found is None else int(found.rpartition("-")[2])
+
+
+def header_of(path):
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def test_flipped_bits_of_a_safetensors_header_are_skipped_or_taken(run):
+    path = run / "checkpoint-2" / "adapter_model.safetensors"
+    whole, answers = path.read_bytes(), []
+    for position in [*range(8), *range(8, header_of(path), 17)]:
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            answers.append(answer(run))
+    assert set(answers) == {1, 2}  # a bit of a tensor's name is not noticed
+    assert answers[: 8 * 8] == [1] * 64  # one of the header's length is
+
+
+HEADERS = [b"[]", b"null", b'"a"', b"{}", b'{"a": 1}', b'{"a": {}}', b'{"a": {"data_offsets": [0]}}', b"[" * 100_000,
+           b'{"a": {"data_offsets": ["x", "y"], "dtype": "F32", "shape": []}}', 
+           b'{"a": {"data_offsets": [0, 4], "shape": [1]}}', b'{"a": {"data_offsets": [0, 4], "dtype": null, "shape": [1]}}', b"\xff\xfe", b""]  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=lambda header: repr(header[:60]))
+def test_a_strange_safetensors_header(header, run):
+    path = run / "checkpoint-2" / "adapter_model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0\0")
+    assert answer(run) == 1
+
+
+STRANGE = {
+    "an empty adapter_config.json": ("adapter_config.json", b""),
+    "an adapter_config.json that is a list": ("adapter_config.json", b"[]"),
+    "a deeply nested adapter_config.json": ("adapter_config.json", b"[" * 200_000),
+    "an undecodable adapter_config.json": ("adapter_config.json", b"\xff\xfe\x00"),
+    "a deeply nested trainer_state.json": ("trainer_state.json", b'{"a":' * 200_000),
+    "an undecodable trainer_state.json": ("trainer_state.json", b"\xff\xfe\x00"),
+    "a trainer_state.json that is a number": ("trainer_state.json", b"2"),
+    "an undecodable latest": ("latest", b"\xff\xfe\x00"),
+    "an empty latest": ("latest", b""),
+    "a latest that names a file": ("latest", b"optimizer.pt"),
+    "a latest that names the folder above": ("latest", b".."),
+    "a latest with a null byte": ("latest", b"a\0b"),
+    "an empty optimizer": ("optimizer.pt", b""),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_strange_content(kind, run):
+    name, content = STRANGE[kind]
+    (run / "checkpoint-2" / name).write_bytes(content)
+    assert answer(run) == 1
+
+
+@pytest.mark.parametrize("name", ["latest", "trainer_state.json", "adapter_model.safetensors", "adapter_config.json"])
+def test_a_folder_in_the_place_of_a_file(name, run):
+    path = run / "checkpoint-2" / name
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    assert answer(run) == 1
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_config.json", "optimizer.pt"])
+def test_links_that_lead_nowhere_or_in_a_circle(name, run):
+    path = run / "checkpoint-2" / name
+    path.unlink()
+    path.symlink_to(path)
+    assert answer(run) == 1
+
+
+def test_what_is_no_folder_of_a_run(tmp_path):
+    (tmp_path / "file").touch()
+    assert answer(tmp_path / "file") is None and answer(tmp_path / "nul\0l") is None
+    (tmp_path / f"checkpoint-{'9' * 200}").mkdir()
+    assert answer(tmp_path) is None
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_random_damage_never_raises(written, tmp_path_factory, data):
+    run = tmp_path_factory.getbasetemp() / "random-damage"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(written, run)
+    files = sorted(path for path in (run / "checkpoint-2").iterdir() if path.is_file())
+    path = data.draw(st.sampled_from(files), label="file")
+    content = bytearray(path.read_bytes())
+    start = data.draw(st.integers(0, max(len(content) - 1, 0)), label="start")
+    content[start : start + data.draw(st.integers(0, 40), label="length")] = data.draw(st.binary(max_size=40), label="new")
+    path.write_bytes(content)
+    assert answer(run) in (1, 2)

@@ -7,7 +7,9 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
+from typing import Any
 
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -24,11 +26,21 @@ def last_complete_checkpoint(output_dir: str | Path, num_processes: int | None =
     """The newest `checkpoint-N` folder of a Trainer run that was written to its end.
 
     For `trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))` after a run that was killed at
-    whatever moment; transformers' `get_last_checkpoint` returns a folder that the run was killed in. Trainer writes
-    `trainer_state.json` last, so a readable one proves what its process wrote; the other files are looked at because other
-    processes write some of them (random states, shards of FSDP and DeepSpeed), and because deleting an old checkpoint can be
-    cut short too. Only file ends and headers are read. It cannot recognise a folder of a finished earlier run that a run
-    started anew in the same `output_dir` had begun to overwrite.
+    whatever moment; transformers' `get_last_checkpoint` returns a folder that the run was killed in.
+
+    A checkpoint is complete if
+
+    - `trainer_state.json`, which Trainer writes last, is an object whose `global_step` is that of the folder's name;
+    - there are weights: the model's, an adapter's beside each readable `adapter_config.json`, or DeepSpeed's, in the folder
+      that its `latest` names;
+    - there are an optimizer's, a scheduler's and every process's random state, or none of the three (`save_only_model`);
+    - no file is cut off: the headers of safetensors files describe what is there, zip files have their directory, and sharded
+      folders their `.metadata`.
+
+    Other processes than the one that writes `trainer_state.json` write some of the files, and deleting an old checkpoint can be
+    cut short too. Only file ends and headers are read, so a value that changed inside a tensor goes unnoticed. Nor can it
+    recognise a folder of a finished earlier run that a run started anew in the same `output_dir` had begun to overwrite.
+    Whatever is in a folder, it is skipped or taken, and never raises.
 
     Args:
         output_dir: the run's `output_dir`, on storage that all processes share.
@@ -45,10 +57,16 @@ def last_complete_checkpoint(output_dir: str | Path, num_processes: int | None =
     if num_processes is not None and (not isinstance(num_processes, int) or num_processes < 1):
         raise ValueError(f"num_processes={num_processes!r} must be a positive integer, or None.")
     output_dir = Path(output_dir)
-    folders = [path for path in output_dir.iterdir() if path.is_dir()] if output_dir.is_dir() else []
+    try:
+        folders = [path for path in output_dir.iterdir() if path.is_dir()]
+    except (OSError, ValueError):  # there is no such folder, or it cannot be read
+        folders = []
     steps = {int(match[1]): path for path in folders if (match := CHECKPOINT.fullmatch(path.name))}
     for step, folder in sorted(steps.items(), reverse=True):
-        fault = next(_faults(folder, step, num_processes), None)
+        try:
+            fault = next(_faults(folder, step, num_processes), None)
+        except Exception as error:  # unreadable, or what nobody writes
+            fault = f"it cannot be read ({type(error).__name__}: {error})"
         if fault is None:
             return str(folder)
         warnings.warn(
@@ -60,16 +78,20 @@ def last_complete_checkpoint(output_dir: str | Path, num_processes: int | None =
 def _faults(folder: Path, step: int, num_processes: int | None) -> Iterator[str]:
     """What is missing or damaged in a checkpoint."""
     yield from _state_faults(folder / "trainer_state.json", step)
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if path.exists()}
     deepspeed = "latest" in names  # then the weights may be in its own files only
     adapters = [path for path in (folder, *folder.iterdir()) if (path / "adapter_config.json").is_file()]
     if not (deepspeed or adapters or any(WEIGHTS.fullmatch(name) for name in names)):
         yield "it has no weights"
     for adapter in adapters:
+        if not isinstance(_read_json(adapter / "adapter_config.json"), dict):
+            yield f"{adapter.relative_to(folder.parent) / 'adapter_config.json'} is no JSON object"
         if not (deepspeed or any((adapter / name).is_file() for name in ADAPTER_WEIGHTS)):
             yield f"{adapter.relative_to(folder.parent)} has an adapter_config.json but no weights"
-    if deepspeed and (tag := (folder / "latest").read_text().strip()) not in names:
-        yield f"'latest' names the folder '{tag}', which is not there"
+    if deepspeed:
+        tag = (folder / "latest").read_text(encoding="utf-8").strip()
+        if tag not in names or not (folder / tag).is_dir():
+            yield f"'latest' names the folder '{tag}', which is not there"
     yield from _resumption_faults(names, deepspeed, num_processes)
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not _is_whole(path):
@@ -82,13 +104,20 @@ def _state_faults(path: Path, step: int) -> Iterator[str]:
     if not path.is_file():
         yield "trainer_state.json, which is written last, is not there"
         return
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # of JSON or of UTF-8
+    state = _read_json(path)
+    if state is None:
         yield "trainer_state.json, which is written last, is cut off"
         return
     if not isinstance(state, dict) or state.get("global_step") != step:
         yield f"trainer_state.json is not of step {step}"
+
+
+def _read_json(path: Path) -> Any:
+    """What a JSON file holds; None if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # of JSON or of UTF-8; nested too deeply
+        return None
 
 
 def _resumption_faults(names: set[str], deepspeed: bool, num_processes: int | None) -> Iterator[str]:
@@ -123,15 +152,27 @@ def _is_whole(path: Path) -> bool:
 
 
 def _is_whole_safetensors(path: Path) -> bool:
-    """The header says where the last tensor ends: 8 bytes, its length; JSON; the tensors' bytes."""
+    """Whether the tensors of the header follow each other to the end of the file: 8 bytes, its length; JSON; their bytes."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        size = path.stat().st_size
+        length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
         if 8 + length > size:
             return False
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+            sizes = [_has_its_size(tensor) for name, tensor in header.items() if name != "__metadata__"]
+            offsets = sorted(tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__")
+            end = 0
+            for start, stop in offsets:
+                if start != end or stop < start:
+                    return False
+                end = stop
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # not what a header holds
             return False
-    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
+    return size == 8 + length + end and all(sizes)
+
+
+def _has_its_size(tensor: dict[str, Any]) -> bool:
+    """Whether a tensor of a safetensors header is as long as its shape and dtype say."""
+    start, stop = tensor["data_offsets"]
+    bits = re.fullmatch(r"(?:BOOL|[A-Z]+?)(\d*)(?:_.*)?", tensor["dtype"])
+    return bits is not None and prod(tensor["shape"]) * (int(bits[1]) if bits[1] else 8) == (stop - start) * 8
