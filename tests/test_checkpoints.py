@@ -332,8 +332,9 @@ def test_flipped_bits_of_a_safetensors_header_are_skipped_or_taken(run):
 
 
 HEADERS = [b"[]", b"null", b'"a"', b"{}", b'{"a": 1}', b'{"a": {}}', b'{"a": {"data_offsets": [0]}}', b"[" * 100_000,
-           b'{"a": {"data_offsets": ["x", "y"], "dtype": "F32", "shape": []}}', 
-           b'{"a": {"data_offsets": [0, 4], "shape": [1]}}', b'{"a": {"data_offsets": [0, 4], "dtype": null, "shape": [1]}}', b"\xff\xfe", b""]  # fmt: skip
+           b'{"a": {"data_offsets": ["x", "y"], "dtype": "F32", "shape": []}}',
+           b'{"a": {"data_offsets": [0, 4], "shape": [1]}}',
+           b'{"a": {"data_offsets": [0, 4], "dtype": null, "shape": [1]}}', b"\xff\xfe", b""]  # fmt: skip
 
 
 @pytest.mark.parametrize("header", HEADERS, ids=lambda header: repr(header[:60]))
