@@ -1,0 +1,80 @@
+"""`python -m research.retention run` trains and scores, `report` writes the tables: see README.md."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from . import routers
+from .methods import METHODS, Run
+from .training import run as run_one
+
+
+RESULTS = Path(__file__).with_name("results")
+PACKAGES = ("peft_loramoe", "peft", "transformers", "torch")
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file, or none."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def run_all(runs: list[Run], output: Path, model: str | None) -> None:
+    """Run what has no row yet, in order; each ends as a row."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for one in runs:
+        if one.key in {row["key"] for row in read_rows(output)}:
+            continue
+        print(f"{one.method}, seed {one.seed}, {one.options}", flush=True)
+        row = {"key": one.key, **json.loads(one.key), **run_one(one, model)}
+        row["date"] = datetime.date.today().isoformat()
+        row["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
+        with output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print({name: row["scores"][name]["loss"] for name in row["scores"]}, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m research.retention", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("run", help="train and score what has no row yet")
+    command.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    command.add_argument("--seeds", nargs="+", type=int, required=True)
+    command.add_argument("--samples", type=int, default=Run.samples, help="of the tasks (default: %(default)s)")
+    command.add_argument("--part", type=float, default=Run.part, help="share of the items that is scored (default: all)")
+    command.add_argument("--set", nargs="+", default=[], metavar="NAME=JSON", help="options of the method to replace")
+    command.add_argument("--output", type=Path, default=RESULTS / "screening.jsonl")
+    command.add_argument("--model", help="name or folder of another base model")
+    command = commands.add_parser("routers", help="screen terms and routers on the base model's activations")
+    command.add_argument("--seed", type=int, default=21)
+    command.add_argument("--names", nargs="+", help="variants (default: all)")
+    command.add_argument("--output", type=Path, default=RESULTS / "routers.jsonl")
+    command.add_argument("--model", help="name or folder of another base model")
+    options = parser.parse_args(arguments)
+    if options.command == "routers":
+        torch.set_num_threads(1)
+        with options.output.open("a", encoding="utf-8") as file:
+            for row in routers.screen(options.seed, options.model, options.names):
+                file.write(json.dumps(row) + "\n")
+        return
+    replaced = {name: json.loads(value) for name, value in (entry.split("=", 1) for entry in options.set)}
+    runs = [
+        Run(method, seed, options.samples, part=options.part, options=replaced)
+        for seed in options.seeds
+        for method in options.methods
+    ]
+    run_all(runs, options.output, options.model)
+
+
+if __name__ == "__main__":
+    main()

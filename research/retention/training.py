@@ -1,0 +1,244 @@
+"""One run: fine-tune, score, and what happened to the routers on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import random
+import re
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import peft_loramoe
+from peft_loramoe.training import optimizer_groups
+
+from .base_model import load
+from .knowledge import Encoder, read, read_facts
+from .methods import Method, Run
+from .scoring import Item, Score, answer_logits, score
+from .tasks import samples
+from .terms import TERMS, Importance, normalise_routers
+
+
+SCORED_TASKS = 160
+SCORED_ANCHORS = 20
+CLIP = 1.0
+WARMUP = 0.05
+LOG_EVERY = 8
+GRADIENT_STEPS = (0, 8, 24)
+
+
+def run(one: Run, model_name: str | None = None) -> dict[str, Any]:
+    """Fine-tune and score.
+
+    Args:
+        one: what to run.
+        model_name: name or folder of the base model; None for SmolLM2.
+
+    Returns:
+        The row: scores, router weights, log of the training, times.
+    """
+    start = time.perf_counter()
+    base, tokenizer = load(model_name)
+    method, encoder = one.settings, Encoder(tokenizer)
+    model, training = base, {}
+    if method.config:
+        model = adapt(base, method, one.seed)
+        training = train(model, method, one, encoder)
+    trained = time.perf_counter()
+    scores = evaluate(model, encoder, one)
+    return {
+        "method": dataclasses.asdict(method),
+        **scores,
+        **training,
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad) if method.config else 0,
+        "seconds": {"training": round(trained - start), "scoring": round(time.perf_counter() - trained)},
+    }
+
+
+def adapt(base: PreTrainedModel, method: Method, seed: int) -> nn.Module:
+    """The base model with the method's adapter, initialised by `seed`."""
+    torch.manual_seed(seed)
+    if not method.is_mixture:
+        return get_peft_model(base, LoraConfig(**method.config))
+    model = get_peft_model(base, peft_loramoe.LoRAMoEConfig(**method.config))
+    if method.normalised_router:
+        normalise_routers(model)
+    return model
+
+
+def training_batches(method: Method, one: Run, encoder: Encoder) -> list[tuple[list[Item], list[int], list[Item]]]:
+    """The steps of a run: samples, their task types, and the anchors beside them."""
+    draw = random.Random(f"order {one.seed}")
+    rows = [(encoder.sample(sample), 1) for sample in samples(one.samples, one.seed, scored=False)]
+    facts = [encoder.replay(fact) for fact in read_facts() if fact.use == "replay"]
+    rows += [(facts[i], 0) for i in draw.sample(range(len(facts)), round(method.replay * one.samples))]
+    draw.shuffle(rows)
+    steps = [rows[i : i + one.batch] for i in range(0, len(rows), one.batch)]
+    anchors = training_anchors(encoder) if method.anchors else []
+    draw.shuffle(anchors)
+    number = round(method.anchors * one.samples)
+    anchors = (anchors * math.ceil(number / max(1, len(anchors))))[:number]
+    if method.anchor_schedule == "every_step":
+        of_step = [i * len(steps) // max(1, number) for i in range(number)]
+    else:
+        of_step = [draw.randrange(len(steps)) for _ in range(number)]
+    beside = defaultdict(list)
+    for anchor, step in zip(anchors, of_step):
+        beside[step].append(anchor)
+    return [([item for item, _ in rows], [kind for _, kind in rows], beside[i]) for i, rows in enumerate(steps)]
+
+
+def training_anchors(encoder: Encoder) -> list[Item]:
+    """The anchors that are trained on; the others are scored."""
+    return [encoder.text(row["text"]) for i, row in enumerate(read("anchors.jsonl")) if not _is_held_back(i)]
+
+
+def _is_held_back(index: int) -> bool:
+    return index % 10 == 0
+
+
+def train(model: nn.Module, method: Method, one: Run, encoder: Encoder) -> dict[str, Any]:
+    """Fine-tune in one pass; returns the log."""
+    batches = training_batches(method, one, encoder)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": parameters}]
+    if method.is_mixture:
+        groups = optimizer_groups(model, lr=method.lr, router_lr=method.lr * method.router_lr_multiplier)
+    optimizer = torch.optim.AdamW(groups, lr=method.lr, weight_decay=0.0)
+    warmup, steps = max(1, round(WARMUP * len(batches))), len(batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / warmup) * (1 - i / steps))
+    importance = Importance(model) if method.term != "package" else None
+    log: dict[str, list] = {"steps": [], "gradients": []}
+    tokens = sum(len(item.before) + len(item.answer) for items, _, anchors in batches for item in items + anchors)
+    began = time.perf_counter()
+    model.train()
+    for step, (items, types, anchors) in enumerate(batches):
+        task, anchor, term, weights = losses(model, method, items, types, anchors, importance, log=step % LOG_EVERY == 0)
+        if method.is_mixture and not method.config.get("balance_detach") and step in GRADIENT_STEPS:
+            log["gradients"].append({"step": step, "loss": gradients(model, task), "term": gradients(model, term)})
+        (task + method.anchor_lm_weight * anchor + term).backward()
+        norm = nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        values = {"step": step, "task": task, "anchor": anchor, "term": term, "gradient_norm": norm}
+        log["steps"].append({name: round(float(value), 4) for name, value in values.items()} | weights)
+        print(log["steps"][-1], flush=True)
+    model.eval()
+    return {"log": log, "tokens": tokens, "tokens_per_second": round(tokens / (time.perf_counter() - began), 1)}
+
+
+def losses(
+    model: nn.Module,
+    method: Method,
+    items: list[Item],
+    types: Sequence[int],
+    anchors: list[Item],
+    importance: Importance | None,
+    *,
+    log: bool,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
+    """The tasks' and the anchors' language-modelling losses and the balance term of one step, and the null group's weights."""
+    mixture = method.is_mixture
+    weights: dict[str, float] = {}
+    anchor = term = torch.zeros(())
+    with peft_loramoe.collect_balance(model) if mixture else nullcontext():
+        task = _loss(model, items, importance, torch.tensor(types) if mixture else None)
+        if anchors and (method.anchor_balance or method.anchor_lm_weight):
+            anchor_types = torch.zeros(len(anchors), dtype=torch.long) if mixture else None
+            anchor = _loss(model, anchors, importance, anchor_types)
+    if mixture and importance is None:
+        term = peft_loramoe.balance_loss(model)
+    elif importance is not None:
+        beta, delta = method.config["balance_loss_weight"], method.config["balance_delta"]
+        term = beta * TERMS[method.term](*importance.pop(), importance.groups, delta)
+    if mixture and log:
+        weights = _weights_by_type(model)
+    return task, anchor, term, weights
+
+
+def _loss(model: nn.Module, items: list[Item], importance: Importance | None, types: Tensor | None) -> Tensor:
+    arguments = {} if types is None else {"task_types": types}
+    logits, tokens = answer_logits(model, items, **arguments)
+    if importance is not None:
+        lengths = torch.tensor([len(item.before) + len(item.answer) for item in items])
+        importance.end_pass((torch.arange(int(lengths.max())) < lengths[:, None]).float(), types)
+    return nn.functional.cross_entropy(logits, tokens)
+
+
+def _weights_by_type(model: nn.Module) -> dict[str, float]:
+    by_type = defaultdict(list)
+    for layer in peft_loramoe.layer_routing(model):
+        shares = layer.importance[:, layer.groups.slices[0]].sum(-1) / layer.token_counts
+        for kind, share in zip(layer.task_types.tolist(), shares.tolist()):
+            by_type[kind].append(share)
+    return {f"null_{kind}": round(sum(values) / len(values), 3) for kind, values in sorted(by_type.items())}
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, list[float]]:
+    """Norm of a loss's gradient with respect to A, B and the routers of each block."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, [p for _, p in named], retain_graph=True, allow_unused=True)
+    squares: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for (name, _), gradient in zip(named, found):
+        role, block = name.rsplit(".", 1)[1], int(re.search(r"layers\.(\d+)\.", name)[1])
+        squares[role][block] += float(gradient.square().sum()) if gradient is not None else 0.0
+    return {role: [float(f"{blocks[b] ** 0.5:.3g}") for b in sorted(blocks)] for role, blocks in squares.items()}
+
+
+@functools.cache
+def scored_sets(encoder: Encoder, part: float) -> dict[str, tuple[list[Item], list[str]]]:
+    """What is scored, by name: items and the kind of each."""
+    facts = read_facts()
+    sets: dict[str, list[tuple[Item, str]]] = {}
+    for form in ("statement", "question"):
+        sets[form] = [(encoder.fact(fact, form), fact.kind) for fact in facts if fact.use in (form, "both")]
+    sets["text"] = [(encoder.text(row["text"]), row["kind"]) for row in read("texts.jsonl")]
+    sets["anchor"] = [
+        (encoder.text(row["text"]), row["kind"]) for i, row in enumerate(read("anchors.jsonl")) if _is_held_back(i)
+    ]
+    sets["task"] = [(encoder.sample(sample), sample.task) for sample in samples(SCORED_TASKS, "scored", scored=True)]
+    chosen = {}
+    for name, pairs in sets.items():
+        pairs = random.Random(name).sample(pairs, round(part * len(pairs)))
+        chosen[name] = ([item for item, _ in pairs], [kind for _, kind in pairs])
+    return chosen
+
+
+def evaluate(model: nn.Module, encoder: Encoder, one: Run) -> dict[str, Any]:
+    """Scores of all sets, and the null group's weight on each."""
+    model.eval()
+    scores, weights = {}, {}
+    for name, (items, kinds) in scored_sets(encoder, one.part).items():
+        found, null = score(model, items)
+        scores[name] = summary(found, items, kinds)
+        if null is not None:
+            weights[name] = {"mean": round(float(null.mean()), 4), "linears": [round(w, 3) for w in null.mean(0).tolist()]}
+    return {"scores": scores, "null_weight": weights}
+
+
+def summary(scores: list[Score], items: list[Item], kinds: list[str]) -> dict[str, Any]:
+    """Loss in nats per token, also by kind; for each item, whether it is greedy and ranked right, as strings of 0 and 1."""
+
+    def loss(chosen: Sequence[int]) -> float:
+        total = sum(scores[i].log_likelihood for i in chosen)
+        return round(-total / sum(len(items[i].answer) for i in chosen), 4)
+
+    by_kind = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in sorted(set(kinds))}
+    return {
+        "loss": loss(range(len(items))),
+        "greedy": "".join(str(int(result.greedy)) for result in scores),
+        "ranked": "".join(str(int(result.ranked)) for result in scores),
+        "loss_by_kind": {kind: loss(chosen) for kind, chosen in by_kind.items()},
+        "greedy_by_kind": {kind: round(sum(scores[i].greedy for i in c) / len(c), 3) for kind, c in by_kind.items()},
+    }
