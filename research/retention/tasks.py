@@ -10,189 +10,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
-MONTHS = (
-    ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
-)  # fmt: skip
+def listed(words: str) -> list[str]:
+    """The words of a string."""
+    return words.split()
+
+
+MONTHS = listed("January February March April May June July August September October November December")
 UNITS = [
     ("km", "m", 1000), ("m", "cm", 100), ("kg", "g", 1000), ("hours", "minutes", 60), ("weeks", "days", 7),
     ("feet", "inches", 12), ("liters", "ml", 1000), ("years", "months", 12), ("minutes", "seconds", 60), ("days", "hours", 24),
 ]  # fmt: skip
-WORDS = [
-    "apple",
-    "bridge",
-    "candle",
-    "desert",
-    "engine",
-    "forest",
-    "garden",
-    "hammer",
-    "island",
-    "jacket",
-    "kettle",
-    "ladder",
-    "market",
-    "needle",
-    "orange",
-    "pencil",
-    "rabbit",
-    "silver",
-    "table",
-    "umbrella",
-    "valley",
-    "window",
-    "yellow",
-    "zebra",
-    "anchor",
-    "basket",
-    "copper",
-    "dragon",
-    "feather",
-    "glass",
-]
-NAMES = [
-    "Alice",
-    "Bruno",
-    "Clara",
-    "Dennis",
-    "Edith",
-    "Felix",
-    "Gloria",
-    "Hugo",
-    "Irene",
-    "Jonas",
-    "Karin",
-    "Leo",
-    "Maria",
-    "Nils",
-    "Olga",
-    "Peter",
-    "Ruth",
-    "Simon",
-]
-TOWNS = [
-    "Athens",
-    "Berlin",
-    "Boston",
-    "Cairo",
-    "Dublin",
-    "Geneva",
-    "Lima",
-    "Lisbon",
-    "London",
-    "Madrid",
-    "Oslo",
-    "Paris",
-    "Prague",
-    "Rome",
-    "Tokyo",
-    "Vienna",
-]
+WORDS = listed(
+    "apple bridge candle desert engine forest garden hammer island jacket kettle ladder market needle "
+    "orange pencil rabbit silver table umbrella valley window yellow zebra anchor basket copper dragon "
+    "feather glass"
+)
+NAMES = listed("Alice Bruno Clara Dennis Edith Felix Gloria Hugo Irene Jonas Karin Leo Maria Nils Olga Peter Ruth Simon")
+TOWNS = listed("Athens Berlin Boston Cairo Dublin Geneva Lima Lisbon London Madrid Oslo Paris Prague Rome Tokyo Vienna")
 CLASSES = {  # an invented classification, to be learned from the examples
-    "zel": [
-        "lion",
-        "tiger",
-        "wolf",
-        "horse",
-        "sheep",
-        "goat",
-        "eagle",
-        "shark",
-        "whale",
-        "frog",
-        "snake",
-        "bear",
-        "duck",
-        "monkey",
-        "mouse",
-        "fox",
-        "owl",
-        "deer",
-        "pig",
-    ],
-    "pim": [
-        "bread",
-        "cheese",
-        "rice",
-        "soup",
-        "banana",
-        "cake",
-        "pasta",
-        "butter",
-        "salad",
-        "honey",
-        "sugar",
-        "carrot",
-        "onion",
-        "potato",
-        "lemon",
-        "egg",
-        "bean",
-        "pie",
-    ],
-    "tov": [
-        "saw",
-        "drill",
-        "wrench",
-        "shovel",
-        "knife",
-        "scissors",
-        "axe",
-        "pliers",
-        "rope",
-        "brush",
-        "rake",
-        "chisel",
-        "nail",
-        "pump",
-        "lever",
-        "broom",
-        "spoon",
-        "fork",
-    ],
-    "lur": [
-        "shirt",
-        "hat",
-        "coat",
-        "shoe",
-        "dress",
-        "sock",
-        "glove",
-        "scarf",
-        "skirt",
-        "boot",
-        "belt",
-        "tie",
-        "sweater",
-        "jeans",
-        "cap",
-        "vest",
-        "suit",
-        "apron",
-        "robe",
-    ],
+    "zel": listed("lion tiger wolf horse sheep goat eagle shark whale frog snake bear duck monkey mouse fox owl deer pig"),
+    "pim": listed("bread cheese rice soup banana cake pasta butter salad honey sugar carrot onion potato lemon egg bean pie"),
+    "tov": listed("saw drill wrench shovel knife scissors axe pliers rope brush rake chisel nail pump lever broom spoon fork"),
+    "lur": listed("shirt hat coat shoe dress sock glove scarf skirt boot belt tie sweater jeans cap vest suit apron robe"),
 }
-ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
+ONES = listed(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+)
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
@@ -256,8 +100,15 @@ def _sort(draw: random.Random) -> tuple[str, str]:
 
 
 TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
-    "words": _words, "sum": _sum, "date": _date, "units": _units, "reverse": _reverse, "json": _json, "class": _class, "sort": _sort,
-}  # fmt: skip
+    "words": _words,
+    "sum": _sum,
+    "date": _date,
+    "units": _units,
+    "reverse": _reverse,
+    "json": _json,
+    "class": _class,
+    "sort": _sort,
+}
 
 
 def samples(number: int, seed: int | str, *, scored: bool) -> list[Sample]:

@@ -30,7 +30,6 @@ from .terms import TERMS, Importance, normalise_routers
 
 
 SCORED_TASKS = 160
-SCORED_ANCHORS = 20
 CLIP = 1.0
 WARMUP = 0.05
 LOG_EVERY = 8
