@@ -14,6 +14,7 @@ import transformers
 
 from . import routers
 from .methods import METHODS, Run
+from .report import write_report
 from .training import run as run_one
 
 
@@ -35,7 +36,7 @@ def run_all(runs: list[Run], output: Path, model: str | None) -> None:
         if one.key in {row["key"] for row in read_rows(output)}:
             continue
         print(f"{one.method}, seed {one.seed}, {one.options}", flush=True)
-        row = {"key": one.key, **json.loads(one.key), **run_one(one, model)}
+        row = {"key": one.key, "run": json.loads(one.key), **run_one(one, model)}
         row["date"] = datetime.date.today().isoformat()
         row["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
         with output.open("a", encoding="utf-8") as file:
@@ -55,12 +56,16 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--set", nargs="+", default=[], metavar="NAME=JSON", help="options of the method to replace")
     command.add_argument("--output", type=Path, default=RESULTS / "screening.jsonl")
     command.add_argument("--model", help="name or folder of another base model")
+    command = commands.add_parser("report", help="write report.md and a figure beside the rows")
+    command.add_argument("rows", type=Path, nargs="?", default=RESULTS / "test.jsonl")
     command = commands.add_parser("routers", help="screen terms and routers on the base model's activations")
     command.add_argument("--seed", type=int, default=21)
     command.add_argument("--names", nargs="+", help="variants (default: all)")
     command.add_argument("--output", type=Path, default=RESULTS / "routers.jsonl")
     command.add_argument("--model", help="name or folder of another base model")
     options = parser.parse_args(arguments)
+    if options.command == "report":
+        return write_report(read_rows(options.rows), options.rows.parent)
     if options.command == "routers":
         torch.set_num_threads(1)
         with options.output.open("a", encoding="utf-8") as file:

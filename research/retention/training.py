@@ -56,7 +56,7 @@ def run(one: Run, model_name: str | None = None) -> dict[str, Any]:
     trained = time.perf_counter()
     scores = evaluate(model, encoder, one)
     return {
-        "method": dataclasses.asdict(method),
+        "settings": dataclasses.asdict(method),
         **scores,
         **training,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad) if method.config else 0,
