@@ -1,0 +1,200 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from peft_loramoe.groups import ExpertGroups
+from research.retention import report, routers, tasks, terms, training
+from research.retention.__main__ import main, read_rows
+from research.retention.knowledge import Encoder, read, read_facts
+from research.retention.methods import METHODS, Run
+from research.retention.scoring import Item, score
+from tiny import VOCAB, tiny_llama, tiny_tokenizer
+
+
+class TinyEncoder(Encoder):
+    def ids(self, text):
+        return [1 + sum(map(ord, word)) % (VOCAB - 1) for word in text.split()] or [1]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The study with a tiny model instead of SmolLM2."""
+    monkeypatch.setattr(training, "load", lambda name=None: (tiny_llama().eval(), tiny_tokenizer()))
+    monkeypatch.setattr(routers, "load", lambda name=None: (tiny_llama().eval(), tiny_tokenizer()))
+    monkeypatch.setattr(training, "Encoder", TinyEncoder)
+    monkeypatch.setattr(routers, "Encoder", TinyEncoder)
+    monkeypatch.setattr(training, "SCORED_TASKS", 16)
+    monkeypatch.setattr(routers, "BLOCKS", (0, 1))
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "number, words",
+    [(0, "zero"), (19, "nineteen"), (40, "forty"), (86, "eighty-six"), (300, "three hundred"), (705, "seven hundred and five")],
+)
+def test_numbers_in_words(number, words):
+    assert tasks.number_in_words(number) == words
+
+
+def test_scored_prompts_are_in_no_training_set():
+    scored = {sample.prompt for sample in tasks.samples(400, "scored", scored=True)}
+    trained = {sample.prompt for seed in range(3) for sample in tasks.samples(1280, seed, scored=False)}
+    assert not scored & trained
+
+
+def test_scored_facts_and_replayed_facts_have_no_entity_in_common():
+    replayed = {fact.entity for fact in read_facts() if fact.use == "replay"}
+    assert replayed and not replayed & {fact.entity for fact in read_facts() if fact.use != "replay"}
+
+
+def test_held_back_anchors_are_not_trained_on():
+    encoder = TinyEncoder(tiny_tokenizer())
+    assert len(training.training_anchors(encoder)) == len(read("anchors.jsonl")) - len(read("anchors.jsonl")[::10])
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_step_has_as_many_anchors_beside_the_same_samples():
+    one = Run("retain", seed=3, samples=80)
+    encoder = TinyEncoder(tiny_tokenizer())
+    with_anchors = training.training_batches(one.settings, one, encoder)
+    without = training.training_batches(replace(one.settings, anchors=0.0), one, encoder)
+    assert [len(anchors) for _, _, anchors in with_anchors] == [2, 2, 2, 2]
+    assert [items for items, _, _ in with_anchors] == [items for items, _, _ in without]
+
+
+def test_options_replace_those_of_the_method_and_of_its_configuration():
+    settings = Run("retain", 1, options={"router_lr_multiplier": 3, "balance_delta": 0.5}).settings
+    assert settings.router_lr_multiplier == 3 and settings.config["balance_delta"] == 0.5
+    assert METHODS["retain"].config["balance_delta"] != 0.5
+
+
+def test_anchors_in_the_balance_term_only_leave_the_tasks_loss_alone():
+    one = Run("retain", seed=3, samples=20)
+    encoder = TinyEncoder(tiny_tokenizer())
+    method = one.settings
+    [(items, types, anchors)] = training.training_batches(method, one, encoder)
+    losses = []
+    for beside in (anchors, []):
+        model = training.adapt(tiny_llama(), method, seed=3)
+        losses.append(training.losses(model, method, items, types, beside, None, log=False))
+    (task, anchor, term, _), (task_alone, anchor_alone, term_alone, _) = losses
+    assert torch.equal(task, task_alone)
+    assert anchor > 0 and anchor_alone == 0
+    assert not torch.equal(term, term_alone)
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_one_item_at_a_time():
+    model = tiny_llama().eval()
+    items = [Item([5, 6, 7], [8, 9], (3,)), Item([4], [2, 3, 4, 5], (1, 9))]
+    scores, _ = score(model, items)
+    for item, result in zip(items, scores):
+        logits = model(torch.tensor([item.before + item.answer])).logits[0, len(item.before) - 1 : -1]
+        table = logits.log_softmax(-1)
+        expected = table[range(len(item.answer)), item.answer].detach()
+        assert result.log_likelihood == pytest.approx(float(expected.sum()), abs=1e-4)
+        assert result.greedy == (table.argmax(-1).tolist() == item.answer)
+        assert result.ranked == all(table[0, item.answer[0]] > table[0, option] for option in item.options)
+
+
+# --- terms ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["class_equal", "cross_entropy"])
+def test_repeating_the_samples_of_a_type_changes_nothing(name):
+    generator = torch.Generator().manual_seed(0)
+    importance = torch.rand(2, 3, 4, generator=generator).softmax(-1)
+    groups, types, order = ExpertGroups((2, 2)), torch.tensor([0, 1, 1]), [0, 0, 0, 1, 2]
+    once = terms.TERMS[name](importance, types, groups, 0.7)
+    repeated = terms.TERMS[name](importance[:, order], types[order], groups, 0.7)
+    torch.testing.assert_close(once, repeated)
+
+
+@pytest.mark.parametrize("name", list(terms.TERMS))
+def test_every_term_is_smallest_at_the_target(name):
+    groups, types = ExpertGroups((2, 2)), torch.tensor([0, 1])
+    logits = torch.zeros(1, 2, 4, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        terms.TERMS[name](logits.softmax(-1), types, groups, 0.7).backward()
+        optimizer.step()
+    weights = logits.softmax(-1)[0, :, :2].sum(-1)
+    torch.testing.assert_close(weights, torch.tensor([0.85, 0.15]), atol=1e-2, rtol=0)
+
+
+def test_a_normalised_router_does_not_see_the_length_of_x():
+    model = training.adapt(tiny_llama(), replace(METHODS["retain"], normalised_router=True), seed=0)
+    experts = next(module for module in model.modules() if isinstance(module, terms.NormalisedRouterExperts))
+    x = torch.randn(3, experts.A.shape[1])
+    torch.testing.assert_close(experts(x)[1], experts(7 * x)[1], atol=1e-4, rtol=0)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_runs_end_as_rows_once_and_become_a_report(tiny, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    command = ["run", "--methods", "base", "lora", "retain", "null+replay", "--seeds", "1", "2", "--samples", "40"]
+    command += ["--part", "0.1", "--output", str(rows)]
+    main(command)
+    written = rows.read_text()
+    main(command)
+    assert rows.read_text() == written
+    table = read_rows(rows)
+    assert [row["run"]["method"] for row in table] == ["base", "lora", "retain", "null+replay"] * 2
+    assert table[3]["log"]["gradients"][0]["term"]["router"][0] > 0
+    assert set(table[2]["null_weight"]) == {"statement", "question", "text", "anchor", "task"}
+
+    main(["report", str(rows)])
+    text = (tmp_path / "report.md").read_text()
+    assert "| retain | 2 |" in text and "| lora | 2 |" in text
+    assert (tmp_path / "frontier.svg").exists()
+
+
+def test_routers_learn_from_the_term_alone(tiny, tmp_path):
+    output = tmp_path / "routers.jsonl"
+    main(["routers", "--names", "retain", "cross-entropy, x30", "--output", str(output)])
+    for row in map(json.loads, output.read_text().splitlines()):
+        assert row["anchor"]["mean"] > row["task"]["mean"]
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def row_of(method, seed, text, solved, ranked):
+    marks = {"greedy": "11", "ranked": ranked}
+    scores = {"text": {"loss": text}, "task": {"greedy": solved, "loss": 0.1}, "statement": marks, "question": marks}
+    run = {"method": method, "seed": seed, "options": {}, "part": 1.0}
+    return {"run": run, "scores": scores, "null_weight": {}, "versions": {"torch": "2"}}
+
+
+def test_pairs_are_compared_on_the_seeds_that_both_have():
+    rows = [row_of("base", 1, 3.0, "00", "11")]
+    rows += [row_of("lora", seed, 3.0 + 0.2 * seed, "10", "10") for seed in (1, 2, 3)]
+    rows += [row_of("retain", seed, 3.0 + 0.05 * seed, "11", "11") for seed in (1, 2)]
+    line = report.pairs_table(rows, "retain", ["lora"])[-1]
+    assert line == "| lora | 2 | 0.25 (0.25 to 0.25) | +50.0 (+50.0 to +50.0) | +50.0 (+50.0 to +50.0) |"
+
+
+def test_a_report_without_the_base_model_is_an_error():
+    with pytest.raises(ValueError, match="part=1.0"):
+        report.means_table([row_of("lora", 1, 3.0, "1", "1")])
+
+
+@pytest.mark.parametrize("method, share", [("retain", 0.03), ("paper", 0.12)])
+def test_mixtures_train_at_most_as_many_parameters_as_lora(method, share):
+    counts = []
+    for name in (method, "lora"):
+        base = tiny_llama(hidden_size=96, intermediate_size=256, num_hidden_layers=1)
+        model = training.adapt(base, METHODS[name], seed=0)
+        counts.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    assert (1 - share) * counts[1] <= counts[0] <= counts[1]
