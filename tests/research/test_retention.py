@@ -179,8 +179,8 @@ def row_of(method, seed, text, solved, ranked):
 
 def test_pairs_are_compared_on_the_seeds_that_both_have():
     rows = [row_of("base", 1, 3.0, "00", "11")]
-    rows += [row_of("lora", seed, 3.0 + 0.2 * seed, "10", "10") for seed in (1, 2, 3)]
-    rows += [row_of("retain", seed, 3.0 + 0.05 * seed, "11", "11") for seed in (1, 2)]
+    rows += [row_of("lora", seed, 3.2, "10", "10") for seed in (1, 2, 3)]
+    rows += [row_of("retain", seed, 3.05, "11", "11") for seed in (1, 2)]
     line = report.pairs_table(rows, "retain", ["lora"])[-1]
     assert line == "| lora | 2 | 0.25 (0.25 to 0.25) | +50.0 (+50.0 to +50.0) | +50.0 (+50.0 to +50.0) |"
 
@@ -190,7 +190,7 @@ def test_a_report_without_the_base_model_is_an_error():
         report.means_table([row_of("lora", 1, 3.0, "1", "1")])
 
 
-@pytest.mark.parametrize("method, share", [("retain", 0.03), ("paper", 0.12)])
+@pytest.mark.parametrize("method, share", [("retain", 0.05), ("paper", 0.15)])
 def test_mixtures_train_at_most_as_many_parameters_as_lora(method, share):
     counts = []
     for name in (method, "lora"):
