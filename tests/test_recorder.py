@@ -268,6 +268,21 @@ def test_the_term_is_weighted_by_the_share_of_label_tokens(accumulation):
     torch.testing.assert_close(share, whole / accumulation)
 
 
+@pytest.mark.parametrize("total", [None, 0, 6, 60])
+def test_a_batch_without_labels_has_its_term(total):
+    batch, model = token_batch(), loramoe(balance_loss_weight=0.5)
+    labels = torch.full_like(batch["input_ids"], -100)
+    items = {} if total is None else {"num_items_in_batch": torch.tensor(total)}
+    loss = model(**batch, labels=labels, task_types=TYPES, **items).loss
+    share = labels.numel() / 60 if total == 60 else 1.0
+    torch.testing.assert_close(loss, balance_loss(model) * share)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is not None:
+            assert parameter.grad.isfinite().all(), name
+    assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if "router" in name)
+
+
 def test_labels_shifted_by_the_collator_are_counted_as_they_are():
     batch, model = labelled(token_batch()), loramoe()
     shifted = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)

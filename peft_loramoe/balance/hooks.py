@@ -299,7 +299,10 @@ class Recorder:
             if recording.grad_enabled:
                 thread.unread = recording
             return output
-        loss = loss + (self._weighted(recording) * self._share(module, recording)).to(loss.device, loss.dtype)
+        tokens = _label_tokens(module, recording)
+        if tokens is not None:  # the mean over no labels is not a number
+            loss = torch.where((tokens == 0).to(loss.device) & loss.isnan(), torch.zeros_like(loss), loss)
+        loss = loss + (self._weighted(recording) * _share(tokens, recording)).to(loss.device, loss.dtype)
         if isinstance(output, dict):
             output["loss"] = loss
             return output
@@ -321,14 +324,6 @@ class Recorder:
             if terms.adapter not in self.configs:
                 raise deleted_adapter(terms.adapter)
         return thread.terms
-
-    def _share(self, module: nn.Module, recording: Recording) -> Tensor | float:
-        """This batch's part of the label tokens by which the model normalised its loss (gradient accumulation)."""
-        batch = recording.batch
-        total = batch.inputs.get("num_items_in_batch")
-        shifted = LOSS_MAPPING.get(getattr(module, "loss_type", None)) is ForCausalLMLoss and not batch.is_encoder_decoder
-        tokens = label_tokens(batch.inputs, shifted)
-        return 1.0 if total is None or tokens is None else tokens / total
 
     def _warn_of_unread_term(self, thread: _Thread, module: nn.Module) -> None:
         if thread.unread is not None and module.training and torch.is_grad_enabled():
@@ -354,6 +349,24 @@ def _emit(message: str) -> None:
 @torch.compiler.assume_constant_result  # torch.compile cannot trace it; compiled code belongs to the thread that compiled it
 def _thread_ident() -> int:
     return threading.get_ident()
+
+
+def _label_tokens(module: nn.Module, recording: Recording) -> Tensor | None:
+    """Number of labels in the loss of a call of the model; None if it was given none."""
+    batch = recording.batch
+    shifted = LOSS_MAPPING.get(getattr(module, "loss_type", None)) is ForCausalLMLoss and not batch.is_encoder_decoder
+    return label_tokens(batch.inputs, shifted)
+
+
+def _share(tokens: Tensor | None, recording: Recording) -> Tensor | float:
+    """This batch's part of the label tokens by which the model normalised its loss (gradient accumulation)."""
+    inputs = recording.batch.inputs
+    total = inputs.get("num_items_in_batch")
+    if total is None or tokens is None:
+        return 1.0
+    # A batch without a label would have no part: it counts as if all its tokens were labelled, at most once.
+    labels = inputs["labels"] if inputs.get("shift_labels") is None else inputs["shift_labels"]
+    return torch.where(tokens > 0, tokens / total, (torch.full_like(tokens, labels.numel()) / total).clamp(max=1.0))
 
 
 def find_recorder(model: nn.Module) -> Recorder | None:

@@ -1,5 +1,7 @@
 """What training needs beyond the model: task types through the data path, trainer glue, logging, optimizer groups, resuming."""
 
+from .anchor_files import anchors_from_texts, read_anchors, write_anchors
+from .anchors import sample_anchors
 from .callback import RouterCallback
 from .checkpoints import last_complete_checkpoint
 from .collator import TaskTypeCollator
@@ -11,6 +13,10 @@ __all__ = [
     "LoRAMoETrainerMixin",
     "RouterCallback",
     "TaskTypeCollator",
+    "anchors_from_texts",
     "last_complete_checkpoint",
     "optimizer_groups",
+    "read_anchors",
+    "sample_anchors",
+    "write_anchors",
 ]

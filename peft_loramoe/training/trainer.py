@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..balance import balance_loss, balance_terms, collect_balance
+from ..balance import balance_loss, collect_balance
+from ..balance.hooks import find_recorder
 from ..balance.samples import label_tokens
 from ..config import LoRAMoEConfig
 from ..layer import LoRAMoELinear
+from .anchor_pass import AnchorPass, check_anchor_options
 from .callback import RouterCallback
 from .collator import COLUMN, TaskTypeCollator
 from .optimizer import router_multipliers, routers_share_a_group, set_router_rates
@@ -30,29 +33,59 @@ class LoRAMoETrainerMixin:
 
     A column `task_type` of the data sets (see `TaskTypeCollator`) reaches the model, also where the trainer calls it with
     arguments of its own choice, packs samples (TRL's "bfd" and "bfd_split") or flattens them. The balance term is added to
-    the loss that `compute_loss` returns, once for each micro-batch, in training only, weighted as the trainer weights the
-    micro-batches of an accumulated batch; all passes of one `compute_loss` count as one batch. A `RouterCallback` among the
-    callbacks adds its numbers to the trainer's log. With a model without LoRAMoE layers the trainer is the plain one.
+    the loss that `compute_loss` returns, in training only; the micro-batches of an accumulated batch count equally, and all
+    passes of one `compute_loss` form one batch. A micro-batch without label tokens has a task loss of zero, and its term. A
+    `RouterCallback` among the callbacks adds its numbers to the trainer's log. With a model without LoRAMoE layers the
+    trainer is the plain one.
+
+    Anchors are short texts that stand for what the model knows (`sample_anchors`). Every training micro-batch draws a few of
+    them for a forward pass of their own, as samples of type 0: the balance term is computed over both. Samples are of type 1
+    then, unless the data set has a column `task_type`. `anchor_loss_weight` times the anchors' mean loss per token is added,
+    also for models without LoRAMoE layers, and logged, unweighted, as `anchor_loss`. The loss of the tasks, its labels and its
+    normalisation stay as they are.
+
+    Args:
+        *args: those of the trainer.
+        anchors: texts, or records with a `text`: a JSONL file of them, a data set with a column `text`, or a list. Needs a
+            tokenizer as `processing_class`.
+        anchor_loss_weight: weight of the language-modelling loss on the anchors; with 0 they are given no labels.
+        anchors_per_batch: anchors of each micro-batch; None for a tenth of its samples, at least one.
+        anchors_every: draw anchors for every n-th micro-batch only.
+        **kwargs: those of the trainer.
 
     The routers learn at `router_lr_multiplier` (of the config) times `learning_rate`, with any `optim` of the training
     arguments; its options, weight decay included, stay as they are. Groups that are passed to the trainer
     (`optimizer_groups` makes some) are kept, with a warning if they give routers and experts one rate.
 
     Raises:
+        TypeError: an option is not a number.
         ValueError: FSDP 1 with `use_orig_params=False`, context or sequence parallelism, "wrapped" packing, a
-            `compute_loss` that passes the adapted model by, or an optimizer whose rate is the same for all parameters
-            (LOMO, layer-wise ones, an optimizer or a scheduler in DeepSpeed's own configuration) while
-            `router_lr_multiplier` is not 1.
+            `compute_loss` that passes the adapted model by, bad anchors, an option that is out of its range or has no
+            effect, or an optimizer whose rate is the same for all parameters (LOMO, layer-wise ones, an optimizer or a
+            scheduler in DeepSpeed's own configuration) while `router_lr_multiplier` is not 1.
     """
 
     _warned_of_router_rate = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        anchors: str | Path | Iterable[str | Mapping[str, Any]] | None = None,
+        anchor_loss_weight: float = 0.4,
+        anchors_per_batch: int | None = None,
+        anchors_every: int = 1,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        if _config_of(self.model) is not None:
+        config = _config_of(self.model)
+        if config is not None:
             _check_parallelism(self.accelerator)
             if _has_router_rates(self.model):
                 self._check_optimizer()
+        check_anchor_options(anchors is not None, anchor_loss_weight, anchors_per_batch, anchors_every)
+        self._anchors: AnchorPass | None = None
+        if anchors is not None:
+            self._anchors = AnchorPass(self, config, anchors, anchor_loss_weight, anchors_per_batch, anchors_every)
 
     def compute_loss(
         self,
@@ -64,21 +97,32 @@ class LoRAMoETrainerMixin:
         """The trainer's loss, in training plus the balance term."""
         inputs = dict(inputs)
         task_types = inputs.pop("task_types", None)
-        share = self._share(inputs, num_items_in_batch)  # before super() takes the labels out
-        options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         config = _config_of(model)
-        if config is None or not model.training or not torch.is_grad_enabled():
-            return super().compute_loss(model, inputs, **options)
-        with collect_balance(model, task_types):
+        training = model.training and torch.is_grad_enabled()
+        if not training or (config is None and self._anchors is None):
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        anchors = None if self._anchors is None else self._anchors.draw(inputs)
+        if task_types is None and self._anchors is not None and config is not None:
+            task_types = min(1, config.num_groups - 1)
+        unlabelled = self._is_unlabelled(inputs)  # before super() takes the labels out
+        options = {"return_outputs": return_outputs, "num_items_in_batch": _at_least_one(num_items_in_batch)}
+        with nullcontext() if config is None else collect_balance(model, task_types):
             result = super().compute_loss(model, inputs, **options)
-        if not balance_terms(model) and config.balance_loss_weight > 0:
-            raise ValueError(
-                f"{type(self).__name__}.compute_loss called no LoRAMoE layer through the model's forward, so there is no "
-                "balance term: are the adapters disabled, or does a fused loss read the weights itself? Change that, or set "
-                "balance_loss_weight=0."
-            )
+            if config is not None and config.balance_loss_weight > 0 and not find_recorder(model).recorded:
+                raise ValueError(
+                    f"{type(self).__name__}.compute_loss called no LoRAMoE layer through the model's forward, so there is "
+                    "no balance term: are the adapters disabled, or does a fused loss read the weights itself? Change "
+                    "that, or set balance_loss_weight=0."
+                )
+            anchor_loss = None if anchors is None else self._anchors.loss(model, anchors)
         loss = result[0] if return_outputs else result
-        loss = loss + (balance_loss(model) * share).to(loss.device, loss.dtype)
+        if unlabelled is not None:  # the mean over no labels is not a number
+            loss = torch.where(unlabelled.to(loss.device) & loss.isnan(), torch.zeros_like(loss), loss)
+        share = self._share(num_items_in_batch)
+        if config is not None:
+            loss = loss + (balance_loss(model) * share).to(loss.device, loss.dtype)
+        if anchor_loss is not None:
+            loss = loss + (anchor_loss * share).to(loss.device, loss.dtype)
         return (loss, *result[1:]) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -102,7 +146,9 @@ class LoRAMoETrainerMixin:
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The trainer's log, with what `RouterCallback` measured in this step."""
+        """The trainer's log, with the anchors' loss and what `RouterCallback` measured in this step."""
+        if self._anchors is not None and "loss" in logs and (anchor_loss := self._anchors.take_loss()) is not None:
+            logs = {**logs, "anchor_loss": anchor_loss}
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, RouterCallback):
                 logs = {**logs, **callback.take()}
@@ -172,20 +218,18 @@ class LoRAMoETrainerMixin:
         dataset = prepare(**call)
         return _pack(dataset, options) if packing else dataset
 
-    def _share(self, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor | float:
-        """The part of an accumulated batch's term that this micro-batch contributes."""
+    def _share(self, num_items_in_batch: Tensor | int | None) -> float:
+        """The weight of this micro-batch's term and anchors, such that those of an accumulated batch count equally."""
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
             normalised = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = normalised or self.compute_loss_func is not None
-        if not scaled:
-            return 1.0  # the trainer divides the loss by the number of micro-batches
+        # Otherwise the trainer divides. The gradients of several processes are averaged either way.
+        return 1 / self.current_gradient_accumulation_steps if scaled else 1.0
+
+    def _is_unlabelled(self, inputs: Mapping[str, Any]) -> Tensor | None:
         tokens = label_tokens(inputs, getattr(self, "_loss_shifts_labels", False))
-        if num_items_in_batch is None or tokens is None:
-            return 1 / self.current_gradient_accumulation_steps
-        # Tokens of all processes are counted, whose gradients are averaged.
-        processes = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
-        return tokens * processes / num_items_in_batch
+        return None if tokens is None else tokens == 0
 
 
 def _config_of(model: nn.Module) -> LoRAMoEConfig | None:
@@ -198,6 +242,13 @@ def _config_of(model: nn.Module) -> LoRAMoEConfig | None:
 
 def _has_router_rates(model: nn.Module) -> bool:
     return any(multiplier != 1 for multiplier in router_multipliers(model).values())
+
+
+def _at_least_one(num_items_in_batch: Tensor | int | None) -> Tensor | int | None:
+    """So that a loss summed over no labels and divided by their number is zero."""
+    if isinstance(num_items_in_batch, Tensor):
+        return num_items_in_batch.clamp(min=1)
+    return num_items_in_batch if num_items_in_batch is None else max(num_items_in_batch, 1)
 
 
 def _check_parallelism(accelerator: Any) -> None:

@@ -1,0 +1,155 @@
+"""The forward pass of a few anchors that `LoRAMoETrainerMixin` adds to every micro-batch."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..balance.samples import Batch
+from ..config import LoRAMoEConfig
+from .anchor_batches import AnchorBatches
+from .anchor_files import check_counts
+
+
+class AnchorPass:
+    """Draws anchors for the micro-batches of a trainer and runs the model on them.
+
+    Which anchors a micro-batch gets depends on the seed, the optimizer step, its place in the step and the process alone, so
+    that a resumed run goes on as it would have.
+
+    Args:
+        trainer: the trainer, initialised.
+        config: of the model's adapter; None for a model without LoRAMoE layers.
+        anchors: what `AnchorBatches` takes.
+        loss_weight: weight of the language-modelling loss; with 0 the anchors are given no labels.
+        per_batch: anchors of a micro-batch; None for a tenth of its samples, at least one.
+        every: draw anchors for every n-th micro-batch only.
+
+    Raises:
+        ValueError: the trainer has no tokenizer, or the model is of a kind that anchors are not for.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: LoRAMoEConfig | None,
+        anchors: str | Path | Iterable[str | Mapping[str, Any]],
+        loss_weight: float,
+        per_batch: int | None,
+        every: int,
+    ) -> None:
+        self._trainer = trainer
+        self._typed = config is not None
+        self._loss_weight, self._per_batch, self._every = loss_weight, per_batch, every
+        self._step, self._micro_batches = -1, 0  # the optimizer step, and how many of its micro-batches had their turn
+        self._losses: list[Tensor] = []
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        if not callable(tokenizer):
+            raise ValueError("anchors are texts: pass the model's tokenizer to the trainer, processing_class=tokenizer.")
+        model_config = getattr(trainer.model, "config", None)
+        if getattr(model_config, "is_encoder_decoder", False):
+            raise ValueError(
+                "anchors are texts that a decoder continues, but the model is an encoder-decoder: pass anchors=None."
+            )
+        if config is not None and loss_weight > 0 and config.task_type not in (None, "CAUSAL_LM"):
+            raise ValueError(
+                f"The adapter has task_type={config.task_type!r}, whose labels are not the anchors' tokens: set "
+                "anchor_loss_weight=0."
+            )
+        if loss_weight == 0 and (config is None or config.balance_loss_weight == 0):
+            warnings.warn(
+                "The anchors have no effect: anchor_loss_weight=0, and there is no balance term (balance_loss_weight=0, "
+                "or a model without LoRAMoE layers)."
+            )
+        max_length = getattr(trainer.args, "max_length", None)
+        max_length = max_length or getattr(model_config, "max_position_embeddings", None)
+        self._batches = AnchorBatches(anchors, tokenizer, max_length=max_length, seed=trainer.args.seed)
+
+    def draw(self, inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """The anchors of the next micro-batch as arguments of the model; None if it has none.
+
+        Args:
+            inputs: the micro-batch.
+        """
+        trainer = self._trainer
+        if trainer.state.global_step != self._step:
+            self._step, self._micro_batches = trainer.state.global_step, 0
+        place, accumulation = self._micro_batches, trainer.args.gradient_accumulation_steps
+        self._micro_batches += 1
+        if (self._step * accumulation + place) % self._every:
+            return None
+        replicas = getattr(trainer, "get_tp_size", lambda: 1)()  # processes that see the same samples
+        processes = trainer.accelerator.num_processes // replicas
+        slot = place * processes + trainer.accelerator.process_index // replicas
+        number = self._per_batch or max(1, round(_number_of_samples(inputs) / 10))
+        batch = self._batches.draw(number, self._step, slot)
+        return {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
+
+    def loss(self, model: nn.Module, anchors: dict[str, Tensor]) -> Tensor | None:
+        """Run the model on anchors.
+
+        Args:
+            model: the model, wrapped in whatever way.
+            anchors: what `draw` returned.
+
+        Returns:
+            Their weighted mean loss per token, a scalar; None with a weight of zero.
+        """
+        arguments = dict(anchors)
+        if self._loss_weight > 0:
+            arguments["labels"] = anchors["input_ids"].masked_fill(anchors["attention_mask"] == 0, -100)
+        if self._typed:
+            arguments["task_types"] = anchors["input_ids"].new_zeros(len(anchors["input_ids"]))
+        # Dropout of the tasks must not depend on whether there are anchors.
+        device = self._trainer.args.device
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            outputs = model(**arguments)
+        if self._loss_weight == 0:
+            return None
+        self._losses.append(outputs["loss"].detach())
+        return outputs["loss"] * self._loss_weight
+
+    def take_loss(self) -> float | None:
+        """The mean unweighted loss since the last call, over the processes, which have to call this together."""
+        if not self._losses:
+            return None
+        mean, self._losses = torch.stack(self._losses).mean(), []
+        return self._trainer.accelerator.reduce(mean, reduction="mean").item()
+
+
+def check_anchor_options(given: bool, loss_weight: float, per_batch: int | None, every: int) -> None:
+    """Check the mixin's options.
+
+    Args:
+        given: whether there are anchors.
+        loss_weight: `anchor_loss_weight`.
+        per_batch: `anchors_per_batch`.
+        every: `anchors_every`.
+
+    Raises:
+        TypeError: an option is not a number.
+        ValueError: an option is out of its range, or has no effect.
+    """
+    if not isinstance(loss_weight, (int, float)) or isinstance(loss_weight, bool):
+        raise TypeError(f"anchor_loss_weight={loss_weight!r} must be a number.")
+    if not math.isfinite(loss_weight) or loss_weight < 0:
+        raise ValueError(f"anchor_loss_weight={loss_weight} must be zero or more.")
+    check_counts(anchors_every=every, **({} if per_batch is None else {"anchors_per_batch": per_batch}))
+    if not given and (per_batch is not None or every > 1):
+        raise ValueError(f"anchors_per_batch={per_batch}, anchors_every={every} have no effect without anchors.")
+
+
+def _number_of_samples(inputs: Mapping[str, Any]) -> int:
+    """Rows of the batch, or, where rows are packed, the samples in them."""
+    positions = inputs.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() == 2:
+        return int((positions == 0).sum())
+    return Batch(inputs, None, False).rows

@@ -1,0 +1,282 @@
+"""Anchors: short texts that the base model itself writes, which stand for what it knows (task type 0)."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..modes import evaluation_mode
+from .anchor_files import check_counts, comparable, drop_torn_line, read_anchors, write_anchors
+
+
+# Openings of a text. A model without a BOS token needs one to start from.
+PREFIXES = (
+    *("The", "In", "A", "It", "He", "She", "They", "This", "There", "When", "One", "For", "Many", "Some", "At", "As"),
+    *("If", "On", "Most", "After", "People", "You", "We", "What", "How", "During", "An", "While", "By", "With"),
+)
+SENTENCE_END = re.compile("[.?!\u3002\uff1f\uff01](?=\\s|$)|\n")  # Latin and Chinese
+SEPARATOR = "<|endoftext|>"  # of documents, for the models that see no BOS token: GPT-2, Qwen, SmolLM and others
+SPARE = 1.3  # texts sampled for each that is missing: some repeat others or do not end
+SMALLEST = 8  # texts sampled at once
+FEW = 12  # batches in a row that bring nothing new, after which sampling gives up
+
+
+def sample_anchors(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    number: int = 400,
+    *,
+    max_tokens: int = 32,
+    chat: float | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    prefixes: Sequence[str] = PREFIXES,
+    path: str | Path | None = None,
+    progress: bool = True,
+) -> list[dict[str, str]]:
+    """Sample short texts from the base model; an attached adapter is disabled meanwhile.
+
+    Prose starts from the token that documents begin with in pretraining, where the tokenizer has one (BOS, or
+    "<|endoftext|>"), and a prefix; every other text from BOS alone, if the tokenizer adds one. For chat, the model
+    writes the user's turn after the template's opening of that turn (as in Magpie, Xu et al. 2024, arXiv 2406.08464) up
+    to the end of a sentence, then the answer to it. Texts are distinct, whatever their case and spacing. The same seed,
+    batch size and device give the same texts, also where sampling was interrupted between batches.
+
+    Args:
+        model: a causal language model, quantised or not, with or without an adapter.
+        tokenizer: its tokenizer.
+        number: how many anchors.
+        max_tokens: tokens to sample for each; half of them for the user's turn and half for the answer in a chat. What the
+            template adds comes on top.
+        chat: share of chats, from 0 to 1; None for half of them if the tokenizer has a chat template, and none otherwise.
+        seed: of the sampling. The state of torch's random number generators is left as it was.
+        batch_size: texts generated at a time.
+        temperature: of the sampling.
+        top_p: tokens that make up this share of the probability are sampled from.
+        prefixes: openings of prose, in the language of your texts.
+        path: JSONL file that the anchors of each batch are appended to. Those that it holds already count: a run that was
+            interrupted goes on.
+        progress: show a progress bar, on a terminal.
+
+    Returns:
+        `number` records `{"text": ..., "kind": "prose" or "chat"}`. The text of a chat contains the template's tokens.
+
+    Raises:
+        TypeError: an option is not of its type.
+        ValueError: an option is out of its range, `chat` is positive for a tokenizer without a chat template, `path` holds
+            more anchors of a kind than asked for, or the model writes too few distinct texts.
+
+    Example:
+        >>> anchors = sample_anchors(model, tokenizer, 400, path="anchors.jsonl")  # doctest: +SKIP
+        >>> trainer = LoRAMoESFTTrainer(model=model, anchors=anchors, ...)  # doctest: +SKIP
+    """
+    check_counts(number=number, max_tokens=max_tokens, batch_size=batch_size)
+    if not 0 < top_p <= 1 or not temperature > 0:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1, and temperature={temperature} positive.")
+    if max_tokens < 4:
+        raise ValueError(f"max_tokens={max_tokens} is too short for a text; ask for 4 or more.")
+    generation = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=0,
+        pad_token_id=_pad_id(tokenizer),
+        eos_token_id=_end_ids(model, tokenizer),
+        use_cache=True,
+    )
+    sampler = _Sampler(model, tokenizer, max_tokens, generation)
+    wanted = _numbers(number, chat, tokenizer)
+    anchors = read_anchors(path, torn=True) if path is not None and Path(path).exists() else []
+    for kind, count in wanted.items():
+        if (found := sum(anchor["kind"] == kind for anchor in anchors)) > count:
+            raise ValueError(
+                f"{path} holds {found} anchors of kind {kind}, more than the {count} asked for: ask for more, change "
+                "`chat`, or write to another file."
+            )
+    if path is not None:
+        drop_torn_line(Path(path))
+    write: dict[str, Callable[[int], list[str]]] = {
+        "prose": lambda n: sampler.prose(n, prefixes),
+        "chat": sampler.chats,
+    }
+    # A bar for people only: disable=None hides it where there is no terminal.
+    bar = tqdm(total=number, initial=len(anchors), desc="anchors", disable=None if progress else True)
+    with bar, _base_model(model), _own_random_numbers(model):
+        for kind, count in wanted.items():
+            for new in _distinct(write[kind], kind, count, anchors, batch_size, seed):
+                anchors += new
+                bar.update(len(new))
+                if path is not None:
+                    write_anchors(path, new, append=True)
+    return anchors
+
+
+class _Sampler:
+    """Generates texts of each kind, a batch at a time."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_tokens: int, generation: GenerationConfig
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.generation = generation
+        self.device = next(p.device for p in model.parameters() if p.device.type != "meta")
+
+    def prose(self, number: int, prefixes: Sequence[str]) -> list[str]:
+        start, alone = _start_of_documents(self.tokenizer)
+        if not alone and not prefixes:
+            raise ValueError("The tokenizer begins texts with no BOS token: give prefixes that prose starts from.")
+        choices = torch.randint(max(len(prefixes), 1), (number,)).tolist()
+        prompts = [
+            start + self._encode("" if not prefixes or (alone and i % 2) else prefixes[choice])
+            for i, choice in enumerate(choices)
+        ]
+        room = self.max_tokens - max(len(prompt) - len(start) for prompt in prompts)
+        texts = [p[len(start) :] + new for p, new in zip(prompts, self._generate(prompts, max(room, 1)))]
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts]
+
+    def chats(self, number: int) -> list[str]:
+        opening = self._encode(self._opening())
+        turns = [self._user_turn(ids) for ids in self._generate([opening] * number, self.max_tokens // 2)]
+        turns = [turn for turn in turns if turn]
+        if not turns:
+            return []
+        prompts = [self._render([{"role": "user", "content": turn}], add_generation_prompt=True) for turn in turns]
+        answers = self._generate([self._encode(prompt) for prompt in prompts], self.max_tokens - self.max_tokens // 2)
+        special = set(self.tokenizer.all_special_ids)
+        whole = [(prompt, self.tokenizer.decode(ids)) for prompt, ids in zip(prompts, answers) if not special & set(ids[:-1])]
+        return [prompt + answer for prompt, answer in whole if answer.strip()]
+
+    def _opening(self) -> str:
+        """What a conversation has before the user's first words."""
+        mark = "USER-TURN"
+        before, found, _ = self._render([{"role": "user", "content": mark}]).partition(mark)
+        if not found:
+            raise ValueError("The chat template drops the user's turn, so that none can be sampled: set chat=0.")
+        return before
+
+    def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+    def _user_turn(self, ids: list[int]) -> str | None:
+        """The sentences of a generated turn that are whole; None if there is none."""
+        ended = bool(ids) and ids[-1] in self.generation.eos_token_id
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if not ended:
+            ends = [match.end() for match in SENTENCE_END.finditer(text)]
+            text = text[: ends[-1]] if ends else ""
+        return text.strip() or None
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def _generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """The tokens that follow each prompt, up to and with the one that ends the text."""
+        width = max(map(len, prompts))
+        pad = self.generation.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
+        self.generation.max_new_tokens = max_new_tokens
+        output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self.generation)
+        return [_until_end(row, self.generation.eos_token_id) for row in output[:, width:].tolist()]
+
+
+def _distinct(
+    sample: Callable[[int], list[str]], kind: str, count: int, known: Sequence[Mapping], batch_size: int, seed: int
+) -> Iterator[list[dict[str, str]]]:
+    """Batches of new anchors of a kind, until there are `count` of it."""
+    seen = {comparable(anchor["text"]) for anchor in known}
+    found, in_vain = sum(anchor["kind"] == kind for anchor in known), 0
+    while found < count:
+        # Of what is known, so that an interrupted run goes on with the batch that it would have sampled.
+        torch.manual_seed(random.Random(f"{seed} {kind} {found} {in_vain}").getrandbits(63))
+        new = []
+        for text in sample(min(batch_size, max(SMALLEST, math.ceil(SPARE * (count - found))))):
+            if len(comparable(text)) > 1 and "\ufffd" not in text and comparable(text) not in seen and found + len(new) < count:
+                seen.add(comparable(text))
+                new.append({"text": text, "kind": kind})
+        in_vain = 0 if new else in_vain + 1
+        if in_vain == FEW:
+            raise ValueError(
+                f"The model wrote {found} distinct anchors of kind {kind}, and nothing new in {FEW} batches; {count} were "
+                "asked for. Raise temperature, top_p or max_tokens, give more prefixes, or ask for fewer anchors."
+            )
+        found += len(new)
+        if new:
+            yield new
+
+
+def _numbers(number: int, chat: float | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """How many anchors of each kind."""
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    share = (0.5 if has_template else 0.0) if chat is None else float(chat)
+    if not 0 <= share <= 1:
+        raise ValueError(f"chat={chat} must be a share from 0 to 1.")
+    if share and not has_template:
+        raise ValueError(f"chat={chat} needs a chat template, which the tokenizer does not have: set chat=0.")
+    chats = round(number * share)
+    return {"prose": number - chats, "chat": chats}
+
+
+def _start_of_documents(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bool]:
+    """The token that pretraining documents begin with, if any, and whether a text can start from it alone."""
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        return [bos], True
+    # What follows a separator of packed documents may be the rest of one that was cut.
+    separator = tokenizer.get_vocab().get(SEPARATOR)
+    return ([] if separator is None else [separator]), False
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    return list(dict.fromkeys([*ends, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]))
+
+
+def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    end = next((i for i, token in enumerate(ids) if token in ends), None)
+    return ids if end is None else ids[: end + 1]
+
+
+@contextmanager
+def _base_model(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters, in evaluation mode; afterwards as it was."""
+    adapted = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
+    enabled = [m for m in adapted if not m.disable_adapters]
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for module in enabled:
+            module.enable_adapters(False)
+        with evaluation_mode(model):
+            yield
+    finally:
+        for module in enabled:
+            module.enable_adapters(True)
+        for parameter, requires_grad in trained:  # which enable_adapters sets anew
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _own_random_numbers(model: nn.Module) -> Iterator[None]:
+    devices = sorted({p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
+    kind = devices[0].type if devices else "cuda"
+    with torch.random.fork_rng(devices, device_type=kind):
+        yield
