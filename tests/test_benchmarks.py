@@ -8,6 +8,8 @@ from benchmarks.__main__ import main
 from benchmarks.cases import CPU_LAYER, KINDS, SETS
 
 
+pytestmark = pytest.mark.version_independent
+
 CPU = torch.device("cpu")
 
 

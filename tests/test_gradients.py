@@ -197,7 +197,7 @@ def test_trainers_that_ask_for_it(options, tmp_path):
 
 
 def test_trl_checkpoints_by_default():
-    assert SFTConfig(report_to=[], use_cpu=True, bf16=False).gradient_checkpointing  # and tests/test_trainer.py trains so
+    assert SFTConfig(report_to=[], use_cpu=True, bf16=False).gradient_checkpointing  # as training/test_trainer.py does
 
 
 # operators without a gradient

@@ -41,3 +41,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", padding_side="left")
+
+
+def capture(model) -> dict[str, torch.Tensor]:
+    """Router probabilities by layer name, read by forward hooks; filled by the next call of `model`."""
+    seen = {}
+    for name, module in model.named_modules():
+        if name.endswith("loramoe_experts.default"):
+            layer = name.split("base_model.model.")[-1].removesuffix(".loramoe_experts.default")
+            module.register_forward_hook(lambda module, args, output, layer=layer: seen.__setitem__(layer, output[1]))
+    return seen

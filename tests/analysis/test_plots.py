@@ -21,6 +21,8 @@ from peft_loramoe.analysis import (
 from peft_loramoe.analysis.plots.figure import GREY, figure_file, linears_by_kind, style
 
 
+pytestmark = pytest.mark.version_independent
+
 LAYERS = ("layers.0.up_proj", "layers.0.down_proj", "layers.1.up_proj", "layers.1.down_proj")
 NAMES = ["facts", "skills"]
 WEIGHTS = {-1: (0.25, 0.25, 0.25, 0.25), 0: (0.4, 0.3, 0.2, 0.1), 1: (0.1, 0.2, 0.3, 0.4)}

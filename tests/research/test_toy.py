@@ -22,6 +22,8 @@ from research.toy.protocol import METHODS, VARIANTS, Run
 from research.toy.results import Results
 
 
+pytestmark = pytest.mark.version_independent
+
 MINIATURE = VARIANTS["miniature"]
 
 

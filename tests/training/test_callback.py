@@ -8,13 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import inject_adapter_in_model
-from test_recorder import capture
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 from peft_loramoe import LoRAMoEConfig, balance_loss, balance_terms
 from peft_loramoe.training import LoRAMoETrainerMixin, RouterCallback
 from peft_loramoe.training.callback import layer_blocks
-from tiny import labelled, loramoe, tiny_llama, tiny_tokenizer, token_batch
+from tiny import capture, labelled, loramoe, tiny_llama, tiny_tokenizer, token_batch
 
 
 NAMES = ["facts", "tasks"]

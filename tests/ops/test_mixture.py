@@ -11,6 +11,8 @@ from peft_loramoe.ops.mixture import _mixture_backward_op, _mixture_op
 from peft_loramoe.ops.mixture_torch import drop_probability, dropout_mask
 
 
+pytestmark = pytest.mark.version_independent
+
 # Relative to the float64 result; the rank channels and the gates are rounded to the activations' dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 PLAIN = MixtureOptions([0, 1, 2], 1.5, 1.0, 0.0, top_k=None, balance_detach=False)

@@ -18,6 +18,8 @@ from peft_loramoe.ops import MixtureOptions, mixture
 from triton_cases import Case
 
 
+pytestmark = pytest.mark.version_independent
+
 triton = pytest.importorskip("triton")
 mixture_module = importlib.import_module("peft_loramoe.ops.mixture")
 mixture_triton = importlib.import_module("peft_loramoe.ops.mixture_triton")

@@ -16,20 +16,10 @@ from transformers import (
 
 from peft_loramoe import LoRAMoEConfig, balance_loss, balance_terms, collect_balance, layer_routing
 from peft_loramoe.balance.constraint import balance_targets, balance_term, importance
-from tiny import labelled, loramoe, tiny_llama, token_batch
+from tiny import capture, labelled, loramoe, tiny_llama, token_batch
 
 
 TYPES = torch.tensor([0, 1, -1])
-
-
-def capture(model):
-    """Router probabilities by layer name, read by hooks of the test's own."""
-    seen = {}
-    for name, module in model.named_modules():
-        if name.endswith("loramoe_experts.default"):
-            layer = name.split("base_model.model.")[-1].removesuffix(".loramoe_experts.default")
-            module.register_forward_hook(lambda m, args, output, layer=layer: seen.__setitem__(layer, output[1]))
-    return seen
 
 
 def expected_terms(model, batch, task_types, config=None):
