@@ -17,6 +17,7 @@ from .gradients import NonReentrantCheckpointing, UnpackedWeights
 from .layer import CANNOT_MERGE, LoRAMoELinear
 from .loading import check_adapter_tensors, unchanged_on_failure
 from .names import check_adapter_name, is_of_experts, without_adapter_name
+from .options import shown
 from .peft_api import (
     PEFT_AT_LEAST_0_21,
     AuxiliaryTrainingWrapper,
@@ -175,6 +176,13 @@ class LoRAMoEModel(BaseTuner):
         ]
         peft_config.modules_to_tie = tied
         peft_config.modules_to_save = [*saved, *([] if name in saved else [name])]
+
+    def _add_targets_to_tie(self, peft_config: LoRAMoEConfig, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            f"ensure_weight_tying=True cannot tie the adapters of target_modules={shown(peft_config.target_modules)}: an "
+            "embedding has no linear layer to adapt. Name the embedding in modules_to_save instead, or set "
+            "ensure_weight_tying=False."
+        )
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)

@@ -30,6 +30,7 @@ select_state_dict = getattr(save_and_load, SELECT_STATE_DICT)
 # Methods of BaseTuner that `LoRAMoEModel` overrides or that PEFT is relied on to call.
 BASE_TUNER_HOOKS = (
     "_add_modules_to_save_to_tie",
+    "_add_targets_to_tie",
     "_check_merge_allowed",
     "_check_new_adapter_config",
     "_create_and_replace",

@@ -704,3 +704,11 @@ def test_trained_tokens_of_tied_embeddings_stay_tied(tmp_path):
 def test_without_ensure_weight_tying_peft_warns():
     with pytest.warns(UserWarning, match="`ensure_weight_tying` is not set to True"):
         loramoe(tiny_llama(**TIED), modules_to_save=["embed_tokens"])
+
+
+def test_adapters_of_tied_embeddings_cannot_be_tied():
+    model = tiny_llama(**TIED)
+    with pytest.raises(
+        ValueError, match="ensure_weight_tying=True cannot tie the adapters of target_modules=.*modules_to_save"
+    ):
+        loramoe(model, target_modules=["up_proj", "lm_head"], ensure_weight_tying=True)

@@ -106,7 +106,7 @@ def _f1(given: list[str], accepted: list[str]) -> float:
 
 def _file_records(file: Path) -> Iterator[tuple[str, Any]]:
     """Each record and where it is."""
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8-sig")
     if file.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..writing import write_whole
+
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,7 +34,7 @@ class SavedAsJSON:
             FileNotFoundError: its folder does not exist.
         """
         content = {"kind": type(self).__name__, **dataclasses.asdict(self)}
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -44,7 +46,7 @@ class SavedAsJSON:
         """
         wanted = f"'{os.fspath(path)}' is no file that {cls.__name__}.save wrote"
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{wanted}: it is not JSON ({error}).") from error
         if not isinstance(content, dict) or "kind" not in content:

@@ -139,7 +139,7 @@ def plot_trace(options: Namespace) -> None:
 def plot_frontier(options: Namespace) -> None:
     """Draw models by what they learned and what they still know."""
     try:
-        records = json.loads(options.file.read_text(encoding="utf-8"))
+        records = json.loads(options.file.read_text(encoding="utf-8-sig"))
         if not isinstance(records, list):
             raise ValueError("it must hold a list of records")
         _draw(options, lambda path: analysis.plot_frontier(records, path))

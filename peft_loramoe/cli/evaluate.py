@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from ..analysis import ClosedBookResult, Question, closed_book, compare_results, read_questions
+from ..writing import write_whole
 from . import tables
 from .options import Command, Parser, positive
 
@@ -145,7 +146,7 @@ def evaluate(options: Namespace) -> None:
         }
         text = json.dumps(report, indent=1, allow_nan=False)
         if options.output is not None:  # already now: the next model may fail
-            options.output.write_text(text + "\n", encoding="utf-8")
+            write_whole(options.output, text + "\n")
     if options.json:
         print(text)
     else:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from safetensors import SafetensorError
@@ -35,13 +38,27 @@ def main(arguments: Sequence[str] | None = None) -> Any:
             options = build_parser().parse_args(words)
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
-                options.command(options)
+                with _cleaning_up_when_terminated():
+                    options.command(options)
     except ERRORS as error:
         if not runs and options.traceback:
             raise
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return program() if runs else 0
+
+
+@contextmanager
+def _cleaning_up_when_terminated() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that what it was writing is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:

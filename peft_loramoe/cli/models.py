@@ -122,7 +122,7 @@ def read_batches(file: Path, tokenizer: PreTrainedTokenizerBase, batch_size: int
 
 def _read_records(file: Path) -> list[dict[str, Any]]:
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"

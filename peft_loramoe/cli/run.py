@@ -9,6 +9,7 @@ import runpy
 import shutil
 import sys
 import sysconfig
+import zipfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -51,7 +52,7 @@ def find_program(command: Sequence[str]) -> Callable[[], Any]:
     elif scripts := tuple(entry_points(group="console_scripts", name=name)):
         program = _console_script(scripts[0])
         sys.argv = [shutil.which(name, path=sysconfig.get_path("scripts")) or name, *words[1:]]
-    elif Path(name).is_file():
+    elif Path(name).is_file() or (Path(name) / "__main__.py").is_file():
         program = _script(Path(name))
         sys.argv = words
     else:
@@ -87,11 +88,17 @@ def _console_script(script: EntryPoint) -> Callable[[], Any]:
 
 
 def _script(path: Path) -> Callable[[], Any]:
-    try:
-        compile(path.read_bytes(), str(path), "exec")
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"'{path}' is no Python program: {error}.") from error
-    _set_first_path(str(path.resolve().parent))
+    if path.is_dir() or zipfile.is_zipfile(path):  # with a __main__.py inside; runpy puts it on sys.path
+        if path.is_file() and "__main__.py" not in zipfile.ZipFile(path).namelist():
+            raise ValueError(f"'{path}' is no Python program: the archive has no __main__.py.")
+        if not getattr(sys.flags, "safe_path", False):
+            del sys.path[0]
+    else:
+        try:
+            compile(path.read_bytes(), str(path), "exec")
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"'{path}' is no Python program: {error}.") from error
+        _set_first_path(str(path.resolve().parent))
 
     def run() -> None:
         runpy.run_path(str(path), run_name="__main__")

@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,9 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     """
     config = _read_json(_find(source, CONFIG))
     weights = _find(source, SAFETENSORS, PICKLE)
-    return config, (_read_safetensors(weights) if weights.name == SAFETENSORS else _read_pickle(weights))
+    tensors = _read_safetensors(weights) if weights.name == SAFETENSORS else _read_pickle(weights)
+    _check_tensors(weights, tensors)
+    return config, tensors
 
 
 @contextmanager
@@ -68,7 +71,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     parent = next(parent for parent in output.parents if parent.exists())
     if not parent.is_dir():
         raise NotADirectoryError(f"The output folder '{output}' cannot be created: '{parent}' is a file.")
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{output.name}-") as temporary:
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{output.name[:40]}-") as temporary:
         folder = Path(temporary, output.name)
         folder.mkdir()
         yield folder
@@ -215,7 +218,7 @@ def _find(source: str | Path, *names: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # of JSON or of UTF-8
         raise ValueError(f"'{path}' is not valid JSON ({error}): the file is damaged. Copy or download it again.") from error
     if not isinstance(config, dict):
@@ -240,13 +243,30 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"'{path}' is refused: it is damaged, or it holds more than tensors, possibly code that runs when it is read "
             f"({_reason(error)}). If you trust its author, have them save it as {SAFETENSORS}."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever torch meets in a damaged file: AssertionError, AttributeError, ...
         raise ValueError(
             f"'{path}' cannot be read ({_reason(error)}): the file is incomplete or damaged. Copy or download it again."
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"'{path}' holds no dictionary of tensors but {_describe(tensors)}: it is no adapter's weights.")
     return tensors
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that no adapter has, and warn of values that are not finite."""
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise ValueError(f"'{path}' has a tensor whose name is {name!r}, no string: it is no adapter's weights.")
+        if "lora" in name and not tensor.is_floating_point():
+            raise ValueError(
+                f"'{path}': '{name}' has dtype {tensor.dtype}, but the matrices of adapters are floating point. The file is "
+                "damaged or of another kind."
+            )
+    dense = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.layout == torch.strided}
+    if bad := [name for name, tensor in dense.items() if not tensor.float().isfinite().all()]:
+        warnings.warn(f"'{path}' has NaN or infinity in {some(bad)}: whatever is computed with it will be NaN, too.")
 
 
 def _reason(error: Exception) -> str:

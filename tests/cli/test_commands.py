@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import sysconfig
+import zipapp
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -649,6 +651,56 @@ CHILDREN = {
 def test_child_processes_know_loramoe_once_they_import_peft(code, expected, tmp_path):
     result = child(tmp_path, code)
     assert (result.stdout.splitlines(), result.stderr) == (["the hidden sitecustomize", expected], "")
+
+
+def test_a_sitecustomize_that_raises_does_not_keep_loramoe_from_children(tmp_path):
+    result = child(tmp_path, "import peft; print(peft.PeftType)", **{"sitecustomize.py": "raise RuntimeError('its own')"})
+    assert result.stdout.split() == ["LORAMOE"] and "its own" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["folder", "pyz"])
+def test_folders_and_archives_with_a_main_run(kind, tmp_path, capsys, monkeypatch):
+    protect_process(monkeypatch)
+    folder = tmp_path / "program"
+    folder.mkdir()
+    (folder / "__main__.py").write_text(f"import helper_of_the_program\n{PROGRAM}")
+    (folder / "helper_of_the_program.py").touch()
+    target = folder
+    if kind == "pyz":
+        target = tmp_path / "program.pyz"
+        zipapp.create_archive(folder, target, interpreter="/usr/bin/env python3")
+    with pytest.raises(SystemExit, match="3"):
+        main(["run", str(target), "--lr"])
+    sys.modules.pop("helper_of_the_program", None)
+    name, argv, first_path, registered, _ = json.loads(capsys.readouterr().out)
+    assert (name, argv, first_path, registered) == ("__main__", [str(target), "--lr"], str(target), True)
+
+
+def test_an_archive_without_a_main_is_refused(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as file:
+        file.writestr("data.txt", "text")
+    assert main(["run", str(tmp_path / "data.zip")]) == 2
+    assert "the archive has no __main__.py" in capsys.readouterr().err
+
+
+TERMINATED = """
+import os, signal, sys, time, torch
+from peft_loramoe.cli import main
+
+def slow(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+
+torch.save = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_command_that_is_terminated_leaves_nothing_behind(adapter, tmp_path):
+    command = [sys.executable, "-c", TERMINATED, "convert", str(adapter), "-o", str(tmp_path / "output"), "--to", "authors"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 128 + 15, result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_child_of_another_environment_is_told(tmp_path):

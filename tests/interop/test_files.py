@@ -3,9 +3,12 @@
 import json
 import os
 import pickle
+import warnings
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -229,3 +232,64 @@ def test_the_config_of_a_written_adapter_is_complete(tmp_path):
     config = LoRAMoEConfig(num_experts=3, expert_groups=[3], freeze_experts=True, target_modules=["up_proj"])
     write_adapter(tmp_path, config, TENSORS)
     assert LoRAMoEConfig.from_pretrained(tmp_path).to_dict() == {**config.to_dict(), "inference_mode": True}
+
+
+DAMAGE = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=6)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(damage=DAMAGE, cut=st.integers(0, 3000), name=st.sampled_from(["adapter_model.bin", "adapter_model.safetensors"]))
+def test_damaged_weights_are_read_or_refused_in_our_words(damage, cut, name, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "damaged-weights"
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    path = folder / name
+    torch.save(TENSORS, path) if name.endswith("bin") else save_file(TENSORS, path)
+    content = bytearray(path.read_bytes())
+    for position, value in damage:
+        content[position % len(content)] = value
+    path.write_bytes(content[: len(content) - cut] if cut < 300 else content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            read_adapter(folder)
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("a.lora_A.weight", torch.ones(2, 2, dtype=torch.complex64), "'a.lora_A.weight' has dtype torch.complex64"),
+        ("a.lora_A0.weight", torch.ones(2, 2, dtype=torch.int64), "dtype torch.int64"),
+        ("a.loramoe_experts.A", torch.ones(2, 2, dtype=torch.bool), "dtype torch.bool"),
+    ],
+)
+@pytest.mark.parametrize("pickled", [True, False])
+def test_matrices_that_are_no_floating_point_numbers_are_refused(name, tensor, message, pickled, tmp_path):
+    folder = saved(tmp_path / "adapter", pickled={name: tensor} if pickled else None)
+    if not pickled:
+        save_file({name: tensor}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_warned_of(value, tmp_path):
+    folder = saved(tmp_path / "adapter", pickled={"a.lora_A.weight": torch.tensor([[1.0, value]])})
+    with pytest.warns(UserWarning, match="has NaN or infinity in 'a.lora_A.weight'"):
+        read_adapter(folder)
+
+
+def test_a_config_with_a_byte_order_mark_is_read(tmp_path):
+    folder = saved(tmp_path / "adapter")
+    (folder / "adapter_config.json").write_bytes(b"\xef\xbb\xbf{}")
+    assert read_adapter(folder)[0] == {}
+
+
+def test_an_output_name_as_long_as_the_file_system_takes(tmp_path):
+    with new_folder(tmp_path / ("x" * 250)) as folder:
+        (folder / "file").touch()
+    assert (tmp_path / ("x" * 250) / "file").is_file()

@@ -45,4 +45,5 @@ except ModuleNotFoundError as error:
     if error.name != "sitecustomize":
         raise
     sys.modules[__name__] = this
-sys.meta_path.insert(0, RegisterAfterPeft())
+finally:  # Python reports what the other file raises, and goes on
+    sys.meta_path.insert(0, RegisterAfterPeft())
