@@ -21,7 +21,7 @@ from ..config import LoRAMoEConfig
 from .files import PREFIX, experts_by_module, some, stack_experts
 
 
-KEY = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<module>.+)\.lora_(?:(?P<part>[AB])(?P<expert>0|[1-9]\d{0, 8})|route)\.weight")
+KEY = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<module>.+)\.lora_(?:(?P<part>[AB])(?P<expert>0|[1-9]\d*)|route)\.weight")
 LOOKED_FOR = "the authors' layout: peft_type 'LORA' with `lora_nums`, tensors <module>.lora_A0.weight, .lora_B0, .lora_route"
 REQUIRED = ("r", "lora_alpha", "lora_nums", "target_modules")
 

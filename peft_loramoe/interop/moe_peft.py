@@ -21,7 +21,7 @@ from .files import some, stack_experts
 
 KEY = re.compile(
     r"(?:loramoe|base_model\.model\.model)\.(?P<module>layers\.\d+\.\w+\.\w+)\."
-    r"(?:moe_gate|(?:experts\.(?P<expert>0|[1-9]\d{0,8})\.)?lora_(?P<part>[AB]))\.weight"
+    r"(?:moe_gate|(?:experts\.(?P<expert>0|[1-9]\d*)\.)?lora_(?P<part>[AB]))\.weight"
 )
 LOOKED_FOR = (
     "MoE-PEFT's layout: `routing_strategy` 'loramoe', tensors loramoe.layers.0.mlp.<linear>.moe_gate.weight, "

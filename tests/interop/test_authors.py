@@ -231,3 +231,11 @@ def test_options_that_cannot_be_converted(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(authors_adapter(tmp_path / "theirs", **options), tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_two_spellings_of_one_expert_are_refused(tmp_path):
+    tensors = authors_tensors()
+    tensors[f"{FIRST}.lora_A00.weight"] = tensors[f"{FIRST}.lora_A0.weight"] + 1
+    source = authors_adapter(tmp_path / "source", tensors)
+    with pytest.raises(ValueError, match="belong to no expert or router cannot be converted: '.*lora_A00.weight'"):
+        convert_checkpoint(source, tmp_path / "output")
