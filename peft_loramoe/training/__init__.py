@@ -1,7 +1,6 @@
 """What training needs beyond the model: task types through the data path, trainer glue, logging, optimizer groups, resuming."""
 
-from .anchor_files import anchors_from_texts, read_anchors, write_anchors
-from .anchors import sample_anchors
+from .anchors import anchors_from_texts, read_anchors, sample_anchors, write_anchors
 from .callback import RouterCallback
 from .checkpoints import last_complete_checkpoint
 from .collator import TaskTypeCollator

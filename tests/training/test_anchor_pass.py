@@ -10,7 +10,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from peft_loramoe import balance_loss, collect_balance, layer_routing
 from peft_loramoe.training import LoRAMoETrainerMixin, RouterCallback
-from peft_loramoe.training.anchor_batches import AnchorBatches
+from peft_loramoe.training.anchor_pass import AnchorBatches
 from tiny import loramoe, tiny_llama, tiny_tokenizer
 
 
