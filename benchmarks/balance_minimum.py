@@ -55,7 +55,7 @@ def main() -> None:
     rows = []
     print(f"{'lengths':15} {'formula':17} {'target':10} {'importance':10}  matched/other, type 0  matched/other, type 1")
     for (name, lengths), formula, target, importance in itertools.product(
-        LENGTHS.items(), ("cv_squared", "variance_to_mean"), ("corrected", "printed"), ("mean", "sum")
+        LENGTHS.items(), ("cv_squared", "variance_to_mean"), ("corrected", "paper"), ("mean", "sum")
     ):
         row = {"lengths": list(lengths), "formula": formula, "target": target, "importance": importance}
         row |= minimise(lengths, formula, target, importance)

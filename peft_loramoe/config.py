@@ -49,7 +49,9 @@ INIT_WEIGHTS = (True, False, "gaussian")
 ROUTER_INIT = ("kaiming_uniform", "normal", "zeros")
 ROUTER_DTYPES = ("float32", "float64", "bfloat16")
 BALANCE_FORMULAS = ("cv_squared", "variance_to_mean")
-BALANCE_TARGETS = ("corrected", "printed")
+BALANCE_TARGETS = ("corrected", "paper")
+# Values of options that an earlier version wrote, and what they are called now.
+RENAMED = {"balance_target": {"printed": "paper"}}
 BALANCE_IMPORTANCE = ("mean", "sum")
 
 
@@ -227,13 +229,13 @@ class LoRAMoEConfig(PeftConfig):
     )
     balance_formula: str = _option(
         choice(*BALANCE_FORMULAS),
-        "'cv_squared': var(Z) / mean(Z)^2, as in the authors' code; 'variance_to_mean': var(Z) / mean(Z), as printed.",
+        "'cv_squared': var(Z) / mean(Z)^2, as in the authors' code; 'variance_to_mean': var(Z) / mean(Z), as in the paper.",
         "cv_squared",
     )
     balance_target: str = _option(
         choice(*BALANCE_TARGETS),
-        "'corrected': importance is divided by its target, so the matched group gets the larger weight; 'printed': it is "
-        "multiplied by it, as in the paper, which gives the matched group the smaller one.",
+        "'corrected': importance is divided by its target, so the matched group gets the larger weight; 'paper': it is "
+        "multiplied by it, as printed there, which gives the matched group the smaller one.",
         "corrected",
     )
     balance_importance: str = _option(
@@ -265,6 +267,10 @@ class LoRAMoEConfig(PeftConfig):
         if self.peft_loramoe_version is None:
             self.peft_loramoe_version = __version__
         self.modules_to_tie = None  # filled in by PEFT, as for its LoRA
+        for option, values in RENAMED.items():
+            if (value := getattr(self, option)) in values:
+                setattr(self, option, values[value])
+                warnings.warn(f"{option}={value!r} is called {values[value]!r} now; save the adapter again to have it renamed.")
         self.check()
         if Version(self.peft_loramoe_version) > Version(__version__):
             warnings.warn(
@@ -316,7 +322,7 @@ class LoRAMoEConfig(PeftConfig):
             >>> from peft_loramoe import LoRAMoEConfig
             >>> config = LoRAMoEConfig.retain(r=8, task_type="CAUSAL_LM")
             >>> config.lora_alpha, config.groups_of()
-            (128, ExpertGroups(sizes=(6, 6), null=(0,)))
+            (128, ExpertGroups(sizes=(6, 6), null=(0,), names=('knowledge', 'tasks')))
         """
         groups = overrides.get("expert_groups")
         preset = {
@@ -348,7 +354,7 @@ class LoRAMoEConfig(PeftConfig):
             ),
             ("balance_loss_weight", config.balance_loss_weight == 0, "without the term the router does not learn the types"),
             ("balance_delta", config.balance_delta == 0, "the term then asks for the same routing of all types"),
-            ("balance_target", config.balance_target == "printed", "it gives type 0 the smaller weight on its own group"),
+            ("balance_target", config.balance_target == "paper", "it gives type 0 the smaller weight on its own group"),
         ):
             if lost:
                 raise ValueError(
@@ -384,7 +390,7 @@ class LoRAMoEConfig(PeftConfig):
             >>> from peft_loramoe import LoRAMoEConfig
             >>> config = LoRAMoEConfig.paper(task_type="CAUSAL_LM")
             >>> config.balance_target, config.balance_importance, config.groups_of().sizes
-            ('printed', 'sum', (3, 3))
+            ('paper', 'sum', (3, 3))
         """
         preset = {
             "r": 4,
@@ -394,7 +400,7 @@ class LoRAMoEConfig(PeftConfig):
             "balance_loss_weight": 0.1,
             "balance_delta": 0.1,
             "balance_formula": "cv_squared",
-            "balance_target": "printed",
+            "balance_target": "paper",
             "balance_importance": "sum",
             "balance_detach": False,
             "router_lr_multiplier": 1.0,

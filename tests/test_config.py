@@ -48,7 +48,7 @@ EVERY_OPTION = dict(
     balance_loss_weight=0.2,
     balance_delta=0.3,
     balance_formula="variance_to_mean",
-    balance_target="printed",
+    balance_target="paper",
     balance_importance="sum",
     balance_detach=True,
     balance_across_processes=True,
@@ -132,6 +132,11 @@ def test_the_writing_version_is_recorded_and_kept():
 
 def test_a_torch_dtype_is_accepted_for_the_router():
     assert LoRAMoEConfig(router_dtype=torch.float64).router_dtype == "float64"
+
+
+def test_a_value_that_was_renamed_is_migrated_with_a_warning():
+    with pytest.warns(UserWarning, match="balance_target='printed' is called 'paper' now"):
+        assert LoRAMoEConfig(balance_target="printed").balance_target == "paper"
 
 
 @pytest.mark.parametrize(
@@ -326,7 +331,7 @@ def test_paper():
         balance_loss_weight=0.1,
         balance_delta=0.1,
         balance_formula="cv_squared",
-        balance_target="printed",
+        balance_target="paper",
         balance_importance="sum",
         balance_detach=False,
         router_lr_multiplier=1.0,
@@ -377,7 +382,7 @@ CONTRADICTIONS = [
     (dict(null_groups=[1]), r"retain\(null_groups=\[1\]\): group 0 is not null"),
     (dict(balance_loss_weight=0), r"retain\(balance_loss_weight=0\): without the term"),
     (dict(balance_delta=0.0), r"retain\(balance_delta=0.0\): the term then asks for the same routing"),
-    (dict(balance_target="printed"), r"retain\(balance_target='printed'\): it gives type 0 the smaller weight"),
+    (dict(balance_target="paper"), r"retain\(balance_target='paper'\): it gives type 0 the smaller weight"),
     (dict(expert_groups=[12]), r"retain\(expert_groups=\[12\]\): there must be a null group"),
 ]
 

@@ -3,10 +3,10 @@
 With importance ``Q[m, n]``, what the router gives expert n over the tokens of sample m, and target ``I[m, n]``, 1 + delta
 where the expert's group matches the sample's task type, 1 - delta where it does not and 1 where the type is unknown:
 
-    Z = Q / (I / mean_n I)  (corrected)  or  I * Q  (as printed)
-    term = var(Z) / mean(Z)^2  (the authors' code)  or  var(Z) / mean(Z)  (as printed)
+    Z = Q / (I / mean_n I)  (corrected)  or  I * Q  (paper)
+    term = var(Z) / mean(Z)^2  (the authors' code)  or  var(Z) / mean(Z)  (paper)
 
-The term is smallest where Z is constant, so the corrected form draws Q towards I and the printed one towards 1 / I:
+The term is smallest where Z is constant, so the corrected form draws Q towards I and the paper's towards 1 / I:
 there the matched experts end with the smaller weight. See docs/balance.md.
 """
 
@@ -62,7 +62,7 @@ def balance_term(sums: Tensor, counts: Tensor, targets: Tensor, *, formula: str,
         counts: real tokens of each sample, shape (..., M); samples without any do not count.
         targets: shape (..., M, N).
         formula: "cv_squared" or "variance_to_mean".
-        target: "corrected" or "printed".
+        target: "corrected" or "paper".
         importance: "mean" over a sample's tokens or "sum".
 
     Returns:

@@ -4,7 +4,7 @@ What its code does (peft/tuners/lora.py there): `r` is the rank of one expert; e
 softmax (float32) of `lora_route(x)`, x undropped, and scaled by `lora_alpha / r`; experts draw dropout masks of their own,
 which share one here. `blc_alpha` is delta and `blc_weight` beta; the first half of the experts belongs to task type 1, the
 second to type 0, so types 1 and 0 there are types 0 and 1 here. Its balance term is that of ``balance_formula="cv_squared"``,
-``balance_target="printed"`` and ``balance_importance="sum"``, except that it counts padding as tokens.
+``balance_target="paper"`` and ``balance_importance="sum"``, except that it counts padding as tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HELD = (
 OF_NO_CONSEQUENCE = ("init_weights", "router_init", "peft_version", "peft_loramoe_version", "task_type_names", "freeze_experts")
 TRAINING = {
     "balance_formula": "cv_squared",
-    "balance_target": "printed",
+    "balance_target": "paper",
     "balance_importance": "sum",
     "balance_detach": False,
     "balance_across_processes": False,

@@ -30,7 +30,7 @@ MIXTURE = {
     "target_modules": FEED_FORWARD,
 }
 NULL = {**MIXTURE, "lora_alpha": 64, "num_experts": 12, "null_groups": [0], "balance_delta": 0.7}
-PRINTED = {"balance_target": "printed", "balance_importance": "sum"}
+PRINTED = {"balance_target": "paper", "balance_importance": "sum"}
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def test_authors_loss_and_gradient_are_reproduced():
         probabilities = leaf.softmax(-1)
         if ours:
             targets = balance_targets(1 - authors_types, ExpertGroups([3, 3]), 0.1)
-            term = balance_term(*whole_batch(probabilities), targets, formula="cv_squared", target="printed", importance="sum")
+            term = balance_term(*whole_batch(probabilities), targets, formula="cv_squared", target="paper", importance="sum")
         else:
             term = authors_blcls(probabilities, authors_types, 0.1, 6)
         gradients.append(torch.autograd.grad(term, leaf)[0])
@@ -111,7 +111,7 @@ def test_the_corrected_form_sends_weight_to_the_matched_group(groups, formula):
 
 
 def test_the_printed_form_sends_weight_to_the_other_group():
-    weights, matched = minimise([3, 3], "cv_squared", "printed", delta=0.1)
+    weights, matched = minimise([3, 3], "cv_squared", "paper", delta=0.1)
     # DESIGN.md, section 1: 0.150 for matched and 0.183 for other experts
     torch.testing.assert_close(weights[matched], torch.full((12,), 0.150, dtype=torch.float64), rtol=0, atol=1e-3)
     torch.testing.assert_close(weights[~matched], torch.full((12,), 0.183, dtype=torch.float64), rtol=0, atol=1e-3)

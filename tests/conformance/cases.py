@@ -72,7 +72,7 @@ _CUSTOM = [
         {
             "target_modules": ["lin0", "lin1"],
             "balance_formula": "variance_to_mean",
-            "balance_target": "printed",
+            "balance_target": "paper",
             "balance_importance": "sum",
         },
     ),

@@ -88,7 +88,7 @@ def test_options_that_reproduce_the_authors_training(tmp_path):
     config = LoRAMoEConfig.from_pretrained(tmp_path / "ours")
     assert (config.r, config.lora_alpha, config.num_experts, list(config.groups_of().sizes)) == (R, ALPHA, N, [N // 2, N // 2])
     assert (config.balance_delta, config.balance_loss_weight, config.lora_dropout) == (0.2, 0.05, 0.05)
-    assert (config.balance_formula, config.balance_target, config.balance_importance) == ("cv_squared", "printed", "sum")
+    assert (config.balance_formula, config.balance_target, config.balance_importance) == ("cv_squared", "paper", "sum")
     assert config.target_modules == {"down_proj", "gate_proj", "up_proj"}
     assert (config.task_type, config.base_model_name_or_path) == ("CAUSAL_LM", "/models/llama-2-7b")
     assert "lora_nums" not in (tmp_path / "ours" / "adapter_config.json").read_text()
