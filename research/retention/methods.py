@@ -12,11 +12,12 @@ SHARED = {"target_modules": FEED_FORWARD, "task_type": "CAUSAL_LM"}
 # LoRA has no fewer parameters than the others, and the same scale at the start: the gates of six of twelve experts sum to 1/2.
 LORA = {"r": 30, "lora_alpha": 40, **SHARED}
 PAPER = {
-    "r": 4, "lora_alpha": 32, "num_experts": 6, "balance_target": "printed", "balance_importance": "sum", "balance_delta": 0.1,
-    "balance_loss_weight": 0.1, **SHARED,
+    "r": 4, "lora_alpha": 32, "num_experts": 6, "balance_target": "paper", "balance_importance": "sum", "balance_delta": 0.1,
+    "balance_loss_weight": 0.1, "balance_detach": False, **SHARED,
 }  # fmt: skip
 NULL = {
-    "r": 4, "lora_alpha": 64, "num_experts": 12, "null_groups": [0], "balance_delta": 0.7, "balance_loss_weight": 0.1, **SHARED,
+    "r": 4, "lora_alpha": 64, "num_experts": 12, "null_groups": [0], "balance_delta": 0.7, "balance_loss_weight": 0.1,
+    "balance_detach": False, **SHARED,
 }  # fmt: skip
 DETACHED = {**NULL, "balance_detach": True}
 
