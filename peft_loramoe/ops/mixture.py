@@ -22,7 +22,13 @@ from . import mixture_torch
 from .mixture_torch import MixtureOptions
 
 
-def _find_kernels() -> ModuleType | None:
+def find_kernels() -> ModuleType | None:
+    """Return the module of the Triton kernels if PEFT_LORAMOE_TRITON turns them on and torch has CUDA, or None.
+
+    Raises:
+        ValueError: PEFT_LORAMOE_TRITON is neither 0 nor 1.
+        ImportError: the kernels are turned on, and Triton is missing or too old.
+    """
     if (choice := os.environ.get("PEFT_LORAMOE_TRITON", "0")) not in ("0", "1"):
         raise ValueError(f"PEFT_LORAMOE_TRITON={choice!r} must be 1, for the Triton kernels on CUDA devices, or 0.")
     if choice == "0" or torch.version.cuda is None:
@@ -32,12 +38,12 @@ def _find_kernels() -> ModuleType | None:
     return mixture_triton
 
 
-KERNELS = _find_kernels()
+KERNELS = find_kernels()
 # Whether torch.compile takes the torch implementation for an operator too: torch 2.5's inductor fails to fuse it.
 COMPILE_AS_CUSTOM_OP = torch.__version__ < "2.6"
 
 
-def _select_backend(
+def select_backend(
     x: Tensor,
     A: Tensor,
     B: Tensor,
@@ -45,6 +51,7 @@ def _select_backend(
     keep: Tensor | None,
     options: MixtureOptions,
 ) -> ModuleType:
+    """Return the module that computes a mixture, `mixture_torch` or the kernels; arguments as in `mixture_torch.forward`."""
     if KERNELS is None or (keep is not None and keep.dtype == torch.bool):  # a mask is read by those who drew it
         return mixture_torch
     return KERNELS if KERNELS.supports(x, A, B, router, options) else mixture_torch
@@ -94,7 +101,7 @@ def mixture(
     leading = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     base = None if base is None else base.reshape(-1, base.shape[-1])
-    backend = _select_backend(x, A, B, router, None, options)
+    backend = select_backend(x, A, B, router, None, options)
     keep = backend.dropout_mask(x, options.dropout) if dropout and options.dropout > 0 else None
     inputs = (x, A, B, router, keep, base, weight, bias)
     if torch.compiler.is_compiling() and (COMPILE_AS_CUSTOM_OP or backend is not mixture_torch or _is_exporting_gradients()):
@@ -119,7 +126,7 @@ def _forward(
     options: MixtureOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with _no_autocast(x.device.type):
-        backend = _select_backend(x, A, B, router, keep, options)
+        backend = select_backend(x, A, B, router, keep, options)
         output, probabilities, hidden = backend.forward(x, A, B, router, keep, base, weight, bias, options)
         return output, probabilities, hidden.to(x.dtype)  # the dtype in which it is saved
 
@@ -129,7 +136,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     x, A, B, router, keep, *_ = saved
     with _no_autocast(x.device.type):
-        backend = _select_backend(x, A, B, router, keep, options)
+        backend = select_backend(x, A, B, router, keep, options)
         return backend.backward(grad_output, grad_probabilities, *saved, options, needs)
 
 

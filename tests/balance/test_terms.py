@@ -3,8 +3,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_loramoe import balance_loss, balance_terms, layer_routing
 from peft_loramoe.balance.constraint import balance_targets, balance_term
-from peft_loramoe.balance.hooks import find_recorder
-from tiny import labelled, loramoe, tiny_llama, token_batch
+from tiny import capture, labelled, loramoe, tiny_llama, token_batch
 
 
 class CountOperations(TorchDispatchMode):
@@ -18,8 +17,9 @@ class CountOperations(TorchDispatchMode):
 def operations(layers):
     """How many operations the balance term of a model with so many layers takes, forward and backward."""
     model = loramoe(tiny_llama(num_hidden_layers=layers)).eval()
+    seen = capture(model)
     model(**token_batch(), task_types=[0, 1, -1])
-    probabilities = [record.probabilities for record in find_recorder(model)._thread.recordings[0].records]
+    probabilities = list(seen.values())
     with CountOperations() as counted:
         torch.autograd.grad(balance_loss(model), probabilities)
     assert len(probabilities) == 3 * layers

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_loramoe.ops import MixtureOptions, mixture, reference
-from peft_loramoe.ops.mixture import _mixture_backward_op, _mixture_op
 from peft_loramoe.ops.mixture_torch import drop_probability, dropout_mask
 
 
@@ -15,6 +14,8 @@ pytestmark = pytest.mark.version_independent
 
 # Relative to the float64 result; the rank channels and the gates are rounded to the activations' dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+OPERATOR = torch.ops.peft_loramoe.mixture.default
+BACKWARD_OPERATOR = torch.ops.peft_loramoe.mixture_backward.default
 PLAIN = MixtureOptions([0, 1, 2], 1.5, 1.0, 0.0, top_k=None, balance_detach=False)
 
 NAMES = ("x", "A", "B", "router", "base")
@@ -311,13 +312,13 @@ def test_operators_are_registered_as_torch_wants(case, dtype):
     keep = dropout_mask(inputs[0], 0.3) if dropped else None
     weight = torch.randn(5, 8, dtype=dtype) if base == "weight" else None
     arguments = (*inputs, keep, output if base == "output" else None, weight, None, *options)
-    torch.library.opcheck(_mixture_op, arguments)
+    torch.library.opcheck(OPERATOR, arguments)
     inputs = [t.detach() for t in inputs]
     with torch.no_grad():
-        output, probabilities, hidden = _mixture_op(*inputs, *arguments[4:])
+        output, probabilities, hidden = OPERATOR(*inputs, *arguments[4:])
     needs = [True, True, False, True]
     more = (keep, weight, probabilities, hidden, *options, needs)
-    torch.library.opcheck(_mixture_backward_op, (output, torch.ones_like(probabilities), *inputs, *more))
+    torch.library.opcheck(BACKWARD_OPERATOR, (output, torch.ones_like(probabilities), *inputs, *more))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -325,7 +326,7 @@ def test_operators_are_registered_as_torch_wants(case, dtype):
 def test_the_output_is_contiguous_whatever_the_base_layer_returned(tokens, dtype):
     inputs = random_inputs(PLAIN, 3, 2, 8, 5, (tokens,), torch.bfloat16, torch.float32)[:4]
     transposed = torch.randn(5, tokens, dtype=dtype).t()
-    torch.library.opcheck(_mixture_op, (*inputs, None, transposed, None, None, *PLAIN))
+    torch.library.opcheck(OPERATOR, (*inputs, None, transposed, None, None, *PLAIN))
     output, _ = mixture(*inputs, PLAIN, dropout=False, base=transposed)
     assert output.is_contiguous()
     alone, _ = mixture(*inputs, PLAIN, dropout=False)

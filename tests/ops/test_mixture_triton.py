@@ -12,9 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import triton_cases
-from peft_loramoe.ops import MixtureOptions, mixture
+from peft_loramoe.ops import MixtureOptions, mixture, mixture_torch
 from triton_cases import Case
 
 
@@ -154,11 +155,26 @@ def test_compiles_without_graph_breaks(interpreter):
 
 
 def tensors(
-    tokens=4, in_features=5, out_features=6, num_channels=6, num_outputs=3, dtype=torch.bfloat16, masters=torch.float32
+    tokens=4,
+    in_features=5,
+    out_features=6,
+    num_channels=6,
+    num_outputs=3,
+    dtype=torch.bfloat16,
+    masters=torch.float32,
+    device="meta",
 ):
-    x = torch.empty(tokens, in_features, dtype=dtype, device="meta")
+    x = torch.empty(tokens, in_features, dtype=dtype, device=device)
     shapes = [(num_channels, in_features), (out_features, num_channels), (num_outputs, in_features)]
-    return [x, *(torch.empty(shape, dtype=masters, device="meta") for shape in shapes)]
+    return [x, *(torch.empty(shape, dtype=masters, device=device) for shape in shapes)]
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """Tensors on "cuda" have a device, dtypes and shapes, but no values."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    with FakeTensorMode():
+        yield
 
 
 @pytest.mark.parametrize(
@@ -177,13 +193,18 @@ def tensors(
     ],
     ids=str,
 )
-def test_supports(monkeypatch, changes, option, supported):
-    monkeypatch.setattr(mixture_triton, "_can_run", lambda device: True)
-    assert mixture_triton.supports(*tensors(**changes), PLAIN._replace(**option)) is supported
+def test_supports(h100, changes, option, supported):
+    assert mixture_triton.supports(*tensors(**changes, device="cuda"), PLAIN._replace(**option)) is supported
 
 
-def test_other_devices_are_not_supported():
-    assert not mixture_triton.supports(*tensors(), PLAIN)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_other_devices_are_not_supported(device):
+    assert not mixture_triton.supports(*tensors(device=device), PLAIN)
+
+
+def test_devices_without_bfloat16_are_not_supported(h100, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert not mixture_triton.supports(*tensors(device="cuda"), PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -196,13 +217,13 @@ def test_kernels_are_used_where_they_are_turned_on(monkeypatch, environment, cud
     if environment is not None:
         monkeypatch.setenv("PEFT_LORAMOE_TRITON", environment)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    assert (mixture_module._find_kernels() is mixture_triton) is found
+    assert (mixture_module.find_kernels() is mixture_triton) is found
 
 
 def test_another_value_of_the_switch_is_an_error(monkeypatch):
     monkeypatch.setenv("PEFT_LORAMOE_TRITON", "yes")
-    with pytest.raises(ValueError, match="PEFT_LORAMOE_TRITON='yes' must be 1, .* or 0"):
-        mixture_module._find_kernels()
+    with pytest.raises(ValueError, match="PEFT_LORAMOE_TRITON='yes' must be"):
+        mixture_module.find_kernels()
 
 
 def test_kernels_that_are_turned_on_and_cannot_be_had_are_an_error(monkeypatch):
@@ -211,7 +232,7 @@ def test_kernels_that_are_turned_on_and_cannot_be_had_are_an_error(monkeypatch):
     monkeypatch.setattr(triton, "__version__", "3.4.1")
     _forget_kernels(monkeypatch)
     with pytest.raises(ImportError, match="need Triton 3.5 or newer"):
-        mixture_module._find_kernels()
+        mixture_module.find_kernels()
 
 
 def test_an_old_triton_is_an_error_that_says_so(monkeypatch):
@@ -227,19 +248,13 @@ def _forget_kernels(monkeypatch):
         monkeypatch.delattr(f"peft_loramoe.ops.{name}")
 
 
-def test_a_boolean_mask_is_read_by_the_torch_implementation(monkeypatch):
+def test_a_boolean_mask_is_read_by_the_torch_implementation(h100, monkeypatch):
     monkeypatch.setattr(mixture_module, "KERNELS", mixture_triton)
-    monkeypatch.setattr(mixture_triton, "_can_run", lambda device: True)
-    arguments = tensors()
-    chosen = [
-        mixture_module._implementation(*arguments, keep, PLAIN).__name__.rpartition("_")[2]
-        for keep in (
-            None,
-            torch.empty(4, 1, dtype=torch.int32, device="meta"),
-            torch.empty(4, 5, dtype=torch.bool, device="meta"),
-        )
-    ]
-    assert chosen == ["triton", "triton", "torch"]
+    arguments = tensors(device="cuda")
+    bits, mask = (torch.empty(4, width, dtype=dtype, device="cuda") for width, dtype in ((1, torch.int32), (5, torch.bool)))
+    assert mixture_module.select_backend(*arguments, None, PLAIN) is mixture_triton
+    assert mixture_module.select_backend(*arguments, bits, PLAIN) is mixture_triton
+    assert mixture_module.select_backend(*arguments, mask, PLAIN) is mixture_torch
 
 
 # Ahead-of-time compilation for an H100, from the launches that shapes on the meta device would make
