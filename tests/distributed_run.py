@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 
 from peft_loramoe import LoRAMoEConfig, balance_loss, layer_routing
 from peft_loramoe.training import LoRAMoETrainerMixin, optimizer_groups
-from tiny import VOCAB
+from tiny import VOCAB, tiny_tokenizer
 
 
+ANCHORS = [f"w{i} w{i + 1} w{i + 2} w{i + 3}" for i in range(20, 60, 4)]
 STEPS, ROWS = 3, 4  # rows of a step, over all processes
 
 NO_REENTRANT = {"use_reentrant": False}
@@ -34,6 +35,8 @@ CASES = {
     "common term": ({"balance_loss_weight": 0.5, "balance_across_processes": True}, {}, False),
     "accumulation": ({"balance_loss_weight": 0.5}, {"gradient_accumulation_steps": 2}, False),
     "mixin": ({"balance_loss_weight": 0.5}, {"gradient_accumulation_steps": 2}, False),
+    # A router rate of 1: ten times that multiplies the roundings of Adam's first steps.
+    "mixin, anchors": ({"balance_loss_weight": 0.5, "router_lr_multiplier": 1.0}, {"gradient_accumulation_steps": 2}, False),
     "mixin, mean of the batches": ({"balance_loss_weight": 0.5}, {"gradient_accumulation_steps": 2}, False),
     "learning rates": ({"balance_loss_weight": 0.5}, {}, False),
     "checkpointing": (
@@ -119,7 +122,8 @@ def build_trainer(case: str, folder: Path, output: Path, batches: int, **more) -
     torch.manual_seed(1)
     model = get_peft_model(model, LoRAMoEConfig(r=2, init_weights=False, task_type="CAUSAL_LM", **config))
     kind = BalancedTrainer if case.startswith("mixin") else Trainer
-    trainer = kind(model=model, args=arguments, train_dataset=samples(), data_collator=collate)
+    anchors = {"anchors": ANCHORS, "processing_class": tiny_tokenizer()} if case.endswith("anchors") else {}
+    trainer = kind(model=model, args=arguments, train_dataset=samples(), data_collator=collate, **anchors)
     if case.endswith("mean of the batches"):
         trainer.model_accepts_loss_kwargs = False  # no num_items_in_batch: every batch counts alike
     if case == "learning rates":

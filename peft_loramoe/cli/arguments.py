@@ -6,7 +6,9 @@ import argparse
 
 from . import commands
 from .analysis import add_analysis
+from .anchors import add_anchors
 from .evaluate import add_evaluate
+from .label import add_label
 from .options import (
     Command,
     Parser,
@@ -49,6 +51,8 @@ def build_parser() -> Parser:
     _add_surgery(command_adder(operations.add_parser), *options)
     add_analysis(add)
     add_evaluate(command, options[3])
+    add_anchors(command)
+    add_label(command)
     run = add(
         "run",
         help="run another Python program (lm_eval, trl, a script) in a process that knows LoRAMoE",

@@ -1,0 +1,147 @@
+"""`peft-loramoe label`: task types for mixed data, proposed by what the base model answers already."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..analysis.answer_scores import AnswerScore, score_answers
+from .anchors import base_options, load_base
+from .options import Command, positive
+
+
+DETAILS = """\
+A record is of type 0 (known) if greedy decoding would give its answer, token for token, or if the mean loss per token of the
+answer is at most --max-loss; otherwise of type 1 (new). Look at the records at the border before you train with the types."""
+BINS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # nats per token
+
+
+def add_label(command: Command) -> None:
+    """Add the command to a parser."""
+    parser = command(
+        "label", label, "propose task types for mixed data: what the base model knows already is type 0", DETAILS
+    )
+    parser.add_argument(
+        "data",
+        type=Path,
+        metavar="DATA",
+        help="JSONL file of records with messages, with prompt and completion, or with instruction, input and output",
+    )
+    base_options(parser)
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="JSONL file to write; must not exist"
+    )
+    parser.add_argument(
+        "--max-loss",
+        type=float,
+        default=0.5,
+        metavar="NATS",
+        help="answers up to this mean loss per token are known (default: 0.5, tokens of probability 0.6)",
+    )
+    parser.add_argument(
+        "--examples", type=positive, default=3, metavar="N", help="records shown on each side of the border"
+    )
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="records at a time (default: 16)")
+
+
+def label(options: argparse.Namespace) -> None:
+    """Write the records with a column `task_type`, and show how their losses are distributed."""
+    if options.output.exists():
+        raise FileExistsError(f"The file '{options.output}' exists already. Remove it, or choose another one.")
+    if not options.max_loss >= 0:
+        raise ValueError(f"--max-loss {options.max_loss} must be zero or more.")
+    records = _read(options.data)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    places = [f"{options.data}, record {i}" for i in range(1, len(records) + 1)]
+    pairs = [_question(record, place, tokenizer) for record, place in zip(records, places)]
+    conversations = any(not isinstance(record.get("prompt"), str) for record in records) and bool(
+        tokenizer.chat_template
+    )
+    prompts, answers = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    scores = score_answers(
+        load_base(options), tokenizer, prompts, answers, options.batch_size, add_special_tokens=not conversations
+    )
+    types = [0 if score.correct or score.loss <= options.max_loss else 1 for score in scores]
+    lines = [json.dumps({**record, "task_type": kind}, ensure_ascii=False) for record, kind in zip(records, types)]
+    options.output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    _show(pairs, scores, types, options)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: no valid JSON ({error}).") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: {record!r} is not a record.")
+        if "task_type" in record:
+            raise ValueError(
+                f"{path}, line {number}: has a task_type already; remove the column to have types proposed."
+            )
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path} has no record.")
+    kinds = {isinstance(record.get("prompt"), str) for record in records}
+    if len(kinds) > 1:
+        raise ValueError(f"{path} mixes texts and conversations; label them in files of their own.")
+    return records
+
+
+def _question(record: Mapping[str, Any], place: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the model reads, and the answer."""
+    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+        return record["prompt"], record["completion"]
+    turns = record.get("messages")
+    if turns is None and isinstance(record.get("output"), str):
+        asked = "\n".join(text for text in (record.get("instruction"), record.get("input")) if text)
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
+    if not isinstance(turns, list) or len(turns) < 2 or turns[-1].get("role") != "assistant":
+        raise ValueError(
+            f"{place}: has no question and answer (found: {', '.join(record)}); write messages that end with the assistant's, "
+            "prompt and completion, or instruction and output."
+        )
+    if not tokenizer.chat_template:
+        before = "\n".join(turn["content"] for turn in turns[:-1])
+        return f"### Instruction:\n{before}\n\n### Response:\n", turns[-1]["content"]
+    return tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True), turns[-1]["content"]
+
+
+def _show(
+    pairs: list[tuple[str, str]], scores: list[AnswerScore], types: list[int], options: argparse.Namespace
+) -> None:
+    console, known = Console(highlight=False), types.count(0)
+    right = sum(score.correct for score in scores)
+    console.print(
+        f"Wrote {escape(str(options.output))}: {known} of {len(types)} records are of type 0, {right} of them answered right, "
+        f"and {len(types) - known} of type 1."
+    )
+    table = Table(title="loss of the answers, nats per token")
+    for column in ("up to", "records", "answered right", ""):
+        table.add_column(column, justify="left" if not column else "right")
+    lower = 0.0
+    for upper in (*BINS, float("inf")):
+        inside = [s for s in scores if lower <= s.loss < upper]
+        bar = "#" * round(40 * len(inside) / len(scores))
+        table.add_row(f"{upper:g}", str(len(inside)), str(sum(s.correct for s in inside)), bar)
+        lower = upper
+    console.print(table)
+    unsure = sorted((i for i, s in enumerate(scores) if not s.correct), key=lambda i: scores[i].loss)
+    below = [i for i in unsure if types[i] == 0][-options.examples :]
+    above = [i for i in unsure if types[i] == 1][: options.examples]
+    if below or above:
+        console.print(f"At the border ({options.max_loss:g} nats per token):")
+    for i in (*below, *above):
+        question, answer = (" ".join(text.split()) for text in pairs[i])
+        console.print(escape(f"  type {types[i]}  {scores[i].loss:.2f}  ...{question[-60:]!r} -> {answer[:60]!r}"))
