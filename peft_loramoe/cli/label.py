@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..analysis.answer_scores import AnswerScore, score_answers
+from ..writing import write_whole
 from .anchors import base_options, load_base
 from .options import Command, positive
 
@@ -71,7 +72,7 @@ def label(options: argparse.Namespace) -> None:
     )
     types = [0 if score.correct or score.loss <= options.max_loss else 1 for score in scores]
     lines = [json.dumps({**record, "task_type": kind}, ensure_ascii=False) for record, kind in zip(records, types)]
-    options.output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_whole(options.output, "".join(f"{line}\n" for line in lines))
     _show(pairs, scores, types, options)
 
 
