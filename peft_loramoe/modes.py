@@ -1,4 +1,4 @@
-"""Evaluation mode that is taken back."""
+"""Temporary evaluation mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
+    """Temporarily switch to evaluation mode without gradients; afterwards every module is in its former mode.
+
+    Example:
+        >>> model = nn.Dropout().train()
+        >>> with evaluation_mode(model):
+        ...     model.training
+        False
+        >>> model.training
+        True
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
