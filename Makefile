@@ -1,6 +1,9 @@
 # Everything runs in virtual environments inside this folder, with the versions pinned in the constraints files.
 #   make demo          install and run the whole method on a small model (two CPU cores, under five minutes)
-#   make test          install and run the tests
+#   make test          install and run the tests of every change (two idle cores: under five minutes)
+#   make test-all      also the slow ones and those that start several processes
+#   make test-oldest   what may depend on versions, with the oldest peft and transformers
+#   make test-newest   the same with the newest transformers, peft and TRL, if any is newer than the pinned one
 #   make conformance   run PEFT's own test suite against LoRAMoE
 #   make compatibility write docs/compatibility.md
 #   make study         does a mixture keep what the model knew? (half an hour on two cores; goes on where it was stopped)
@@ -16,7 +19,7 @@ ROWS ?= research/toy/results/rows.jsonl
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(notdir $(CONSTRAINTS))
 
-.PHONY: install demo test test-oldest conformance conformance-oldest compatibility run-compatibility study study-report bench bench-gpu style check-style clean
+.PHONY: install demo test test-slow test-all test-oldest test-newest conformance conformance-oldest compatibility run-compatibility study study-report bench bench-gpu style check-style clean
 
 install: $(STAMP)
 
@@ -30,13 +33,25 @@ $(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
 demo: install
 	$(BIN)/python -m examples.demo
 
+# the second line runs the docstrings' examples
 test: install
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not distributed"
+	$(BIN)/python -m pytest --doctest-modules peft_loramoe
+
+test-slow: install
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "slow or distributed"
+
+test-all: test test-slow
 
 # without lm-eval, and what gives the same answer with every version of peft and transformers
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
-	  PYTEST_ARGS="$(PYTEST_ARGS) -m 'not version_independent' -k 'not lm_eval'"
+	$(MAKE) run-test-oldest VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+run-test-oldest: install
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not version_independent" -k "not lm_eval"
+
+test-newest: install
+	$(BIN)/python .ci/newest.py -- $(PYTEST_ARGS) -m "not version_independent and not slow and not distributed"
 
 conformance: install
 	$(BIN)/python tests/conformance/run.py

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 
 
@@ -110,17 +111,27 @@ def cell(cases: list[tuple[str, str, str]]) -> str:
     return "; ".join(parts).replace("|", "\\|") or "-"
 
 
+def overview(runs: list[dict]) -> list[str]:
+    """Markdown table of the combinations of versions: one row for each run, and how many of its cases passed."""
+    lines = [
+        "| " + " | ".join(("date", "device", "Python", *LIBRARIES, "cases")) + " |",
+        "|" + "---|" * (len(LIBRARIES) + 4),
+    ]
+    for run_ in runs:
+        about, counts = run_["about"], Counter(case["outcome"] for case in run_["cases"])
+        cases = ", ".join(f"{counts[outcome_]} {outcome_}" for outcome_ in ("passed", "failed", "skipped"))
+        versions = [about["versions"].get(library) or "-" for library in LIBRARIES]
+        lines.append("| " + " | ".join((about["date"], about["device"], about["python"], *versions, cases)) + " |")
+    return lines
+
+
 def write_page() -> None:
     """Replace what follows `MARK` in docs/compatibility.md."""
     text, mark, _ = PAGE.read_text().partition(MARK)
     if not mark:
         raise ValueError(f"{PAGE} has no line {MARK!r}; put it where the tables shall begin.")
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("compatibility-*.json"), reverse=True)]
-    lines = [text.rstrip(), "", MARK, "", "## Runs", ""]
-    for run_ in runs:
-        about = run_["about"]
-        versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if v)
-        lines.append(f"- {about['date']}, {about['device']}, Python {about['python']}: {versions}")
+    lines = [text.rstrip(), "", MARK, "", "## Runs", "", *overview(runs)]
     for file, heading in TABLES.items():
         lines += ["", f"## {heading}", "", f"`tests/{file}.py`", "", *table(file, runs)]
     lines += ["", "## PEFT's own tests", "", "`make conformance`", ""]
