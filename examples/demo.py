@@ -2,10 +2,10 @@
 
     python -m examples.demo
 
-builds the model and the data (research/toy/countries.py), fine-tunes as examples/sft.py does, and measures what was learned
-and what was forgotten. Half of the facts are replayed as questions of task type 0; the other half is never shown in
+builds the model and the data (research/toy/countries.py), fine-tunes as `peft-loramoe train` does, and measures what was
+learned and what was forgotten. Half of the facts are replayed as questions of task type 0; the other half is never shown in
 fine-tuning. In the end the adapter is loaded in a new process, which checks that it gives the same logits bit by bit. Options
-that are not listed here are those of sft.py.
+that are not listed here are those of `train`.
 """
 
 import argparse
@@ -31,10 +31,12 @@ from rich.table import Table
 from tqdm import tqdm
 
 import peft_loramoe
-from examples import sft
 from peft_loramoe import LoRAMoEConfig
 from peft_loramoe.analysis import group_weights, plot_group_weights, router_statistics
 from peft_loramoe.card import loading_snippet
+from peft_loramoe.cli import train_run
+from peft_loramoe.cli.arguments import build_parser
+from peft_loramoe.training.sft import LoRAMoESFTTrainer
 from research.toy import countries
 
 
@@ -43,7 +45,7 @@ EVALUATION = {  # name of the file -> what it is called in the table
     "kept-back": "facts never shown",
     "exercises": "digit exercises (new ones)",
 }
-SFT_OPTIONS = [
+TRAIN_OPTIONS = [
     *("--load-in-4bit", "--no-bf16", "--no-gradient-checkpointing"),
     *("--epochs", "4", "--batch-size", "32", "--gradient-accumulation-steps", "1", "--learning-rate", "2e-3"),
     *("--max-length", "128", "--logging-steps", "0.1", "--save-steps", "0", "--eval-steps", "0"),
@@ -53,7 +55,7 @@ INPUTS = ("input_ids", "attention_mask", "task_types")
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The demo's options, and those for sft.py."""
+    """The demo's options, and those for `train`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -68,11 +70,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
 
 
 def build_world(args: argparse.Namespace) -> list[str]:
-    """Model and data as files, and the options of sft.py that name them."""
+    """Model and data as files, and the options of `train` that name them."""
     try:
         facts = countries.build_facts(args.countries)
     except ValueError as error:
-        raise sft.InputError(f"--countries: {error}") from error
+        raise ValueError(f"--countries: {error}") from error
     model = args.output_dir / "toy-model"
     countries.build_world(model, facts, args.pretrain_steps, args.seed)
     questions = countries.knowledge_records(facts)
@@ -93,7 +95,7 @@ def build_world(args: argparse.Namespace) -> list[str]:
 
 
 @torch.no_grad()
-def accuracies(trainer: sft.LoRAMoESFTTrainer) -> dict[str, float]:
+def accuracies(trainer: LoRAMoESFTTrainer) -> dict[str, float]:
     """Share of samples whose answer greedy decoding would give token for token, which one forward pass tells."""
     trainer.model.eval()
     shares = {}
@@ -107,7 +109,7 @@ def accuracies(trainer: sft.LoRAMoESFTTrainer) -> dict[str, float]:
     return shares
 
 
-def batches(trainer: sft.LoRAMoESFTTrainer, *names: str) -> Iterator[dict[str, torch.Tensor]]:
+def batches(trainer: LoRAMoESFTTrainer, *names: str) -> Iterator[dict[str, torch.Tensor]]:
     for name in names:
         yield from tqdm(trainer.get_eval_dataloader(name), desc=EVALUATION[name], leave=False)
 
@@ -117,10 +119,10 @@ def logits_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.T
 
 
 @torch.no_grad()
-def save_check(trainer: sft.LoRAMoESFTTrainer, args: argparse.Namespace, sft_args: argparse.Namespace) -> None:
+def save_check(trainer: LoRAMoESFTTrainer, args: argparse.Namespace, train_args: argparse.Namespace) -> None:
     """What a new process needs to check the saved adapter."""
     batch = next(batches(trainer, "exercises"))
-    loading = {"name": sft_args.model, "load_in_4bit": sft_args.load_in_4bit, "bf16": sft_args.bf16}
+    loading = {"name": train_args.model, "load_in_4bit": train_args.load_in_4bit, "bf16": train_args.bf16}
     logits = logits_of(trainer.model.eval(), batch)
     torch.save({"loading": loading, "threads": args.threads, "batch": batch, "logits": logits}, args.output_dir / "verify.pt")
 
@@ -130,7 +132,7 @@ def verify(output_dir: Path) -> int:
     """Load the saved adapter and compare its logits with the saved ones; the exit code of the new process."""
     saved = torch.load(output_dir / "verify.pt", map_location=PartialState().device)
     torch.set_num_threads(saved["threads"])  # sums over threads round differently
-    model = sft.load_model(**saved["loading"]).to(PartialState().device)
+    model = train_run.load_model(**saved["loading"]).to(PartialState().device)
     logits = logits_of(PeftModel.from_pretrained(model, output_dir / "adapter").eval(), saved["batch"])
     if torch.equal(logits, saved["logits"]):
         print("same logits, bit by bit")
@@ -177,11 +179,11 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     started = time.perf_counter()
     torch.set_num_threads(args.threads)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    options = [*build_world(args), *SFT_OPTIONS, "--seed", str(args.seed), *rest]
-    print(f"fine-tuning as with\n\npython examples/sft.py {shlex.join(options)}\n")
-    sft_args = sft.parse_arguments(options)
+    options = [*build_world(args), *TRAIN_OPTIONS, "--seed", str(args.seed), *rest]
+    print(f"fine-tuning as with\n\npeft-loramoe train {shlex.join(options)}\n")
+    train_args = build_parser().parse_args(["train", *options])
 
-    trainer = sft.build_trainer(sft_args)
+    trainer, _ = train_run.build(train_args)
     config = trainer.model.peft_config["default"]
     trainable, total = trainer.model.get_nb_trainable_parameters()
     before = accuracies(trainer)
@@ -193,7 +195,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     weights = group_weights(statistics.experts)
     plot_group_weights(statistics, args.output_dir / "router.png")
     sizes = {title: len(trainer.eval_dataset[name]) for name, title in EVALUATION.items()}
-    save_check(trainer, args, sft_args)
+    save_check(trainer, args, train_args)
 
     del trainer  # the new process may need its memory
     gc.collect()
@@ -223,7 +225,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         trainable_parameters=trainable,
         parameters=total,
     )
-    print(f"time: {seconds} s\n\nTo load the adapter:\n\n{loading_snippet(sft_args.output_dir, config.to_dict())}")
+    print(f"time: {seconds} s\n\nTo load the adapter:\n\n{loading_snippet(str(train_args.output_dir), config.to_dict())}")
     return 0
 
 
@@ -233,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         return verify(args.output_dir)
     try:
         return run(args, rest)
-    except sft.InputError as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

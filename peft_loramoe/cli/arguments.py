@@ -20,13 +20,14 @@ from .options import (
     rank,
     text_options,
 )
+from .train import add_train
 
 
 PROGRAM = "peft-loramoe"
 DESCRIPTION = """\
-LoRAMoE adapters (mixtures of LoRA experts) for Hugging Face PEFT: look into them, measure what their routers do, convert
-them from and to other formats, change their experts, and run other programs with them. An ADAPTER is a folder with
-adapter_config.json, or the id of such a repository on the Hugging Face Hub."""
+LoRAMoE adapters (mixtures of LoRA experts) for Hugging Face PEFT: train them, look into them, measure what
+their routers do, convert them from and to other formats, change their experts, and run other programs with them. An
+ADAPTER is a folder with adapter_config.json, or the id of such a repository on the Hugging Face Hub."""
 RUN = """\
 Run another Python program in a process that knows LoRAMoE, so that its PeftModel.from_pretrained loads LoRAMoE adapters.
 COMMAND is the name of an installed program, a script's path, or -m MODULE. Python processes that it starts know LoRAMoE
@@ -44,6 +45,7 @@ def build_parser() -> Parser:
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     add = parser.add_subparsers(title="commands", metavar="COMMAND", required=True).add_parser
     command, options = command_adder(add), [output_option(), model_options(), text_options("--calibration"), json_option()]
+    add_train(command)
     _add_files(command, options[0], options[3])
     _add_export(command, options)
     surgery = add("surgery", help="list, add, remove, reorder or merge the experts of a saved adapter")

@@ -3,13 +3,63 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import difflib
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and whose option --config, if it has one, names a file with values of the others."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse the flags, after those that a file named by --config stands for."""
+        if args is not None and "--config" in self._option_string_actions:
+            finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            finder.add_argument("--config", type=Path)
+            if file := finder.parse_known_args(args)[0].config:
+                args = [*self._flags_of(file), *args]  # what comes later counts
+        return super().parse_known_args(args, namespace)
+
+    def _flags_of(self, file: Path) -> list[str]:
+        """The options in a YAML file as flags."""
+        import yaml
+
+        try:
+            options = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self.error(f"--config {file}: cannot be read as YAML ({' '.join(str(error).split())})")
+        if not isinstance(options, dict):
+            self.error(f"--config {file}: must hold lines like `learning-rate: 1e-3`, not {options!r}")
+        known = {flag for flag in self._option_string_actions if flag.startswith("--")} - {"--help", "--config"}
+        flags: list[str] = []
+        for key, value in options.items():
+            flag = "--" + str(key).replace("_", "-")
+            if flag not in known or flag.startswith("--no-"):
+                similar = difflib.get_close_matches(flag, known, n=1)
+                self.error(
+                    f"--config {file}: there is no option '{key}'" + (f"; did you mean {similar[0][2:]}?" if similar else "")
+                )
+            flags += self._flag(flag, value, f"--config {file}: {key}")
+        return flags
+
+    def _flag(self, flag: str, value: Any, place: str) -> list[str]:
+        action = self._option_string_actions[flag]
+        if action.nargs == 0:  # a switch
+            if not isinstance(value, bool):
+                self.error(f"{place} is {value!r}; write true or false")
+            off = "--no-" + flag[2:]
+            return [flag] if value else [off] if off in self._option_string_actions else []
+        if action.type is json_value:
+            return [f"{flag}={value if isinstance(value, str) else json.dumps(value)}"]
+        if value is None:
+            return []
+        if action.nargs == "+":
+            return [flag, *map(str, value if isinstance(value, list) else [value])]
+        if isinstance(value, (bool, list, dict)):
+            self.error(f"{place} is {value!r}; write one value")
+        return [f"{flag}={value}"]
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
@@ -74,6 +124,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' must be an integer, at least 1")
     return int(text)
+
+
+def json_value(text: str) -> Any:
+    """A value in JSON, or a text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def rank(text: str) -> int | float:

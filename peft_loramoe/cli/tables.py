@@ -16,6 +16,7 @@ from ..analysis.names import group_name, type_name
 from ..config import LoRAMoEConfig
 from ..interop import Surgery
 from ..interop.inspect import AdapterSummary, LayerSummary
+from ..training.retention import Retention
 
 
 # Options that have a line of their own, or that say how the file came about.
@@ -177,6 +178,16 @@ def _weights_table(
         numbers = [_number(value, ".3f") for value in (*weights[task_type], *means)]
         table.add_row(f"{records[0]['samples']} {type_name(task_type, names)}", f"{records[0]['tokens']:,}", *numbers)
     return table
+
+
+def show_retention(compared: Mapping[str, Retention], null: bool) -> None:
+    """Print what a training run learned and kept."""
+    title = "Learned and kept: loss in nats per token without and with the adapter, router weight"
+    table = _table(title, "measured on", "samples", "without", "with", "null group" if null else "group 0")
+    for name, result in compared.items():
+        numbers = (_number(value, ".3f") for value in (result.loss_before, result.loss_after))
+        table.add_row(name, str(result.samples), *numbers, _number(result.kept_weight, ".2f"))
+    _console().print(table)
 
 
 def _similarity_table(pairs: list[Mapping[str, Any]]) -> Table:

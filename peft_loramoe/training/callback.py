@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..balance import balance_loss, balance_terms, layer_routing
+from ..config import LoRAMoEConfig
 from ..layer import LoRAMoELinear
 
 
@@ -34,6 +36,8 @@ class RouterCallback(TrainerCallback):
         router/{block}/balance_term             unweighted balance term of one linear, mean over the processes
         router/balance_loss                     weighted sum of all terms: what a loss of this batch alone contains; mean
                                                 over the processes
+        router/null/{type}                      router probability of the null groups, mean over all adapted linears; only
+                                                with `null_groups`
 
     A block is named by its first and last layer ("layers_0-7"), after its stack where there are several
     ("encoder.block_0-3"); linears whose names contain no number are "other_layers". Types and groups have the names of
@@ -43,17 +47,22 @@ class RouterCallback(TrainerCallback):
     Reporters run before other callbacks, so this one cannot add to the logs by itself: the trainer's `log` has to, which is
     what `LoRAMoETrainerMixin` is for. Between log steps nothing is computed.
 
+    With null groups it also watches whether the routers learn to tell the task types apart. After the warm-up, and not before
+    a quarter of the steps, it warns once if the null groups' weight on the null groups' own types is hardly larger than on
+    the others, or if one of the two kinds does not occur.
+
     Args:
-        layer_groups: number of blocks that the adapted layers of each stack are divided into.
+        layer_groups: number of blocks that the adapted layers of each stack are divided into; 0 for the last two metrics only.
 
     Raises:
-        ValueError: `layer_groups` is not a positive integer.
+        ValueError: `layer_groups` is negative or no integer.
     """
 
     def __init__(self, layer_groups: int = 3) -> None:
-        if not isinstance(layer_groups, int) or isinstance(layer_groups, bool) or layer_groups < 1:
-            raise ValueError(f"layer_groups={layer_groups!r} must be a positive integer.")
+        if not isinstance(layer_groups, int) or isinstance(layer_groups, bool) or layer_groups < 0:
+            raise ValueError(f"layer_groups={layer_groups!r} must be an integer, at least 0.")
         self.layer_groups = layer_groups
+        self._separation = _Separation()
         self._metrics: dict[str, float] = {}
         self._step_done: int | None = None
 
@@ -70,7 +79,7 @@ class RouterCallback(TrainerCallback):
             raise ValueError(
                 f"{type(model).__name__} has no LoRAMoE layers: attach them with get_peft_model, or leave RouterCallback out."
             )
-        self._metrics, self._step_done = {}, None
+        self._metrics, self._step_done, self._separation = {}, None, _Separation()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -81,7 +90,13 @@ class RouterCallback(TrainerCallback):
         if control.should_log and self._step_done != state.global_step:
             self._step_done = state.global_step
             with torch.no_grad():
-                self._metrics = _metrics(model, self.layer_groups, args.device)
+                table, config = _table(model, args.device), _config(model)
+                self._metrics = _metrics(table, model, self.layer_groups)
+            if self._separation.is_watched(config):
+                warm_up = max(args.get_warmup_steps(state.max_steps), state.max_steps // 4)
+                message = self._separation.add(_null_weights(table, config), config, state.global_step > warm_up)
+                if message and state.is_world_process_zero:
+                    warnings.warn(f"After {state.global_step} of {state.max_steps} steps {message}")
 
     on_epoch_end = on_step_end  # logging_strategy="epoch" decides there
 
@@ -100,6 +115,52 @@ class RouterCallback(TrainerCallback):
                 "The trainer logged without taking RouterCallback's metrics, which would be lost. Put the mixin before the "
                 "trainer, `class MyTrainer(LoRAMoETrainerMixin, SFTTrainer)`, or leave the callback out."
             )
+
+
+class _Separation:
+    """Whether the null groups' weight tells the task types apart, from the last few measurements after the warm-up."""
+
+    MEASUREMENTS = 3
+    SHARE = 0.25  # of the difference that the balance term aims at, below which types are not told apart
+
+    def __init__(self) -> None:
+        self._last: list[tuple[float | None, float | None]] = []  # weight on the null groups' own types, on the others
+        self._judged = False
+
+    def is_watched(self, config: LoRAMoEConfig) -> bool:
+        """Whether the types are to be told apart, and no warning was given yet."""
+        aims = config.balance_loss_weight > 0 and config.balance_delta > 0 and config.balance_target != "paper"
+        return not self._judged and bool(config.null_groups) and aims
+
+    def add(self, weights: dict[int, float], config: LoRAMoEConfig, warm: bool) -> str | None:
+        """Take a measurement, null weight by type; returns what is wrong, at most once."""
+        if not warm:
+            return None
+        own = [weight for task_type, weight in weights.items() if task_type in config.null_groups]
+        others = [weight for task_type, weight in weights.items() if task_type >= 0 and task_type not in config.null_groups]
+        self._last.append((_mean(own), _mean(others)))
+        if len(self._last) < self.MEASUREMENTS:
+            return None
+        known, tasks = (_mean([w for w in column if w is not None]) for column in zip(*self._last[-self.MEASUREMENTS :]))
+        if known is None:
+            self._judged = True
+            types = " or ".join(map(str, config.null_groups))
+            return (
+                f"no sample of type {types} was seen: nothing tells the routers what to leave to the base model. "
+                "Give the trainer anchors, or samples of that type."
+            )
+        if tasks is None or known - tasks >= self.SHARE * config.balance_delta:
+            return None
+        self._judged = True
+        return (
+            f"the routers hardly tell the task types apart: the null group's weight is {known:.2f} on what the model knows and "
+            f"{tasks:.2f} on the tasks. Raise router_lr_multiplier (now {config.router_lr_multiplier:g}), the learning rate or "
+            f"balance_loss_weight (now {config.balance_loss_weight:g}), train for longer, or check the task types."
+        )
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 @dataclass(frozen=True)
@@ -144,28 +205,54 @@ def _table(model: nn.Module, device: torch.device) -> _Table:
     return _Table(rows, list(groups.values()), by_type.cpu(), terms.cpu())
 
 
-def _metrics(model: nn.Module, layer_groups: int, device: torch.device) -> dict[str, float]:
-    table = _table(model, device)
-    configs = next(m.peft_config for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict))
+def _configs(model: nn.Module) -> dict[str, LoRAMoEConfig]:
+    return next(m.peft_config for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict))
+
+
+def _config(model: nn.Module) -> LoRAMoEConfig:
+    """The configuration of the first active adapter."""
+    layer = next(module for module in model.modules() if isinstance(module, LoRAMoELinear))
+    return layer.recorder.configs[next(name for name in (*layer.active_adapters, *layer.loramoe_experts))]
+
+
+def _null_weights(table: _Table, config: LoRAMoEConfig) -> dict[int, float]:
+    """Router probability of the null groups by task type (-1 for unknown), mean over the linears that saw the type."""
+    by_type: dict[int, list[float]] = {}
+    for groups, sums_of_types in zip(table.groups, table.by_type):
+        for index, sums in enumerate(sums_of_types):
+            if (tokens := sums[-1]) > 0 and config.null_groups:
+                by_group = sums[: sum(groups)].split(groups)
+                weight = sum(by_group[group].sum() for group in config.null_groups) / tokens
+                by_type.setdefault(index - 1, []).append(weight.item())
+    return {index: sum(weights) / len(weights) for index, weights in by_type.items()}
+
+
+def _metrics(table: _Table, model: nn.Module, layer_groups: int) -> dict[str, float]:
+    configs = _configs(model)
     used = table.by_type[..., -1].sum(-1) > 0
     active = list(dict.fromkeys(adapter for (adapter, _), row in table.rows.items() if used[row]))
     values: dict[str, list[float]] = {}
     for adapter in active:
         rows = {layer: row for (name, layer), row in table.rows.items() if name == adapter and used[row]}
-        for block, layers in layer_blocks(list(rows), layer_groups).items():
+        for block, layers in layer_blocks(list(rows), layer_groups).items() if layer_groups else ():
             prefix = f"router/{adapter}/{block}" if len(active) > 1 else f"router/{block}"
             for row in (rows[layer] for layer in layers):
                 for name, value in _metrics_of_row(table, row, configs[adapter].task_type_names).items():
                     values.setdefault(f"{prefix}/{name}", []).append(value)
+    if not active:
+        return {}
+    config, nulls = configs[active[0]], {}
+    if len(active) == 1:
+        unknown, names = _type_names(config.task_type_names, len(config.groups_of()))
+        nulls = {f"router/null/{[unknown, *names][i + 1]}": weight for i, weight in _null_weights(table, config).items()}
     metrics = {name: sum(of_layers) / len(of_layers) for name, of_layers in values.items()}
-    return {**metrics, "router/balance_loss": _ratio(table.terms[-1])} if metrics else {}
+    return {**metrics, **nulls, "router/balance_loss": _ratio(table.terms[-1])}
 
 
 def _metrics_of_row(table: _Table, row: int, names: list[str] | None) -> dict[str, float]:
     groups = table.groups[row]
     group_names = names or [f"group_{group}" for group in range(len(groups))]
-    type_names = names or [f"type_{group}" for group in range(len(groups))]
-    unknown = "unknown" if "unknown" not in type_names else "type_-1"
+    unknown, type_names = _type_names(names, len(groups))
     metrics: dict[str, float] = {}
     for name, sums in zip([unknown, *type_names], table.by_type[row]):
         if (tokens := sums[-1]) > 0:
@@ -178,6 +265,12 @@ def _metrics_of_row(table: _Table, row: int, names: list[str] | None) -> dict[st
     if table.terms[row, 1] > 0:
         metrics["balance_term"] = _ratio(table.terms[row])
     return metrics
+
+
+def _type_names(names: list[str] | None, count: int) -> tuple[str, list[str]]:
+    """What samples without a type, and those of each type, are called."""
+    type_names = names or [f"type_{index}" for index in range(count)]
+    return "unknown" if "unknown" not in type_names else "type_-1", type_names
 
 
 def _ratio(sum_and_count: Tensor) -> float:

@@ -35,8 +35,8 @@ class LoRAMoETrainerMixin:
     arguments of its own choice, packs samples (TRL's "bfd" and "bfd_split") or flattens them. The balance term is added to
     the loss that `compute_loss` returns, in training only; the micro-batches of an accumulated batch count equally, and all
     passes of one `compute_loss` form one batch. A micro-batch without label tokens has a task loss of zero, and its term. A
-    `RouterCallback` among the callbacks adds its numbers to the trainer's log. With a model without LoRAMoE layers the
-    trainer is the plain one.
+    `RouterCallback` among the callbacks adds its numbers to the trainer's log, which also has the parts of `loss`: the task
+    loss `model_loss` and the weighted `balance_loss`. With a model without LoRAMoE layers the trainer is the plain one.
 
     Anchors are short texts that stand for what the model knows (`sample_anchors`). Every training micro-batch draws a few of
     them for a forward pass of their own, as samples of type 0: the balance term is computed over both. Samples are of type 1
@@ -77,6 +77,7 @@ class LoRAMoETrainerMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._added, self._steps_added = {}, 0.0  # to the trainer's loss since it logged, over so many optimizer steps
         config = _config_of(self.model)
         if config is not None:
             _check_parallelism(self.accelerator)
@@ -118,11 +119,12 @@ class LoRAMoETrainerMixin:
         loss = result[0] if return_outputs else result
         if unlabelled is not None:  # the mean over no labels is not a number
             loss = torch.where(unlabelled.to(loss.device) & loss.isnan(), torch.zeros_like(loss), loss)
-        share = self._share(num_items_in_batch)
-        if config is not None:
-            loss = loss + (balance_loss(model) * share).to(loss.device, loss.dtype)
-        if anchor_loss is not None:
-            loss = loss + (anchor_loss * share).to(loss.device, loss.dtype)
+        added = {"balance_loss": None if config is None else balance_loss(model), "anchor_loss": anchor_loss}
+        for name, term in added.items():
+            if term is not None:
+                loss = loss + (term * self._share(num_items_in_batch)).to(loss.device, loss.dtype)
+                self._added[name] = self._added.get(name, 0.0) + term.detach() / self.current_gradient_accumulation_steps
+        self._steps_added += 1 / self.current_gradient_accumulation_steps
         return (loss, *result[1:]) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -146,7 +148,13 @@ class LoRAMoETrainerMixin:
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The trainer's log, with the anchors' loss and what `RouterCallback` measured in this step."""
+        """The trainer's log, with the parts of its loss, and what `RouterCallback` measured in this step."""
+        if "loss" in logs and self._added:
+            means = {name: self._mean(total / self._steps_added) for name, total in self._added.items()}
+            logs = {**logs, "model_loss": logs["loss"] - sum(means.values())}
+            if "balance_loss" in means:
+                logs["balance_loss"] = means["balance_loss"]
+            self._added, self._steps_added = {}, 0.0
         if self._anchors is not None and "loss" in logs and (anchor_loss := self._anchors.take_loss()) is not None:
             logs = {**logs, "anchor_loss": anchor_loss}
         for callback in self.callback_handler.callbacks:
@@ -230,6 +238,10 @@ class LoRAMoETrainerMixin:
     def _is_unlabelled(self, inputs: Mapping[str, Any]) -> Tensor | None:
         tokens = label_tokens(inputs, getattr(self, "_loss_shifts_labels", False))
         return None if tokens is None else tokens == 0
+
+    def _mean(self, value: Tensor) -> float:
+        """Over the processes."""
+        return self.accelerator.reduce(value, reduction="mean").item()
 
 
 def _config_of(model: nn.Module) -> LoRAMoEConfig | None:

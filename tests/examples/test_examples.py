@@ -22,7 +22,7 @@ PREFERENCES = [
     {"prompt": record["prompt"], "chosen": record["completion"], "rejected": " 7", "task_type": record["task_type"]}
     for record in RECORDS
 ]
-DATA = {"quickstart": None, "dpo": PREFERENCES, "own_loop": RECORDS, "sharded": RECORDS}
+DATA = {"quickstart": None, "sft": RECORDS, "dpo": PREFERENCES, "own_loop": RECORDS, "sharded": RECORDS}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,8 @@ def options(toy_folder, tmp_path):
         words = command(example)
         given = words[words.index(f"examples/{example}.py") + 1 :]
         given += ["--model", str(toy_folder), "--output-dir", str(tmp_path / "adapter")]
+        if "--anchors" in given:
+            given += ["--anchors", str(write_lines(tmp_path / "anchors.jsonl", *({"text": f"Beijing {n}"} for n in range(5))))]
         if DATA[example]:
             given += ["--train-file", str(write_lines(tmp_path / "train.jsonl", *DATA[example]))]
         return given
@@ -59,14 +61,14 @@ def check_adapter(folder):
     AutoPeftModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("example", ["quickstart", "dpo", "own_loop"])
+@pytest.mark.parametrize("example", ["quickstart", "sft", "dpo", "own_loop"])
 def test_example_trains_an_adapter_that_loads(example, options, tmp_path, monkeypatch, capsys):
     assert command(example)[:2] == ["python", f"examples/{example}.py"]
     monkeypatch.setattr(sys, "argv", [f"{example}.py", *options(example)])
     runpy.run_path(str(ROOT / "examples" / f"{example}.py"), run_name="__main__")
     check_adapter(tmp_path / "adapter")
     printed = capsys.readouterr().out
-    expected = {"quickstart": "balance 0.", "dpo": "'train_loss'", "own_loop": "task type 1: weight"}
+    expected = {"quickstart": "balance 0.", "sft": "'train_loss'", "dpo": "'train_loss'", "own_loop": "task type 1: weight"}
     assert expected[example] in printed
 
 

@@ -1,0 +1,261 @@
+"""The arguments of `train`, and what is made of them: configurations, records, model, trainer."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import types
+import typing
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig
+
+from ..config import LoRAMoEConfig
+from ..training import LoRAMoETrainerMixin
+from .options import Command, json_value, positive
+
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+
+DETAILS = """\
+Fine-tune a causal language model with LoRAMoE, so that it learns the tasks in your data and keeps what it knew.
+
+The data are JSON records, in a list or one a line, in any of these formats, also mixed:
+
+  {"messages": [{"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": "Paris"}]}
+  {"instruction": "What is the capital of France?", "input": "", "output": "Paris"}
+  {"prompt": "The capital of France is", "completion": " Paris."}
+  {"text": "Paris is the capital of France."}
+
+Messages and instructions go through the tokenizer's chat template; prompts and texts are used as they are. Only answers are
+learned: all of a conversation's where the chat template marks them ({% generation %}) or TRL knows a version of it that does,
+else the last.
+
+--anchors names a file of texts that stand for what the model knows, which `peft-loramoe anchors` samples from the model. They
+are of task type 0, your records of type 1. With a column task_type, an index, a name of --task-type-names or -1 for unknown,
+the records say it themselves."""
+EXAMPLES = """\
+examples:
+  peft-loramoe train --model Qwen/Qwen3-0.6B --train-file data.jsonl --anchors anchors.jsonl -o adapter
+  peft-loramoe train --model Qwen/Qwen3-8B --train-file data.jsonl --anchors anchors.jsonl --load-in-4bit --packing
+  peft-loramoe train --config train.yaml --learning-rate 5e-4
+  accelerate launch -m peft_loramoe train --config train.yaml
+
+In the file of --config, flags are keys: `learning-rate: 1e-3`, `train-file: [a.jsonl, b.jsonl]`, `packing: true`."""
+
+# flag -> (field of SFTConfig, type, default, help)
+TRAINING_OPTIONS = {
+    "epochs": ("num_train_epochs", float, 3.0, "passes over the training data"),
+    "max-steps": ("max_steps", int, -1, "optimizer steps, in place of --epochs; -1 for none"),
+    "batch-size": ("per_device_train_batch_size", int, 8, "samples (with --packing, rows) per device and step"),
+    "gradient-accumulation-steps": ("gradient_accumulation_steps", int, 4, "batches per optimizer step"),
+    "learning-rate": ("learning_rate", float, 2e-4, "peak learning rate of the experts; it decays along a cosine"),
+    "warmup-steps": ("warmup_steps", int, 10, "steps in which the learning rate rises"),
+    "weight-decay": ("weight_decay", float, 0.0, "AdamW's weight decay"),
+    "max-length": (
+        "max_length",
+        int,
+        1024,
+        "tokens of a sample; the rest is cut off. With --packing, tokens of a row",
+    ),
+    "packing": (
+        "packing",
+        bool,
+        False,
+        "put several samples into a row in place of padding; they do not see each other",
+    ),
+    "bf16": ("bf16", bool, True, "load the model in bfloat16 and train under bfloat16 autocast"),
+    "gradient-checkpointing": ("gradient_checkpointing", bool, True, "recompute activations in the backward pass"),
+    "logging-steps": ("logging_steps", float, 10, "steps between two log entries; below 1, a share of all steps"),
+    "save-steps": ("save_steps", float, 500, "the same for checkpoints, of which the last two are kept; 0 for none"),
+    "eval-steps": ("eval_steps", float, 500, "the same for the loss on the evaluation data; 0 for the end only"),
+    "report-to": ("report_to", str, "none", "tensorboard, wandb or another of transformers' integrations"),
+    "seed": ("seed", int, 0, "seed of the adapter, the order of the data and dropout"),
+}
+# Options of LoRAMoEConfig that most runs are about.
+MAIN_OPTIONS = (
+    *(
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "num_experts",
+        "expert_groups",
+        "null_groups",
+        "task_type_names",
+        "target_modules",
+    ),
+    *("balance_loss_weight", "balance_delta", "router_lr_multiplier"),
+)
+PRESETS = {"retain": LoRAMoEConfig.retain, "paper": LoRAMoEConfig.paper, "plain": LoRAMoEConfig}
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def add_train(command: Command) -> None:
+    """Add the command to a parser."""
+    parser = command("train", train, "fine-tune a model with LoRAMoE on your own data", "")
+    parser.description, parser.epilog, parser.formatter_class = DETAILS, EXAMPLES, argparse.RawDescriptionHelpFormatter
+    parser.usage = "%(prog)s --model MODEL (--train-file FILE ... | --dataset ID) [options]"
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with values of the options; flags override them")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", required=True, help="Hub id or folder of a causal language model")
+    model.add_argument("--load-in-4bit", action=switch, default=False, help="quantise it to NF4 with bitsandbytes (QLoRA)")
+    model.add_argument("--attention", metavar="NAME", help="its attn_implementation, e.g. flash_attention_2")
+    model.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template, in place of the tokenizer's own")
+    model.add_argument(
+        *("-o", "--output-dir"),
+        type=Path,
+        default=Path("loramoe-adapter"),
+        metavar="FOLDER",
+        help="for the adapter, the checkpoints and the logs (default: %(default)s)",
+    )
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--train-file", type=Path, nargs="+", metavar="FILE", help="JSON or JSON lines")
+    data.add_argument("--dataset", metavar="ID", help="Hub id or folder of a data set with these columns, instead")
+    data.add_argument("--dataset-config", metavar="NAME", help="configuration of --dataset, if it has several")
+    data.add_argument(
+        "--train-split", default="train", metavar="NAME", help="split of --dataset to train on (default: %(default)s)"
+    )
+    data.add_argument("--eval-file", type=Path, nargs="+", metavar="FILE", help="each file's loss is reported by its name")
+    data.add_argument("--eval-split", metavar="NAME", help="split of --dataset to evaluate on")
+    data.add_argument("--answer-only", action=switch, default=True, help="learn the answers only, not the prompts")
+
+    anchors = parser.add_argument_group("what the model is to keep")
+    anchors.add_argument("--anchors", type=Path, metavar="FILE", help="anchors, JSON lines; a tenth is held back to measure on")
+    defaults = inspect.signature(LoRAMoETrainerMixin.__init__).parameters
+    for name, kind, text in (
+        (
+            "anchor_loss_weight",
+            float,
+            "weight of the language-modelling loss on anchors; with 0 the balance term alone sees them",
+        ),
+        ("anchors_per_batch", positive, "anchors of each batch (default: a tenth of its samples)"),
+        ("anchors_every", positive, "draw anchors for every n-th batch only"),
+    ):
+        default = defaults[name].default
+        text += f" (default: {default})" if default is not None else ""
+        anchors.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
+
+    training = parser.add_argument_group("training")
+    for flag, (_, kind, default, text) in TRAINING_OPTIONS.items():
+        parse = {"action": switch} if kind is bool else {"type": kind, "metavar": "N" if kind is not str else "NAME"}
+        training.add_argument(f"--{flag}", default=default, help=f"{text} (default: {default})", **parse)
+    training.add_argument("--loraplus-ratio", type=float, metavar="N", help="B learns this many times faster than A (LoRA+)")
+    training.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in --output-dir")
+    training.add_argument(
+        "--trainer-args",
+        type=json_value,
+        metavar="JSON",
+        default={},
+        help="""any other options of trl.SFTConfig, e.g. '{"optim": "paged_adamw_8bit"}'; they overrule those above""",
+    )
+    _add_config_options(
+        parser.add_argument_group("LoRAMoE", "The preset and what to change of it."),
+        parser.add_argument_group("more of LoRAMoE"),
+    )
+
+
+def _add_config_options(main: argparse._ArgumentGroup, more: argparse._ArgumentGroup) -> None:
+    """A flag for every option of `LoRAMoEConfig`, with the type and the help that stand there."""
+    main.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="retain",
+        help="retain: null experts leave what the model knows to the base model; paper: the method as its authors trained it; "
+        "plain: the defaults of LoRAMoEConfig (default: retain)",
+    )
+    hints, presets = typing.get_type_hints(LoRAMoEConfig), (LoRAMoEConfig.retain(), LoRAMoEConfig.paper())
+    for field in config_fields():
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):
+            alternatives = [k for k in typing.get_args(kind) if k is not types.NoneType]
+            kind = alternatives[0] if len(alternatives) == 1 else None
+        if kind is bool:
+            parse = {"action": argparse.BooleanOptionalAction}
+        elif kind in (int, float, str):
+            parse = {"type": kind, "metavar": "NAME" if kind is str else "N"}
+        else:
+            parse = {"type": json_value, "metavar": "JSON"}
+        ours, papers = (json.dumps(value, default=list) for value in (getattr(preset, field.name) for preset in presets))
+        text = field.metadata["help"].rstrip(".").replace("None", "null").replace("True", "true").replace("False", "false")
+        text = f"{text[0].lower()}{text[1:]} (default: {ours if ours == papers else f'{ours}; paper: {papers}'})"
+        group = main if field.name in MAIN_OPTIONS else more
+        flag = f"--{field.name.replace('_', '-')}"
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **parse)
+
+
+def config_fields() -> list[dataclasses.Field]:
+    """The options that `LoRAMoEConfig` adds to PEFT's, without the version that it fills in itself; the main ones first."""
+    inherited = {field.name for field in dataclasses.fields(PeftConfig)} | {"peft_loramoe_version"}
+    fields = {field.name: field for field in dataclasses.fields(LoRAMoEConfig) if field.name not in inherited}
+    return [fields.pop(name) for name in MAIN_OPTIONS] + list(fields.values())
+
+
+# --- what they ask for ------------------------------------------------------------------------------------------------
+
+
+def train(options: Namespace) -> None:
+    """Train an adapter and save it."""
+    from .train_run import run  # needs trl, which the other commands do without
+
+    if (options.train_file is None) == (options.dataset is None):
+        raise ValueError("give either --train-file or --dataset.")
+    if options.eval_split and options.dataset is None:
+        raise ValueError(f"--eval-split {options.eval_split} is a split of --dataset; with --train-file, give --eval-file.")
+    for name in ("anchor_loss_weight", "anchors_per_batch", "anchors_every"):
+        if getattr(options, name) is not None and options.anchors is None:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} has no effect without --anchors.")
+    run(options)
+
+
+def adapter_config(options: Namespace) -> LoRAMoEConfig:
+    """The preset with what the flags change of it."""
+    given = {field.name: getattr(options, field.name) for field in config_fields() if hasattr(options, field.name)}
+    return PRESETS[options.preset](task_type="CAUSAL_LM", **given)
+
+
+def training_config(options: Namespace, **more: Any) -> SFTConfig:
+    """SFTConfig of the flags; `more` is what the data call for."""
+    import torch
+    from trl import SFTConfig
+
+    chosen = {name: getattr(options, flag.replace("-", "_")) for flag, (name, *_) in TRAINING_OPTIONS.items()}
+    fixed = {
+        "output_dir": str(options.output_dir),
+        "per_device_eval_batch_size": options.batch_size,
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "steps" if options.save_steps else "no",
+        "save_total_limit": 2,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # reentrant gives the balance term no gradient
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,  # every parameter of an adapter is used in every step
+    }
+    known = [field.name for field in dataclasses.fields(SFTConfig) if field.init]
+    try:
+        return SFTConfig(**{**chosen, **fixed, **more, **_checked(options.trainer_args, known)})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"SFTConfig refuses the training options: {error}") from error
+
+
+def _checked(trainer_args: Any, known: Iterable[str]) -> dict[str, Any]:
+    if not isinstance(trainer_args, dict):
+        raise ValueError(f'--trainer-args {trainer_args!r} is not a JSON object; write it like \'{{"optim": "adafactor"}}\'.')
+    for name in trainer_args:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=1)
+            fix = f"did you mean '{similar[0]}'?" if similar else "the documentation of trl.SFTConfig lists them."
+            raise ValueError(f"--trainer-args: SFTConfig has no option '{name}'; {fix}")
+    return trainer_args

@@ -1,0 +1,360 @@
+"""What `train` does once its arguments are known: read, load, train, save, compare."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, disable_progress_bars, load_dataset
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerState,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+
+from ..card import loading_snippet
+from ..config import LoRAMoEConfig
+from ..training import RouterCallback, last_complete_checkpoint, read_anchors
+from ..training.collator import COLUMN
+from ..training.records import Record, Tokenized, check_records, read_records, tokenize_records
+from ..training.retention import measure_retention
+from ..training.sft import LoRAMoESFTTrainer, marked_chat_template
+from . import tables
+from .train import adapter_config, training_config
+
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+
+MEASURED = 64  # samples of each kind that the comparison at the end reads
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def run(options: Namespace) -> None:
+    """Train as the options say."""
+    disable_progress_bars()  # of datasets: those of steps that take no time
+    # The new names do not exist in all supported versions of transformers, and PEFT uses the old ones too.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+    checkpoint = checkpoint_to_resume(options)
+    trainer, measured = build(options)
+    if trainer.is_world_process_zero():
+        trainer.model.print_trainable_parameters()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.eval_dataset:
+        trainer.save_metrics("eval", trainer.evaluate())
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # one file, not one for each process
+    trainer.save_model()
+    config = trainer.model.peft_config["default"]
+    compared = {name: measure_retention(trainer, dataset) for name, dataset in measured.items()}
+    if trainer.is_world_process_zero():
+        tables.show_retention(compared, null=bool(config.null_groups))
+        print(
+            f"Wrote {options.output_dir}. To load the adapter:\n\n{loading_snippet(str(options.output_dir), config.to_dict())}"
+        )
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    PartialState().destroy_process_group()
+
+
+def checkpoint_to_resume(options: Namespace) -> str | None:
+    """The checkpoint to go on from, if that is wanted; an earlier run's results are not overwritten.
+
+    Raises:
+        ValueError: the output folder holds results of an earlier run, and --resume is not given.
+    """
+    checkpoint = last_complete_checkpoint(options.output_dir)
+    found = Path(checkpoint).name if checkpoint else ADAPTER_FILE
+    if not options.resume and (checkpoint or (options.output_dir / ADAPTER_FILE).exists()):
+        fix = "continue it with --resume, or " if checkpoint else ""
+        raise ValueError(f"--output-dir {options.output_dir} holds {found} of an earlier run; {fix}give another folder.")
+    if options.resume:
+        where = (
+            f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {options.output_dir}: starting afresh"
+        )
+        say(where)
+    return checkpoint
+
+
+def build(options: Namespace) -> tuple[LoRAMoESFTTrainer, dict[str, Any]]:
+    """The trainer, up to the first step, and the data sets that the comparison at the end reads, by name."""
+    config = adapter_config(options)
+    train, evaluation = read_data(options, config)
+    kept, held_back = split_anchors(options.anchors)
+    say_what_was_read(train, len(kept), len(held_back), config)
+    tokenizer = load_tokenizer(options)
+    training = training_config(options, eval_strategy="steps" if evaluation and options.eval_steps else "no")
+    check_checkpointing(training, config)
+    template = marked_template([*train, *(record for records in evaluation.values() for record in records)], tokenizer)
+
+    def tokenized(records: list[Record], name: str) -> Tokenized:
+        # Packing with "bfd_split" continues a record in the next row.
+        limit = None if training.packing and training.packing_strategy == "bfd_split" else training.max_length
+        tokens = tokenize_records(
+            records,
+            tokenizer,
+            answers_only=options.answer_only,
+            marked_template=template,
+            max_length=limit,
+            progress=f"tokens of {name}" if training.process_index == 0 else None,
+        )
+        say_what_is_cut(tokens, len(records), name, training.max_length)
+        return tokens
+
+    train_dataset = tokenized(train, "the training data").dataset
+    eval_datasets = {name: tokenized(records, name).dataset for name, records in evaluation.items()}
+    measured = {
+        f"{name}, {type_name(task_type, config)}": part
+        for name, dataset in (eval_datasets or {"training data": train_dataset}).items()
+        for task_type, part in by_type(dataset).items()
+    }
+    if held_back:
+        measured["anchors held back"] = tokenize_texts(held_back, tokenizer, training.max_length)
+    trainer = LoRAMoESFTTrainer(
+        model=load_model(options.model, options.load_in_4bit, training.bf16, options.attention),
+        args=training,
+        train_dataset=train_dataset,
+        eval_dataset=eval_datasets or None,
+        processing_class=tokenizer,
+        peft_config=config,
+        loraplus_lr_ratio=options.loraplus_ratio,
+        callbacks=[RouterCallback() if training.report_to else RouterCallback(layer_groups=0)],
+        **anchor_options(options, kept),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressLines(show_bar=not training.disable_tqdm))
+    return trainer, measured
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def read_data(options: Namespace, config: LoRAMoEConfig) -> tuple[list[Record], dict[str, list[Record]]]:
+    """The records to train on, and those to evaluate on by name."""
+    if options.dataset:
+        train = read_split(options, options.train_split, config)
+    else:
+        train = [record for path in options.train_file for record in read_records(path, config)]
+    evaluation = {options.eval_split: read_split(options, options.eval_split, config)} if options.eval_split else {}
+    for path in options.eval_file or ():
+        if path.stem in evaluation:
+            raise ValueError(f"--eval-file {path}: there is another evaluation set called '{path.stem}'; rename one of them.")
+        evaluation[path.stem] = read_records(path, config)
+    return train, evaluation
+
+
+def read_split(options: Namespace, split: str, config: LoRAMoEConfig) -> list[Record]:
+    """The records of a split of --dataset."""
+    try:
+        rows = load_dataset(options.dataset, options.dataset_config, split=split)
+    except Exception as error:  # the errors of datasets have no common base
+        raise ValueError(f"--dataset {options.dataset}, split '{split}': {error}") from error
+    place = f"{options.dataset}, {split}"
+    return check_records(((f"{place}, row {number}", row) for number, row in enumerate(rows)), place, config)
+
+
+def split_anchors(path: Path | None) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The anchors to train with, and every tenth, at most 64, to measure on; of few anchors none is held back."""
+    anchors = [] if path is None else read_anchors(path)
+    step = max(10, math.ceil(len(anchors) / MEASURED))
+    held_back = anchors[step - 1 :: step]
+    return [anchor for i, anchor in enumerate(anchors, 1) if i % step], held_back
+
+
+def marked_template(records: Iterable[Record], tokenizer: Any) -> str | None:
+    """A chat template with which all answers of conversations are learned, if one is needed and known."""
+    if not tokenizer.chat_template or not any(record.earlier_answers for record in records):
+        return None
+    template = marked_chat_template(tokenizer)
+    if template is None:
+        say(
+            "Only the last answer of each conversation is learned: the chat template does not mark answers with "
+            "{% generation %}, and TRL knows no version of it that does (--chat-template can give one)."
+        )
+    return template
+
+
+def tokenize_texts(anchors: list[dict[str, str]], tokenizer: Any, max_length: int | None) -> Dataset:
+    """Anchors as the trainer reads them: one that begins with a special token gets no further ones."""
+    special, rows = tuple(tokenizer.all_special_tokens), []
+    for anchor in anchors:
+        ids = tokenizer(anchor["text"], add_special_tokens=not anchor["text"].startswith(special))["input_ids"][:max_length]
+        rows.append({"input_ids": ids, "labels": ids})
+    return Dataset.from_list(rows)
+
+
+def by_type(dataset: Dataset) -> dict[int, Dataset]:
+    """For each task type some of its samples, evenly spread."""
+    indices: dict[int, list[int]] = {}
+    for index, task_type in enumerate(dataset[COLUMN]):
+        indices.setdefault(task_type, []).append(index)
+    samples = dataset.remove_columns(COLUMN)
+    return {
+        task_type: samples.select(of_type[:: math.ceil(len(of_type) / MEASURED)])
+        for task_type, of_type in sorted(indices.items())
+    }
+
+
+def type_name(task_type: int, config: LoRAMoEConfig) -> str:
+    """What a task type is called."""
+    if task_type < 0:
+        return "unknown type"
+    return config.task_type_names[task_type] if config.task_type_names else f"type {task_type}"
+
+
+def say_what_was_read(records: list[Record], kept: int, held_back: int, config: LoRAMoEConfig) -> None:
+    """Print the number of records by type, and warn if none is of a type that the model is to keep."""
+    counts = Counter(record.task_type for record in records)
+    parts = ", ".join(f"{count:,} {type_name(task_type, config)}" for task_type, count in sorted(counts.items()))
+    anchors = f"; {kept + held_back:,} anchors, {held_back} of them held back to measure on" if kept else ""
+    say(f"{len(records):,} training records: {parts}{anchors}")
+    if config.null_groups and not kept and not any(counts[group] for group in config.null_groups):
+        _warn(
+            "All records are of one kind, so nothing tells the routers what to leave to the base model. Sample anchors with "
+            "`peft-loramoe anchors` and give them with --anchors, or add records of task_type 0."
+        )
+
+
+def say_what_is_cut(tokens: Tokenized, records: int, name: str, limit: int | None) -> None:
+    """Say what --max-length takes away.
+
+    Raises:
+        ValueError: it leaves nothing.
+    """
+    if tokens.left_out == records:
+        raise ValueError(f"{name}: in every record the prompt alone fills --max-length {limit}; raise it.")
+    if tokens.cut:
+        _warn(f"{name}: {tokens.cut} of {records} records are longer than --max-length {limit}; their end is cut off.")
+    if tokens.left_out:
+        _warn(f"{name}: {tokens.left_out} of {records} records are left out: the prompt alone fills --max-length {limit}.")
+
+
+# --- model and trainer ------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(options: Namespace) -> Any:
+    """The model's tokenizer, with the chat template that is asked for."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {options.model}: no tokenizer could be loaded ({error})") from error
+    if options.chat_template:
+        try:
+            tokenizer.chat_template = options.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--chat-template {options.chat_template}: cannot be read as text ({error}).") from error
+    return tokenizer
+
+
+def load_model(name: str, load_in_4bit: bool, bf16: bool, attention: str | None = None) -> nn.Module:
+    """The base model, quantised if that is asked for."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    sharded = is_fsdp_enabled() or is_deepspeed_zero3_enabled()
+    more: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    if load_in_4bit:
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_quant_storage=dtype if sharded else torch.uint8,  # shards have one dtype
+        )
+        more["device_map"] = None if sharded else {"": PartialState().device}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, **more)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"--model {name}: it could not be loaded ({error})") from error
+    for module in model.modules():
+        # On a CPU with AVX512-BF16, bitsandbytes repacks weights when first evaluated; they pass no gradient after that.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def check_checkpointing(training: SFTConfig, config: LoRAMoEConfig) -> None:
+    """Refuse what SFTTrainer would make reentrant."""
+    zero_3 = training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3
+    if zero_3 and training.gradient_checkpointing and config.balance_loss_weight:
+        raise ValueError(
+            "--gradient-checkpointing: with DeepSpeed ZeRO-3, SFTTrainer makes it reentrant, which gives the balance term no "
+            "gradient; use ZeRO-2 or FSDP, or --no-gradient-checkpointing, or --balance-loss-weight 0."
+        )
+
+
+def anchor_options(options: Namespace, anchors: list[dict[str, str]]) -> dict[str, Any]:
+    """What the trainer needs to know about anchors."""
+    if not anchors:
+        return {}
+    names = ("anchor_loss_weight", "anchors_per_batch", "anchors_every")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return {"anchors": anchors, **given}
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+class ProgressLines(ProgressCallback):
+    """A progress bar and, at every log, a line with the few numbers that tell how it goes."""
+
+    def __init__(self, show_bar: bool) -> None:
+        super().__init__()
+        self.show_bar = show_bar
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Start the bar."""
+        self.current_step = 0
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, desc="steps", dynamic_ncols=True, disable=not self.show_bar)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Print the line."""
+        if state.is_world_process_zero and (line := log_line(logs or {}, state)):
+            tqdm.write(line)
+
+
+def log_line(logs: dict[str, float], state: TrainerState) -> str:
+    """The numbers of a log for people; empty for logs without any."""
+    losses = {name: value for name, value in logs.items() if name.startswith("eval_") and name.endswith("loss")}
+    if losses:
+        return f"step {state.global_step}: " + ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+    if "loss" not in logs:
+        return ""
+    parts = [f"loss {logs.get('model_loss', logs['loss']):.4f}"]
+    for name, title in (("anchor_loss", "anchors"), ("balance_loss", "balance term")):
+        if name in logs:
+            parts.append(f"{title} {logs[name]:.4f}")
+    nulls = {name.rpartition("/")[2]: value for name, value in logs.items() if name.startswith("router/null/")}
+    if nulls:
+        parts.append("null weight: " + ", ".join(f"{name} {value:.2f}" for name, value in nulls.items()))
+    return f"step {state.global_step}/{state.max_steps}  " + "  ".join([*parts, f"lr {logs['learning_rate']:.1e}"])
+
+
+def say(text: str) -> None:
+    """Print in one process only."""
+    if _is_first():
+        print(text, flush=True)
+
+
+def _warn(text: str) -> None:
+    if _is_first():
+        warnings.warn(text)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"

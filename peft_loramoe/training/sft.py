@@ -1,0 +1,66 @@
+"""`LoRAMoESFTTrainer`: TRL's `SFTTrainer` for LoRAMoE. Importing this module needs trl."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from trl import SFTTrainer, get_training_chat_template
+
+from .optimizer import optimizer_groups
+from .trainer import LoRAMoETrainerMixin
+
+
+class LoRAMoESFTTrainer(LoRAMoETrainerMixin, SFTTrainer):
+    """TRL's `SFTTrainer` with all that `LoRAMoETrainerMixin` adds.
+
+    The adapter of a quantised model stays in float32: SFTTrainer alone casts it to bfloat16, in which the small steps of an
+    optimizer are rounded away.
+
+    Args:
+        *args: those of `SFTTrainer`.
+        loraplus_lr_ratio: the B matrices learn this many times faster than the A matrices (LoRA+); None for the same rate.
+        **kwargs: those of `LoRAMoETrainerMixin` and `SFTTrainer`.
+
+    Raises:
+        ValueError: gradient checkpointing with DeepSpeed ZeRO-3, or what the mixin refuses.
+    """
+
+    def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+
+    def create_optimizer(self, *model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of `optim` in the training arguments, with the rates of LoRA+ and of the routers."""
+        # Not before training, since FSDP replaces the parameters when it starts.
+        if self.loraplus_lr_ratio is not None and self.optimizer is None:
+            optimized = model[0] if model else self.model  # transformers 5 passes what FSDP made of it
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, optimized)
+            options["params"] = optimizer_groups(
+                optimized,
+                self.args.learning_rate,
+                loraplus_lr_ratio=self.loraplus_lr_ratio,
+                weight_decay=self.args.weight_decay,
+            )
+            self.optimizer_cls_and_kwargs = (kind, options)
+        return super().create_optimizer(*model)
+
+
+def marked_chat_template(tokenizer: Any) -> str | None:
+    """A chat template that renders like the tokenizer's and marks the assistant's turns with {% generation %}.
+
+    Args:
+        tokenizer: has a chat template.
+
+    Returns:
+        The tokenizer's own template if it has the marks, or TRL's version of it; None if TRL knows none.
+    """
+    try:
+        return get_training_chat_template(tokenizer) or tokenizer.chat_template
+    except ValueError:
+        return None
