@@ -6,6 +6,9 @@ from peft_loramoe.groups import ExpertGroups
 from peft_loramoe.ops import MixtureOptions, reference
 
 
+pytestmark = pytest.mark.version_independent
+
+
 def make_experts(init_weights=False, sizes=(3, 3), null=(), r=2, **options):
     torch.manual_seed(0)
     groups = ExpertGroups(sizes, null)

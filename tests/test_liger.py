@@ -61,6 +61,7 @@ print("the same")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger_kernel is not installed")
 def test_the_fused_loss_is_balanced_too(tmp_path):
     environment = {

@@ -644,6 +644,7 @@ print(json.dumps(raised))
 """
 
 
+@pytest.mark.slow
 def test_without_the_import_every_entry_point_stops_with_the_same_error(folders):
     command = [sys.executable, "-c", WITHOUT_IMPORT, str(folders / "adapter"), str(folders / "base")]
     raised = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])

@@ -39,6 +39,7 @@ def test_registering_again_and_reloading_change_nothing():
     assert list(PeftType) == members
 
 
+@pytest.mark.slow
 def test_the_rest_of_the_registry_is_untouched():
     script = (
         "import peft, peft.mapping as m; before = [dict(x) for x in vars(m).values() if isinstance(x, dict) and x]\n"
@@ -58,6 +59,7 @@ def test_a_tuner_of_that_name_in_peft_is_replaced_with_a_warning(monkeypatch):
     assert registered()[1] is LoRAMoEModel
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_optional_dependency():
     script = (
         "import sys, peft, transformers.loss.loss_utils\n"
@@ -69,6 +71,7 @@ def test_importing_the_package_imports_no_optional_dependency():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.slow
 def test_a_pickle_of_the_bare_type_imports_the_package():
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         script = (

@@ -8,6 +8,8 @@ import pytest
 import peft_loramoe
 
 
+pytestmark = pytest.mark.version_independent
+
 PACKAGE = Path(peft_loramoe.__file__).parent
 
 # From the ground up; a module (or folder) imports from lower floors only, and within its own folder.

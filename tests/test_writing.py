@@ -6,6 +6,9 @@ import pytest
 from peft_loramoe.writing import write_whole
 
 
+pytestmark = pytest.mark.version_independent
+
+
 def test_a_file_is_written_and_replaced(tmp_path):
     path = tmp_path / "result.json"
     write_whole(path, "one")

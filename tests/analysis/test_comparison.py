@@ -5,6 +5,9 @@ import pytest
 from peft_loramoe.analysis import ClosedBookResult, Response, compare_results
 
 
+pytestmark = pytest.mark.version_independent
+
+
 def result(exact_matches, name="q"):
     return ClosedBookResult(
         [

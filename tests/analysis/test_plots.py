@@ -141,6 +141,7 @@ def test_missing_matplotlib_is_explained(tmp_path, monkeypatch, plot):
         plot(tmp_path / "router.png")
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_by_the_plots_only():
     code = "import sys, peft_loramoe.analysis; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

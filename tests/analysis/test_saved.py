@@ -5,6 +5,8 @@ import pytest
 from peft_loramoe.analysis import RouterStatistics, RouterTrace
 
 
+pytestmark = pytest.mark.version_independent
+
 OF_LAYER = {"adapter": "default", "layer": "up_proj", "block": None, "linear": "up_proj", "task_type": -1}
 EXPERT = {**OF_LAYER, "expert": 0, "group": 0, "null": False, "weight": 0.1 + 0.2, "importance": 0.25}
 STATISTICS = RouterStatistics(

@@ -5,6 +5,8 @@ import torch
 from peft_loramoe.balance.samples import INTEGERS, Batch, task_type_tensor
 
 
+pytestmark = pytest.mark.version_independent
+
 CPU = torch.device("cpu")
 
 

@@ -696,6 +696,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_command_that_is_terminated_leaves_nothing_behind(adapter, tmp_path):
     command = [sys.executable, "-c", TERMINATED, "convert", str(adapter), "-o", str(tmp_path / "output"), "--to", "authors"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)

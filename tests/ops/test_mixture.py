@@ -363,6 +363,7 @@ def test_compiled_it_is_one_graph_with_the_same_numbers(case):
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("case", ["plain", "sparse"])
 def test_inductor_fuses_it_and_keeps_its_precision(case):
@@ -374,6 +375,7 @@ def test_inductor_fuses_it_and_keeps_its_precision(case):
         assert relative_error(fused, eager.double()) < TOLERANCE[torch.float32 if probabilities else torch.bfloat16]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_drops_in_both_directions_what_one_mask_says():
     torch._dynamo.reset()

@@ -75,6 +75,7 @@ def cases(draw):
     )
 
 
+@pytest.mark.slow
 @given(case=cases())
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_kernels_agree_with_the_formula_in_outputs_and_gradients(interpreter, case):
@@ -310,6 +311,7 @@ def compile_for_h100(kernel, args, constants):
     return usage["REG"], usage["STACK"], compiled.metadata.shared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

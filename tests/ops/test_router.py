@@ -12,6 +12,9 @@ from peft_loramoe.ops.router import (
 )
 
 
+pytestmark = pytest.mark.version_independent
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [0, 5, ENTRIES_AT_A_TIME["cpu"] // 64 + 3])
 def test_logits_are_accurate_to_float32_whatever_the_activations(dtype, tokens):

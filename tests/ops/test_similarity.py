@@ -6,6 +6,9 @@ import torch
 from peft_loramoe.ops.similarity import cosines, inner_products, subspace_overlaps
 
 
+pytestmark = pytest.mark.version_independent
+
+
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

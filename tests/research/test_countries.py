@@ -6,6 +6,9 @@ from example_scripts import build_toy
 from research.toy import countries
 
 
+pytestmark = pytest.mark.version_independent
+
+
 @pytest.fixture(scope="module")
 def toy_folder(tmp_path_factory):
     return build_toy(tmp_path_factory.mktemp("toy"))

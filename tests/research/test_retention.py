@@ -13,6 +13,9 @@ from research.retention.scoring import Item, score
 from tiny import VOCAB, tiny_llama, tiny_tokenizer
 
 
+pytestmark = pytest.mark.version_independent
+
+
 class TinyEncoder(Encoder):
     def ids(self, text):
         return [1 + sum(map(ord, word)) % (VOCAB - 1) for word in text.split()] or [1]
