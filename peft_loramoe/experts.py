@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .groups import ExpertGroups
-from .ops import MixtureOptions, mixture
+from .ops.mixture import MixtureOptions, mixture
 
 
 class LoRAExperts(nn.Module):

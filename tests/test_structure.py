@@ -1,6 +1,9 @@
 """The walls between the rooms (docs/design.md): imports run downward only."""
 
 import ast
+import importlib
+import inspect
+import pkgutil
 from pathlib import Path
 
 import pytest
@@ -64,3 +67,21 @@ def test_imports_run_downward(path):
     assert own - {room} <= below
     assert not (room in FREE_OF_BALANCE and "balance" in own)
     assert room in KNOWS_PEFT or not knows_peft
+
+
+PACKAGES = [
+    "peft_loramoe",
+    *(
+        module.name
+        for module in pkgutil.walk_packages(peft_loramoe.__path__, "peft_loramoe.")
+        if module.ispkg and not module.name.endswith(".startup")
+    ),
+]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_public_name_hides_a_module(package):
+    package = importlib.import_module(package)
+    modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    hidden = [name for name in modules if not inspect.ismodule(getattr(package, name, package))]
+    assert not hidden

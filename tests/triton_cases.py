@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 import torch._inductor.config
 
-from peft_loramoe.ops import MixtureOptions, mixture, mixture_torch, reference
+from peft_loramoe.ops import MixtureOptions, mixture_torch, reference
+from peft_loramoe.ops import mixture as mixture_module
+from peft_loramoe.ops.mixture import mixture
 
 
 NAMES = ("x", "A", "B", "router")
@@ -36,7 +38,7 @@ class Case(NamedTuple):
 def use_kernels():
     """Make `ops.mixture` use the kernels wherever they support it, on a CPU under the interpreter."""
     torch.set_num_threads(1)
-    importlib.import_module("peft_loramoe.ops.mixture").KERNELS = kernels()
+    mixture_module.KERNELS = kernels()
 
 
 def kernels():

@@ -1,7 +1,7 @@
 """How a trained router uses its experts, and what a model knows: statistics, plots, closed-book questions."""
 
 from .answer_scores import AnswerScore, score_answers
-from .closed_book import ClosedBookResult, Response, closed_book
+from .closed_book import ClosedBookResult, Response, answer_questions
 from .comparison import Comparison, compare_results
 from .plots import plot_entropy, plot_frontier, plot_group_weights, plot_load, plot_trace
 from .questions import Question, read_questions
@@ -18,7 +18,7 @@ __all__ = [
     "Response",
     "RouterStatistics",
     "RouterTrace",
-    "closed_book",
+    "answer_questions",
     "compare_results",
     "expert_similarity",
     "expert_usage",

@@ -66,7 +66,7 @@ class ClosedBookResult:
         return sum(response.loss for response in self.responses) / len(self.responses)
 
 
-def closed_book(
+def answer_questions(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],

@@ -1,6 +1,6 @@
 """The command line: ``python -m peft_loramoe``, or the console script ``peft-loramoe``."""
 
-from .main import main
+from .program import main
 
 
 __all__ = ["main"]

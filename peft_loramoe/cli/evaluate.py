@@ -21,7 +21,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from ..analysis import ClosedBookResult, Question, closed_book, compare_results, read_questions
+from ..analysis import ClosedBookResult, Question, answer_questions, compare_results, read_questions
 from ..writing import write_whole
 from . import tables
 from .options import Command, Parser, positive
@@ -238,7 +238,7 @@ def _load(base: str, revision: str, adapter: str | None, options: Namespace) -> 
 
 
 def _ask(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: QuestionSet, options: Namespace) -> ClosedBookResult:
-    return closed_book(
+    return answer_questions(
         model,
         tokenizer,
         asked.questions,

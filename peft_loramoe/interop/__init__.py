@@ -6,7 +6,7 @@ from .export_report import LoRAExport, print_report
 from .files import new_folder, read_adapter, write_adapter
 from .restructure import Surgery
 from .surgery import add_experts, list_experts, merge_experts, remove_experts, reorder_experts
-from .upcycle import upcycle
+from .upcycling import upcycle
 
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""The mixture's arithmetic. `mixture` is what layers use; `reference` is the formula it is tested against."""
+"""The arithmetic of a mixture: one operator, its backends, and the reference that they are tested against."""
 
-from .mixture import MixtureOptions, mixture
+from .mixture import MixtureOptions
 
 
-__all__ = ["MixtureOptions", "mixture"]
+__all__ = ["MixtureOptions"]

@@ -4,7 +4,7 @@ from peft import PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from peft_loramoe.analysis import Question, closed_book, score_answers
+from peft_loramoe.analysis import Question, answer_questions, score_answers
 from peft_loramoe.analysis.closed_book import build_prompts, generate_answers
 from tiny import VOCAB, loramoe, tiny_llama
 
@@ -138,7 +138,7 @@ def test_the_chat_template_puts_all_special_tokens():
     results = []
     for tokenizer in (words(), words("w1 $A w1")):
         tokenizer.chat_template = "{% for m in messages %}w1 {{ m.content }} w6 {% endfor %}"
-        results.append(closed_book(tiny_llama(), tokenizer, QUESTIONS, template="{question}", chat=True, max_new_tokens=3))
+        results.append(answer_questions(tiny_llama(), tokenizer, QUESTIONS, template="{question}", chat=True, max_new_tokens=3))
     assert results[0] == results[1]
 
 
@@ -155,7 +155,7 @@ def test_responses_and_their_means(tokenizer):
     questions = [
         Question(q.question, (*q.answers, *([a] if i % 2 else []))) for i, (q, a) in enumerate(zip(QUESTIONS, answers))
     ]
-    result = closed_book(model, tokenizer, questions, SHOTS, max_new_tokens=3, batch_size=8)
+    result = answer_questions(model, tokenizer, questions, SHOTS, max_new_tokens=3, batch_size=8)
     assert [r.given for r in result.responses] == answers
     assert [r.exact_match for r in result.responses] == [i % 2 == 1 for i in range(20)]
     assert [r.f1 for r in result.responses] == [q.f1(answer) for q, answer in zip(questions, answers)]
@@ -170,7 +170,7 @@ def test_the_modes_of_the_modules_are_restored(tokenizer):
     model = loramoe(lora_dropout=0.5).train()
     model.get_input_embeddings().eval()
     modes = [module.training for module in model.modules()]
-    first, second = (closed_book(model, tokenizer, QUESTIONS, max_new_tokens=3) for _ in range(2))
+    first, second = (answer_questions(model, tokenizer, QUESTIONS, max_new_tokens=3) for _ in range(2))
     assert first == second and [module.training for module in model.modules()] == modes
 
 
@@ -178,17 +178,17 @@ def test_the_modes_of_the_modules_are_restored(tokenizer):
 def test_a_disabled_adapter_leaves_the_base_model(build, tokenizer):
     model = build()
     with model.disable_adapter():
-        before = closed_book(model, tokenizer, QUESTIONS, max_new_tokens=3)
-    after = closed_book(model, tokenizer, QUESTIONS, max_new_tokens=3)
+        before = answer_questions(model, tokenizer, QUESTIONS, max_new_tokens=3)
+    after = answer_questions(model, tokenizer, QUESTIONS, max_new_tokens=3)
     base = tiny_llama(initializer_range=model.get_base_model().config.initializer_range)
-    assert before == closed_book(base, tokenizer, QUESTIONS, max_new_tokens=3) != after
+    assert before == answer_questions(base, tokenizer, QUESTIONS, max_new_tokens=3) != after
 
 
 def test_a_progress_bar_on_demand(tokenizer, capfd, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
-    closed_book(tiny_llama(), tokenizer, QUESTIONS, max_new_tokens=1)
+    answer_questions(tiny_llama(), tokenizer, QUESTIONS, max_new_tokens=1)
     assert capfd.readouterr() == ("", "")
-    closed_book(tiny_llama(), tokenizer, QUESTIONS, max_new_tokens=1, show=True)
+    answer_questions(tiny_llama(), tokenizer, QUESTIONS, max_new_tokens=1, show=True)
     output, errors = capfd.readouterr()
     assert output == "" and "answering" in errors
 
@@ -231,10 +231,10 @@ def test_encoder_decoders_are_refused(tokenizer):
     model = loramoe()
     model.get_base_model().config.is_encoder_decoder = True
     with pytest.raises(ValueError, match="LlamaForCausalLM is an encoder-decoder"):
-        closed_book(model, tokenizer, QUESTIONS)
+        answer_questions(model, tokenizer, QUESTIONS)
 
 
 @pytest.mark.parametrize("options, message", BAD.values(), ids=BAD)
 def test_bad_input(options, message, tokenizer):
     with pytest.raises(ValueError, match=message):
-        closed_book(**{"model": tiny_llama(), "tokenizer": tokenizer, "questions": QUESTIONS, **options})
+        answer_questions(**{"model": tiny_llama(), "tokenizer": tokenizer, "questions": QUESTIONS, **options})

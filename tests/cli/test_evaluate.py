@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from peft_loramoe.analysis import Question, closed_book, compare_results
+from peft_loramoe.analysis import Question, answer_questions, compare_results
 from peft_loramoe.cli import evaluate, main
 from peft_loramoe.cli.tables import show_evaluation
 from perplexity_task import NAME, word_perplexity, write_task
@@ -129,7 +129,7 @@ def in_the_file(questions):
     return [Question(r["question"], tuple(r["answer"])) for r in map(json.loads, questions.read_text().splitlines())]
 
 
-# options of the command, options of the model, and of `closed_book`
+# options of the command, options of the model, and of `answer_questions`
 SETTINGS = {
     "examples": (["--shots", "3"], {}, {"shots": slice(0, 3), "asked": slice(3, None)}),
     "a part of the questions": (["--shots", "1", "--limit", "7"], {}, {"shots": slice(0, 1), "asked": slice(1, 8)}),
@@ -159,7 +159,7 @@ def test_options_reach_the_questions(words, model_options, options, base, adapte
     every, options = in_the_file(questions), dict(options)
     shots, asked = every[options.pop("shots", slice(0))], every[options.pop("asked", slice(None))]
     expected = [
-        closed_book(
+        answer_questions(
             loaded(base, adapter, **model_options),
             tiny_tokenizer_with_chat(),
             asked,
@@ -227,7 +227,7 @@ def test_a_tokenizer_of_choice(base, questions, tmp_path, capsys):
     words = ["--base-model", base, "--tokenizer", tmp_path / "tokenizer", "--questions", questions, "--chat", *ASK]
     found = report(capsys, *words)
     every = in_the_file(questions)
-    expected = closed_book(loaded(base), tokenizer, every[5:], every[:5], "{question}", chat=True, max_new_tokens=2)
+    expected = answer_questions(loaded(base), tokenizer, every[5:], every[:5], "{question}", chat=True, max_new_tokens=2)
     (asked,) = found["closed_book"]
     assert asked["models"][0]["loss"] == pytest.approx(expected.loss, abs=1e-6)
     assert found["options"]["tokenizer"] == str(tmp_path / "tokenizer")

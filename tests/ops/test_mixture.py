@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_loramoe.ops import MixtureOptions, mixture, reference
+from peft_loramoe.ops import MixtureOptions, reference
+from peft_loramoe.ops.mixture import mixture
 from peft_loramoe.ops.mixture_torch import drop_probability, dropout_mask
 
 

@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import triton_cases
-from peft_loramoe.ops import MixtureOptions, mixture, mixture_torch
+from peft_loramoe.ops import MixtureOptions, mixture_torch
+from peft_loramoe.ops import mixture as mixture_module
+from peft_loramoe.ops.mixture import mixture
 from triton_cases import Case
 
 
 pytestmark = pytest.mark.version_independent
 
 triton = pytest.importorskip("triton")
-mixture_module = importlib.import_module("peft_loramoe.ops.mixture")
 mixture_triton = importlib.import_module("peft_loramoe.ops.mixture_triton")
 
 # Relative to the float64 result; the rank channels and the gates are rounded to the activations' dtype.
