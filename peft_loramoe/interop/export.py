@@ -5,24 +5,105 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..balance.samples import task_type_tensor
+from ..card import is_hub_name
 from ..layer import LoRAMoELinear
 from .calibration import Adapter, CalibrationBatch, find_adapter, mean_gates, prepare
-from .export_report import Factors, LoRAExport, Measured, import_rich, make_report, measure, print_report, warn, write_lora_card
+from .export_error import Factors, Measured, measure
 from .files import PREFIX, new_folder, write_adapter
 
 
 GATES = ("uniform", "mean", "groups", "experts")
 REPORT = "export_report.json"
+# Values that vLLM's --max-lora-rank takes.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# KL divergence in nats that rounding logits of ordinary size to bfloat16 causes by itself.
+ROUNDING = 1e-4
+
+
+@dataclass(frozen=True)
+class LayerExport:
+    """One exported linear.
+
+    Attributes:
+        layer: name inside the base model.
+        rank: rank of its LoRA.
+        gates: fixed gate of each router output, null experts included.
+        relative_error: norm of the difference between the outputs of LoRA and mixture, divided by the norm of the
+            mixture's output, over all real tokens; None if not measured.
+        kl_divergence: as in `LoRAExport`, with only this linear exported; None if not measured.
+        loss: mean loss per label token with only this linear exported; None if not measured or without labels.
+    """
+
+    layer: str
+    rank: int
+    gates: list[float]
+    relative_error: float | None
+    kl_divergence: float | None
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class LoRAExport:
+    """Report of `export_lora`: what was written and how far it is from the mixture. Values not measured are None.
+
+    Attributes:
+        output: the folder.
+        adapter: name of the adapter.
+        gates: "uniform", "mean", "groups" or "experts".
+        task_type: index of the task type over whose tokens the mean gates were taken; None for all tokens.
+        rank: largest rank of any layer.
+        vllm_max_lora_rank: smallest sufficient ``--max-lora-rank`` of vLLM; None if `rank` is more than vLLM's
+            largest.
+        layers: the exported linears.
+        tokens: number of real tokens whose next-token distributions were compared.
+        relative_error: as in `LayerExport`, over all layers.
+        kl_divergence: mean KL divergence of the LoRA's next-token distribution from the mixture's, in nats.
+        kl_without: the same for the base model without any adapter.
+        loss: mean loss per label token of the "mixture", the "export" and the model "without" the adapter; None
+            without labels.
+        max_kl_share: threshold on ``kl_divergence / kl_without``.
+        poor: whether the threshold is exceeded.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]])}
+        >>> report = export_lora(tiny_model(), "plain-lora", calibration=[batch], show=False)
+        >>> report.tokens, len(report.layers)
+        (6, 6)
+    """
+
+    output: str
+    adapter: str
+    gates: str
+    task_type: int | None
+    rank: int
+    vllm_max_lora_rank: int | None
+    layers: list[LayerExport]
+    tokens: int
+    relative_error: float | None
+    kl_divergence: float | None
+    kl_without: float | None
+    loss: dict[str, float] | None
+    max_kl_share: float
+    poor: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dictionaries and lists, ready for JSON."""
+        return asdict(self)
 
 
 def export_lora(
@@ -39,50 +120,56 @@ def export_lora(
     each_layer: bool = True,
     show: bool = True,
 ) -> LoRAExport:
-    """Fix the gates of a mixture and save it as a plain LoRA, which stock PEFT loads without this package.
+    """Approximate a mixture by a plain LoRA that PEFT loads without this package.
 
-    With fixed gates g the mixture ``s * sum_i g_i B_i A_i x`` is one LoRA of rank E*r: the A_i stacked, and the B_i side by
-    side, each times ``s * g_i``. Null experts have no part in it; their gate is lost, as in the mixture, so that the others'
-    do not sum to one. The approximation lies in the gates alone (and in the rank, if it is truncated): the router no longer
-    decides for each token. The error is measured on the calibration data, with the tensors as they are saved.
+    With fixed gates g, the mixture ``s * sum_i g_i B_i A_i x`` is one LoRA of rank E*r: the A_i are stacked, and the
+    B_i, multiplied by ``s * g_i``, stand side by side. This is exact except for the gates, which no longer depend on
+    the token, and for the rank if it is truncated. The gate of a null expert is dropped, as in the mixture. The error
+    is measured on the calibration data with the tensors as they are saved.
 
-    The folder is in the form that vLLM (``--enable-lora``) reads, by its source code; that was not tried. vLLM takes one scale
-    for all layers and reads no `rank_pattern`: so the scale is 1 everywhere (``lora_alpha = r``), and `r` is the largest rank.
-    ``--max-lora-rank``, 16 by default, must be at least that, one of 1, 8, 16, 32, 64, 128, 256, 320 and 512. vLLM refuses
-    `modules_to_save` and trained tokens, which an adapter that has them keeps here, and linears that it does not adapt.
+    The folder follows the format that vLLM's source code reads (``--enable-lora``); it has not been tested with vLLM.
+    vLLM uses one scaling for all layers and ignores `rank_pattern`, so the scaling is 1 everywhere (``lora_alpha=r``)
+    and `r` is the largest rank. vLLM's ``--max-lora-rank``, 16 by default, must be at least `r`; see
+    `LoRAExport.vllm_max_lora_rank`. vLLM rejects `modules_to_save` and trained tokens, which are exported if the
+    adapter has them, and linears that it does not adapt.
 
     Args:
         model: a PeftModel with the adapter.
         output: folder to create.
-        gates: "uniform": 1/N each; "mean": the mean gates over the calibration data, layer by layer, after top-k selection
-            where the adapter has one; "groups": `weights` of the groups, each shared evenly among its experts; "experts":
-            `weights` of the experts, null experts included.
-        weights: not negative; divided by their sum.
-        task_type: index or name; the mean gates are taken over the tokens of that type. The error is measured on all the
-            calibration data: pass only samples of that type to know it for them.
-        rank: truncate to this rank by singular value decomposition; a float in (0, 1] is the share of the squared singular
-            values to keep, layer by layer. A layer whose exact rank E*r is no larger keeps it; None: all do.
-        calibration: keyword arguments of the model, batch by batch: `input_ids`, `attention_mask`, `labels` (the input ids if a
-            causal language model is given none), `task_types`. None: nothing is measured, which is said in a warning.
-        adapter_name: None for the only or the active one.
-        max_kl_share: warn if the KL divergence to the mixture is more than this share of the one that leaving the adapter out
-            would cause. It grows with the square of the change in the logits: at 0.1, about a third (0.32) of what the adapter
-            does to them is wrong. Divergences below 1e-4 nats, the size of bfloat16's rounding, are never poor.
-        each_layer: measure divergence and loss with one linear exported at a time too, one pass over the data for each. False
-            leaves it at the linears' output errors and the whole export.
-        show: print the report as a table (needs rich).
+        gates: "uniform": 1/N each; "mean": the mean gates of each layer over the calibration data, after top-k
+            selection; "groups": `weights` of the groups, each split evenly among its experts; "experts": `weights` of
+            the experts, null experts included.
+        weights: nonnegative numbers; they are divided by their sum.
+        task_type: index or name of the task type over whose tokens the mean gates are taken. The error is still
+            measured on all calibration data; pass samples of one type to measure it for that type.
+        rank: truncate to this rank by singular value decomposition. A float in (0, 1] is the share of the squared
+            singular values that each layer keeps. Layers never exceed their exact rank E*r, which None keeps.
+        calibration: batches of keyword arguments of the model: `input_ids`, `attention_mask`, `task_types` and
+            `labels`, which default to the input ids in causal language models. None measures nothing and warns.
+        adapter_name: which adapter; None for the only or the active one.
+        max_kl_share: warn if the KL divergence from the mixture exceeds this share of the divergence of the model
+            without the adapter. The divergence grows with the square of the change in the logits, so 0.1 means that
+            about a third (0.32) of the adapter's change is lost. Divergences below 1e-4 nats, the size of bfloat16
+            rounding, never warn.
+        each_layer: also measure divergence and loss with a single linear exported, for each linear. This takes one
+            more pass over the data per linear.
+        show: print the report as a table.
 
     Returns:
-        The report; it is also written to the folder, as ``export_report.json`` and, in short, into the model card.
+        The report. It is also saved in the folder as ``export_report.json`` and summarized in the model card.
 
     Raises:
         FileExistsError: `output` exists.
-        ValueError: options that contradict each other or do not fit the adapter; an adapter that trains biases; a model whose
-            output has no logits, with calibration data.
-        ImportError: `show` without rich.
+        ValueError: the options contradict each other or do not fit the adapter, the adapter trains biases, or the
+            model's output has no logits to measure.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]])}
+        >>> model = tiny_model(r=2, num_experts=4)
+        >>> report = export_lora(model, "plain-lora", gates="mean", calibration=[batch], show=False)
+        >>> report.rank, report.vllm_max_lora_rank
+        (8, 8)
     """
-    if show:
-        import_rich()
     with new_folder(output) as folder:
         adapter = find_adapter(model, adapter_name)
         _check_adapter(adapter, rank)
@@ -105,10 +192,36 @@ def export_lora(
     return report
 
 
+def print_report(report: LoRAExport) -> None:
+    """Print the errors of an export as a table.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]])}
+        >>> report = export_lora(tiny_model(), "plain-lora", calibration=[batch], show=False)
+        >>> print_report(report)  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
+        Plain LoRA of 'default', uniform gates
+        ...
+    """
+    table = Table(title=f"Plain LoRA of '{report.adapter}', {report.gates} gates")
+    for column in ("layer", "rank", "gates", "relative error", "KL", "loss"):
+        table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
+    for layer in report.layers:
+        gates = " ".join(f"{gate:.2f}" for gate in layer.gates)
+        numbers = map(_number, (layer.relative_error, layer.kl_divergence, layer.loss))
+        table.add_row(layer.layer, str(layer.rank), gates, *numbers)
+    table.add_section()
+    loss = None if report.loss is None else report.loss["export"]
+    table.add_row("all", f"<= {report.rank}", "", *map(_number, (report.relative_error, report.kl_divergence, loss)))
+    console = Console()
+    console.print(table)
+    console.print("\n".join(_summary(report)), highlight=False)
+
+
 def _check_adapter(adapter: Adapter, rank: int | float | None) -> None:
     if adapter.config.bias != "none":
         raise ValueError(
-            f"Adapter '{adapter.name}' has bias='{adapter.config.bias}': an export would lose the biases that it trained."
+            f"Adapter '{adapter.name}' has bias='{adapter.config.bias}'; an export would lose the biases. Only bias='none' "
+            "can be exported."
         )
     if rank is None:
         return
@@ -129,7 +242,7 @@ def _check_gates(
     adapter: Adapter,
     batches: list[CalibrationBatch],
 ) -> int | None:
-    """The task type as an index."""
+    """Validate the options of the gates and return the task type as an index."""
     if gates not in GATES:
         raise ValueError(f"gates={gates!r} is not one of {', '.join(map(repr, GATES))}.")
     if (weights is not None) != (gates in ("groups", "experts")):
@@ -137,11 +250,11 @@ def _check_gates(
     if weights is not None and not (all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0):
         raise ValueError(f"weights={list(weights)} must be finite, not negative, and not all zero.")
     if gates == "mean" and not batches:
-        raise ValueError("gates='mean' is measured on calibration data: pass calibration, or use gates='uniform'.")
+        raise ValueError("gates='mean' needs calibration data: pass calibration, or use gates='uniform'.")
     if task_type is None:
         return None
     if gates != "mean":
-        raise ValueError(f"task_type={task_type!r} has no effect with gates='{gates}'; it goes with gates='mean'.")
+        raise ValueError(f"task_type={task_type!r} has no effect with gates='{gates}'; use gates='mean'.")
     return int(task_type_tensor([task_type], adapter.config.num_groups, adapter.config.task_type_names)[0])
 
 
@@ -153,18 +266,18 @@ def _given_gates(layer: LoRAMoELinear, adapter: str, gates: str, weights: Sequen
         return torch.full((experts.num_experts,), 1 / experts.num_experts)
     wanted = len(sizes) if gates == "groups" else experts.num_experts
     if len(weights) != wanted:
-        raise ValueError(f"weights={list(weights)} are {len(weights)}, but layer '{layer.name}' has {wanted} {gates}.")
+        raise ValueError(f"weights={list(weights)} has {len(weights)} entries, but layer '{layer.name}' has {wanted} {gates}.")
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     if gates == "groups":
         shares = (shares / torch.tensor(sizes)).repeat_interleave(torch.tensor(sizes))
     if not shares[list(experts.options.experts)].any():
-        raise ValueError(f"weights={list(weights)} leave no weight to the experts of '{layer.name}' that are not null.")
+        raise ValueError(f"weights={list(weights)} leave no weight to the LoRA experts of '{layer.name}'.")
     return shares.float()
 
 
 @torch.no_grad()
 def _factors(adapter: Adapter, gates: Mapping[str, Tensor], rank: int | float | None) -> dict[LoRAMoELinear, Factors]:
-    """A and B of each layer's LoRA of scale 1, in the dtype of the adapter.
+    """A and B of each layer's LoRA with scaling 1, in the dtype of the adapter.
 
     Args:
         adapter: the mixture.
@@ -179,7 +292,7 @@ def _factors(adapter: Adapter, gates: Mapping[str, Tensor], rank: int | float | 
         B = B * (of_lora_experts * experts.scaling).repeat_interleave(experts.r)
         if rank is not None and (isinstance(rank, float) or len(A) > rank):
             if rank > (limit := min(layer.in_features, layer.out_features)):
-                raise ValueError(f"rank={rank} is more than layer '{layer.name}' can have ({limit}); choose a smaller one.")
+                raise ValueError(f"rank={rank} exceeds the full rank of layer '{layer.name}' ({limit}); choose a smaller one.")
             shorter = _truncate(A, B, rank)
             A, B = shorter if len(shorter[0]) < len(A) else (A, B)
         loras[layer] = A.to(experts.B.dtype), B.to(experts.B.dtype)
@@ -187,8 +300,8 @@ def _factors(adapter: Adapter, gates: Mapping[str, Tensor], rank: int | float | 
 
 
 def _truncate(A: Tensor, B: Tensor, rank: int | float) -> Factors:
-    """The best approximation of ``B A`` of that rank, or with that share of the squared singular values, as two factors."""
-    # Through the triangular factors: no matrix of the layer's own size is decomposed.
+    """The best approximation of ``B A`` with this rank, or with this share of the squared singular values, as two factors."""
+    # Decompose the triangular factors, which are small, instead of the product.
     (left, R_left), (right, R_right) = torch.linalg.qr(B), torch.linalg.qr(A.T)
     U, S, Vh = torch.linalg.svd(R_left @ R_right.T)
     kept = rank
@@ -206,13 +319,13 @@ def _lora_keys(loras: Mapping[LoRAMoELinear, Factors]) -> dict[str, Tensor]:
 
 
 def _other_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """What the adapter saves beside its experts (`modules_to_save`, trained tokens), under the same names."""
+    """Tensors that the adapter saves beside its experts: `modules_to_save` and trained tokens."""
     saved = get_peft_model_state_dict(model, adapter_name=adapter.name)
     return {key: tensor for key, tensor in saved.items() if ".loramoe_experts." not in key}
 
 
 def _lora_config(model: nn.Module, adapter: Adapter, loras: Mapping[LoRAMoELinear, Factors]) -> LoraConfig:
-    """The configuration under which stock PEFT puts a LoRA of scale 1 on exactly these layers."""
+    """The configuration with which PEFT adapts exactly these layers by a LoRA with scaling 1."""
     ranks = {layer.name: A.shape[0] for layer, (A, _) in loras.items()}
     r = max(ranks.values())
     pattern = {f"^{name.replace('.', '[.]')}": rank for name, rank in ranks.items() if rank != r}
@@ -221,13 +334,13 @@ def _lora_config(model: nn.Module, adapter: Adapter, loras: Mapping[LoRAMoELinea
     others = [name for name, _ in base.named_modules() if name not in ranks and not name.startswith(inside)]
     targets = {name.rpartition(".")[2] for name in ranks}
     if any(name.rpartition(".")[2] in targets for name in others):
-        targets = set(ranks)  # the last part of the names says too little
+        targets = set(ranks)  # the last part of the name is ambiguous
     config = adapter.config
     return LoraConfig(
         r=r,
         lora_alpha=r,
         target_modules=targets,
-        # PEFT compares names from their end
+        # PEFT matches suffixes of names
         exclude_modules=[name for name in others if name.endswith(tuple(f".{target}" for target in targets))] or None,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
@@ -240,3 +353,96 @@ def _lora_config(model: nn.Module, adapter: Adapter, loras: Mapping[LoRAMoELinea
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
     )
+
+
+def make_report(
+    output: str,
+    adapter: Adapter,
+    gates: str,
+    task_type: int | None,
+    by_layer: Mapping[str, Tensor],
+    loras: Mapping[LoRAMoELinear, Factors],
+    measured: Measured,
+    max_kl_share: float,
+) -> LoRAExport:
+    """Build the report from the gates, the LoRAs and the measurements."""
+    layers = [
+        LayerExport(
+            layer.name,
+            A.shape[0],
+            by_layer[layer.name].tolist(),
+            measured.error.of(layer.name),
+            measured.mean_kl(layer),
+            measured.mean_loss(layer),
+        )
+        for layer, (A, _) in loras.items()
+    ]
+    rank = max(layer.rank for layer in layers)
+    kl, kl_without = measured.mean_kl("export"), measured.mean_kl("without")
+    losses = {key: measured.mean_loss(key) for key in ("mixture", "export", "without")}
+    return LoRAExport(
+        output=output,
+        adapter=adapter.name,
+        gates=gates,
+        task_type=task_type,
+        rank=rank,
+        vllm_max_lora_rank=next((limit for limit in VLLM_RANKS if limit >= rank), None),
+        layers=layers,
+        tokens=measured.tokens,
+        relative_error=measured.error.of(),
+        kl_divergence=kl,
+        kl_without=kl_without,
+        loss=losses if measured.labels else None,
+        max_kl_share=max_kl_share,
+        # NaN counts as poor
+        poor=None if kl is None else not kl <= max(ROUNDING, max_kl_share * kl_without),
+    )
+
+
+def write_lora_card(path: Path, report: LoRAExport, adapter: Adapter) -> None:
+    """Write the model card of the exported LoRA, with its measured error."""
+    base_model = adapter.config.base_model_name_or_path
+    if base_model and not is_hub_name(base_model):
+        base_model = None
+    data = ModelCardData(library_name="peft", base_model=base_model or None, tags=["lora", "loramoe"])
+    of_type = "" if report.task_type is None else f", of task type {report.task_type}"
+    text = (
+        "A plain LoRA that approximates a LoRAMoE mixture, exported by peft_loramoe. Its gates are fixed "
+        f"({report.gates}{of_type}); the mixture's router chooses them for each token."
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n\n" + "\n\n".join(_summary(report)) + "\n").save(path)
+
+
+def warn(report: LoRAExport) -> None:
+    """Warn if the approximation is poor or was not measured."""
+    if report.kl_divergence is None:
+        warnings.warn(
+            f"The error of the LoRA in '{report.output}' is unmeasured. Pass calibration data to measure how far "
+            "it is from the mixture."
+        )
+    elif report.poor:
+        warnings.warn(
+            f"The LoRA in '{report.output}' is a poor approximation of the mixture: their KL divergence, "
+            f"{report.kl_divergence:.3g} nats, exceeds max_kl_share={report.max_kl_share} of the divergence without "
+            f"the adapter, {report.kl_without:.3g} nats. Try gates='mean', one export per task_type, or a larger rank."
+        )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _summary(report: LoRAExport) -> list[str]:
+    if report.kl_divergence is None:
+        return ["The error of this approximation is unmeasured: there was no calibration data."]
+    lines = [
+        f"KL divergence of the next-token distribution from the mixture's, mean over {report.tokens} tokens: "
+        f"{_number(report.kl_divergence)} nats (without the adapter: {_number(report.kl_without)}).",
+        f"Relative error of the layers' outputs: {_number(report.relative_error)}.",
+    ]
+    if report.loss is not None:
+        loss = {name: _number(value) for name, value in report.loss.items()}
+        lines.append(f"Loss: {loss['export']} (mixture: {loss['mixture']}, without the adapter: {loss['without']}).")
+    if report.poor:
+        lines.append(f"A poor approximation: the KL divergence exceeds {report.max_kl_share:.0%} of that without the adapter.")
+    return lines

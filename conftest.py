@@ -1,0 +1,21 @@
+"""What the examples in docstrings may use without importing it.
+
+- ``tiny_model(**options)``: a random Llama of two layers with a LoRAMoE adapter; `options` are those of LoRAMoEConfig.
+- ``tiny_tokenizer()``: its tokenizer, which knows the words w0 to w63.
+
+Each docstring's examples run in a temporary folder of their own, so they may write files.
+"""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def doctest_names(request, doctest_namespace, tmp_path_factory, monkeypatch):
+    """Add the names above and change to a temporary folder, for doctests only."""
+    if not isinstance(request.node, pytest.DoctestItem):
+        return
+    from tiny import loramoe, tiny_tokenizer
+
+    doctest_namespace["tiny_model"] = lambda **options: loramoe(**options).eval()
+    doctest_namespace["tiny_tokenizer"] = tiny_tokenizer
+    monkeypatch.chdir(tmp_path_factory.mktemp("doctest"))
