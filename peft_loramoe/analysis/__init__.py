@@ -1,4 +1,4 @@
-"""How a trained router uses its experts, and what a model knows: statistics, plots, closed-book questions."""
+"""Router statistics, traces, expert similarity and plots; closed-book question answering."""
 
 from .answer_scores import AnswerScore, score_answers
 from .closed_book import ClosedBookResult, Response, answer_questions

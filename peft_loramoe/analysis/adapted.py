@@ -1,4 +1,4 @@
-"""What the analyses share: the experts of an adapted model by layer, and how a model is called."""
+"""Helpers that the analyses share: the experts of an adapted model, and how to call a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..layer import LoRAMoELinear
 
 
 def experts_by_layer(model: nn.Module) -> dict[tuple[str, str], LoRAExperts]:
-    """The experts of every adapted linear by adapter and layer name, in the model's order.
+    """The experts of every adapted linear, by adapter and layer name, in the order of the model.
 
     Raises:
         ValueError: the model has no LoRAMoE layers.
@@ -26,7 +26,7 @@ def experts_by_layer(model: nn.Module) -> dict[tuple[str, str], LoRAExperts]:
 
 
 def configs_of(model: nn.Module) -> Mapping[str, LoRAMoEConfig]:
-    """The adapters' configurations by name, however they were attached.
+    """The configurations of the adapters, by adapter name.
 
     Raises:
         ValueError: the model has no LoRAMoE layers.
@@ -35,49 +35,49 @@ def configs_of(model: nn.Module) -> Mapping[str, LoRAMoEConfig]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device that a model's inputs belong on."""
-    # What is offloaded to disk is on the meta device until its layer runs.
+    """The device on which a model expects its inputs."""
+    # Weights offloaded to disk are on the meta device until their layer runs.
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of one call, their tensors on the model's device."""
+    """Move the tensors of a batch to the device of the model."""
     device = device_of(model)
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def uses_prompt_learning(model: nn.Module) -> bool:
-    """Whether the adapter is one of virtual tokens before the text, such as prompt tuning."""
+    """Whether the active adapter prepends virtual tokens, as prompt tuning does."""
     return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
 
 
 def takes_logits_to_keep(model: nn.Module) -> bool:
-    """Whether the model takes `logits_to_keep`, and its positions are the text's: virtual tokens would come first."""
+    """Whether the model takes `logits_to_keep` and its positions are not shifted by virtual tokens."""
     return not uses_prompt_learning(model) and takes(model, "logits_to_keep")
 
 
 def takes(model: nn.Module, argument: str) -> bool:
-    """Whether the forward of the base model has an argument of that name."""
+    """Whether the base model's forward takes this argument."""
     return argument in inspect.signature(_base_of(model).forward).parameters
 
 
 def adapts_only_below_head(model: nn.Module) -> bool:
-    """Whether all adapted linears are in the part of the model that is below its head; False if it is not told apart."""
+    """Whether all adapted linears are below the model's head; False if the model has no separate head."""
     base = _base_of(model)
     below = getattr(base, "base_model", base)
     return below is not base and {*_linears(model)} <= {*below.modules()}
 
 
 def adds_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether a text gets the tokenizer's special tokens: not if it begins with BOS, as chat templates make it."""
+    """Whether to add special tokens to a text: not if it begins with BOS already, as chat templates do."""
     return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def require_finite(values: Tensor, adapter: str, layer: str) -> None:
-    """Refuse router probabilities, or sums of them, that are not finite.
+    """Check that router probabilities, or sums of them, are finite.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a value is NaN or infinite.
     """
     if not torch.isfinite(values).all():
         raise ValueError(

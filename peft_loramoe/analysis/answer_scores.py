@@ -1,4 +1,4 @@
-"""How likely a model finds given answers."""
+"""Score given answers by their likelihood."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from .adapted import adds_special_tokens, device_of, takes_logits_to_keep
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How well a model knows the answer that follows a prompt.
+    """Score of one answer.
 
     Attributes:
-        correct: whether greedy decoding would give the answer, token for token.
-        loss: mean negative log likelihood per token of the answer, in nats.
+        correct: whether greedy decoding would produce exactly the answer's tokens.
+        loss: mean negative log-likelihood per token of the answer, in nats.
+
+    Example:
+        >>> AnswerScore(correct=True, loss=0.12).correct
+        True
     """
 
     correct: bool
@@ -34,30 +38,35 @@ def score_answers(
     batch_size: int = 64,
     add_special_tokens: bool = True,
 ) -> list[AnswerScore]:
-    """Score given answers in one forward pass each, without generating.
+    """Score given answers from a single forward pass per text, without generation.
 
-    A text is its prompt, a space and its answer; no space is added after whitespace and after an added token of the tokenizer
-    (the markers that chat templates end with). It gets the special tokens that the tokenizer adds, but no second BOS token
-    where the prompt begins with one. The tokens that reach into the answer's characters are scored; the first of them may
-    contain the space. What would follow the answer, punctuation or the end of the text, is not: that would measure the format.
+    Prompt and answer are joined by a space, except after whitespace and after an added token, such as the markers at
+    the end of chat templates. Every token that overlaps the answer is scored; the first may include the space. The end
+    of the text and any punctuation after the answer are not scored.
 
-    The model runs in evaluation mode without gradients, and its modules are left in the modes they were in.
+    The model runs in eval mode without gradients; afterwards, its modules are back in their previous modes.
 
     Args:
         model: a causal language model, with or without a PEFT adapter.
-        tokenizer: its tokenizer, one that says which characters its tokens cover.
+        tokenizer: a fast tokenizer of the model.
         prompts: n texts.
-        answers: n texts, one for each prompt; whitespace around them is dropped.
-        batch_size: texts at a time.
-        add_special_tokens: False where the prompts have all their special tokens, as those of chat templates do.
+        answers: n texts, one per prompt; surrounding whitespace is stripped.
+        batch_size: number of texts per forward pass.
+        add_special_tokens: whether the tokenizer adds its special tokens, but never a second BOS. Set it to False if
+            the prompts contain them already, as those of chat templates do.
 
     Returns:
         The n scores, in the order of the prompts.
 
     Raises:
-        ValueError: the model is an encoder-decoder, the numbers of prompts and answers differ, `batch_size` is not positive,
-            the tokenizer does not say which characters its tokens cover, an answer is empty or has no tokens, a text begins
-            with its answer, so that nothing predicts it, or the logits are not finite.
+        ValueError: the model is an encoder-decoder, the numbers of prompts and answers differ, `batch_size` is not
+            positive, the tokenizer is not a fast one, an answer is empty or has no tokens, there is no token before an
+            answer, or the logits are not finite.
+
+    Example:
+        >>> scores = score_answers(tiny_model(), tiny_tokenizer(), ["w3 w4", "w5"], ["w6", "w7 w8"])
+        >>> [score.correct for score in scores]
+        [False, False]
     """
     _require_decoder_only(model)
     if len(prompts) != len(answers):
@@ -65,8 +74,8 @@ def score_answers(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     texts = _encode(tokenizer, prompts, answers, add_special_tokens)
-    # Alike texts together: little padding, and few positions whose logits are computed. The longest first: if memory is
-    # short, that shows at once.
+    # Batch texts of similar length: less padding, fewer logits. The longest come first, so that running out of memory
+    # shows at once.
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i].ids), texts[i].start), reverse=True)
     scores: dict[int, AnswerScore] = {}
     with evaluation_mode(model):
@@ -79,18 +88,17 @@ def score_answers(
 def encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool = True
 ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Token ids of each text, and the characters that each token covers: (0, 0) for special tokens that were added.
+    """Token ids of each text and the span of characters of each token, (0, 0) for added special tokens.
 
-    A text gets the special tokens that the tokenizer adds, but no second BOS token where it begins with one; none without
-    `add_special_tokens`.
+    With `add_special_tokens`, a text gets the special tokens of the tokenizer, but no second BOS.
 
     Raises:
-        ValueError: the tokenizer does not say which characters its tokens cover.
+        ValueError: the tokenizer is not a fast one, so it has no character offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"{type(tokenizer).__name__} does not say which characters its tokens cover (is_fast), which tells an answer from "
-            "its prompt; load a tokenizer of this model that does."
+            f"{type(tokenizer).__name__} has no character offsets (is_fast is False), which separate the answer from its "
+            "prompt; load the fast tokenizer of this model."
         )
     encoded: dict[int, tuple[list[int], list[tuple[int, int]]]] = {}
     for special in (True, False):
@@ -102,8 +110,8 @@ def encode(
 
 
 def _require_decoder_only(model: nn.Module) -> None:
-    """Refuse an encoder-decoder: its decoder does not continue the prompt, which the encoder reads."""
-    # The outermost of them: PEFT's and other wrappers need not show its configuration.
+    """Refuse encoder-decoders, whose decoder does not continue the prompt."""
+    # Wrappers such as PEFT's need not expose the configuration of the model inside.
     pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if pretrained is not None and pretrained.config.is_encoder_decoder:
         raise ValueError(f"{type(pretrained).__name__} is an encoder-decoder; only causal language models answer questions.")
@@ -111,7 +119,7 @@ def _require_decoder_only(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class _Text:
-    """Token ids of a prompt and its answer; those from `start` on are the answer's."""
+    """Token ids of a prompt and its answer, which begins at token `start`."""
 
     ids: list[int]
     start: int
@@ -134,18 +142,20 @@ def _encode(
 
 
 def _locate(i: int, answer: str, start: int, ids: list[int], offsets: list[tuple[int, int]]) -> _Text:
-    """The answer's tokens: those that reach beyond character `start`; special tokens that were added cover (0, 0)."""
+    """Find the answer's tokens: those that end after character `start`."""
     inside = [position for position, (_, end) in enumerate(offsets) if end > start]
     if not inside:
         raise ValueError(f"answers[{i}]={answer!r} has no tokens in this tokenizer.")
     if inside[0] == 0:
-        raise ValueError(f"answers[{i}]={answer!r} is the text's first token, which nothing predicts; prompts[{i}] is empty.")
+        raise ValueError(
+            f"answers[{i}]={answer!r} is the text's first token and has no likelihood; prompts[{i}] must not be empty."
+        )
     return _Text(ids[: inside[-1] + 1], inside[0])
 
 
 def _score_batch(model: nn.Module, texts: list[_Text]) -> list[AnswerScore]:
     device = device_of(model)
-    lengths = torch.tensor([len(text.ids) - 1 for text in texts])  # nothing is predicted from the last token
+    lengths = torch.tensor([len(text.ids) - 1 for text in texts])  # the last token predicts nothing
     width = int(lengths.max())
     input_ids = torch.tensor([text.ids[:-1] + [0] * (width + 1 - len(text.ids)) for text in texts])
     attention_mask = (torch.arange(width) < lengths[:, None]).long()
@@ -169,8 +179,8 @@ def _score_batch(model: nn.Module, texts: list[_Text]) -> list[AnswerScore]:
 def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """Logits at (rows, positions), shape (len(rows), vocabulary).
 
-    Where the model can, it computes no logits at other positions: those of a large vocabulary would take more memory than all
-    the rest.
+    Other positions are skipped if the model allows it: with a large vocabulary, logits take more memory than anything
+    else.
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if takes_logits_to_keep(model):

@@ -1,4 +1,4 @@
-"""Closed-book questions: a model answers from memory."""
+"""Closed-book question answering: a model answers from memory."""
 
 from __future__ import annotations
 
@@ -25,15 +25,20 @@ CHAT_TEMPLATE = "{question}\nGive the answer only, in as few words as possible."
 
 @dataclass(frozen=True)
 class Response:
-    """What a model answered.
+    """A model's response to a question.
 
     Attributes:
         question: the question.
-        expected: the first of its accepted answers.
-        given: the first line that the model wrote.
-        exact_match: whether that is, normalised, an accepted answer.
-        f1: how far its words are those of an accepted answer, in [0, 1].
-        loss: mean negative log likelihood per token of the expected answer, in nats.
+        expected: the first accepted answer.
+        given: the first line that the model generated.
+        exact_match: whether `given` equals an accepted answer after normalization.
+        f1: word overlap of `given` with the best accepted answer, in [0, 1].
+        loss: mean negative log-likelihood per token of the expected answer, in nats.
+
+    Example:
+        >>> result = answer_questions(tiny_model(), tiny_tokenizer(), [Question("w3 w4", ("w5",))], max_new_tokens=2)
+        >>> result.responses[0].expected
+        'w5'
     """
 
     question: str
@@ -46,23 +51,29 @@ class Response:
 
 @dataclass(frozen=True)
 class ClosedBookResult:
-    """The responses to n questions, in their order, and their means."""
+    """The responses to n questions, in the order of the questions, and their mean scores.
+
+    Example:
+        >>> result = ClosedBookResult([Response("2 + 2?", "4", "four", exact_match=False, f1=0.0, loss=1.5)])
+        >>> result.exact_match, result.loss
+        (0.0, 1.5)
+    """
 
     responses: list[Response]
 
     @property
     def exact_match(self) -> float:
-        """Share of the questions that were answered right, in [0, 1]."""
+        """Share of questions answered with an exact match, in [0, 1]."""
         return sum(response.exact_match for response in self.responses) / len(self.responses)
 
     @property
     def f1(self) -> float:
-        """Mean over the questions, in [0, 1]."""
+        """Mean F1 over the questions, in [0, 1]."""
         return sum(response.f1 for response in self.responses) / len(self.responses)
 
     @property
     def loss(self) -> float:
-        """Mean over the questions, in nats per token."""
+        """Mean loss over the questions, in nats per token."""
         return sum(response.loss for response in self.responses) / len(self.responses)
 
 
@@ -77,43 +88,53 @@ def answer_questions(
     batch_size: int = 16,
     show: bool = False,
 ) -> ClosedBookResult:
-    """Let a model answer questions by greedy decoding, and score what it answers.
+    """Generate answers to questions by greedy decoding and score them.
 
-    The prompt is the shots, each with its first accepted answer, and the question, as `build_prompts` describes. The model's
-    answer is the first line that it writes. Of the model's own `generation_config`, the end and BOS tokens count and
-    nothing else. The loss is that of the first accepted answer after the same prompt, from `score_answers`.
+    The prompt consists of the shots, each with its first accepted answer, and the question (see `build_prompts`). The
+    answer is the first generated line. Only the EOS and BOS tokens of the model's `generation_config` are used. The
+    loss is that of the first accepted answer after the same prompt, from `score_answers`.
 
-    The model runs in evaluation mode without gradients, and its modules are left in the modes they were in.
+    The model runs in eval mode without gradients; afterwards, its modules are back in their previous modes.
 
     Args:
         model: a causal language model, with or without a PEFT adapter.
-        tokenizer: its tokenizer, one that says which characters its tokens cover.
-        questions: what is asked.
-        shots: questions that the prompt shows with their answers; none of them may be asked.
-        template: how a question is put, with `{question}` for its text; None for `TEMPLATE`, with `chat` for `CHAT_TEMPLATE`.
-        chat: put questions and answers as turns of a conversation, by the tokenizer's chat template.
-        max_new_tokens: the longest answer, in tokens.
-        batch_size: questions at a time.
-        show: show a progress bar on the standard error output, if that is a terminal.
+        tokenizer: a fast tokenizer of the model.
+        questions: the questions to ask.
+        shots: solved examples in the prompt; they must not be among `questions`.
+        template: text of a question, with the placeholder `{question}`; None for `TEMPLATE`, or `CHAT_TEMPLATE` with
+            `chat`.
+        chat: format questions and answers as a conversation with the tokenizer's chat template.
+        max_new_tokens: maximum length of an answer, in tokens.
+        batch_size: number of questions per batch.
+        show: show a progress bar if the standard error output is a terminal.
 
     Returns:
         The responses, in the order of the questions.
 
     Raises:
-        ValueError: no questions, a question that is also a shot, a number that is not positive, a template without
-            `{question}` or with a space at its end, `chat` without a chat template, or what `score_answers` refuses.
+        ValueError: there are no questions, a question is also a shot, a number is not positive, the template has no
+            `{question}` or ends with a space, the tokenizer has no chat template, or `score_answers` refuses its
+            input.
+
+    Example:
+        >>> questions = [Question("w3 w4", ("w5", "w6")), Question("w7", ("w8",))]
+        >>> result = answer_questions(tiny_model(), tiny_tokenizer(), questions, max_new_tokens=2)
+        >>> len(result.responses)
+        2
     """
     if not questions:
-        raise ValueError("questions is empty: there is nothing to ask.")
+        raise ValueError("questions is empty; pass at least one question.")
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
     shown = {shot.question for shot in shots}
     if leaked := [question.question for question in questions if question.question in shown]:
-        raise ValueError(f"A shot gives its answer away, so it cannot be asked: {leaked[0]!r} ({len(leaked)} in all).")
+        raise ValueError(
+            f"{len(leaked)} of the questions are also shots, which give their answers away, for example {leaked[0]!r}."
+        )
     prompts = build_prompts(tokenizer, [question.question for question in questions], shots, template, chat)
-    special = not chat  # the chat template has put all that belong there
-    # First what takes less time and refuses more.
+    special = not chat  # chat templates contain them
+    # Scoring is faster and checks more, so it comes first.
     scores = score_answers(model, tokenizer, prompts, [question.answers[0] for question in questions], batch_size, special)
     given = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, special, show)
     return ClosedBookResult(
@@ -131,24 +152,24 @@ def build_prompts(
     template: str | None = None,
     chat: bool = False,
 ) -> list[str]:
-    """The text before each answer.
+    """The prompt of each question.
 
-    Without `chat`, the shots and the question follow each other with an empty line between them, and an answer follows its
-    question after a space, or after the line break that the template ends with. With `chat`, they are the turns of a
-    conversation, and the prompt ends where the model's turn begins; models that can think before they answer are told not to.
+    Without `chat`, shots and question are separated by empty lines. An answer follows its question after a space, or
+    directly if the template ends with a line break. With `chat`, shots and question are turns of a conversation that
+    ends where the model's turn begins; thinking is disabled.
 
     Raises:
-        ValueError: a template without `{question}` or with a space at its end, or `chat` without a chat template.
+        ValueError: the template has no `{question}` or ends with a space, or the tokenizer has no chat template.
     """
     template = template if template is not None else (CHAT_TEMPLATE if chat else TEMPLATE)
     if "{question}" not in template:
         raise ValueError(f"template={template!r} must contain {{question}}.")
-    if template.endswith(" "):  # it belongs to the answer's first token
-        raise ValueError(f"template={template!r} must not end with a space: a space is put before the answer.")
+    if template.endswith(" "):  # the space belongs to the first token of the answer
+        raise ValueError(f"template={template!r} must not end with a space: one is added before the answer.")
     if chat and not tokenizer.chat_template:
         raise ValueError(
-            f"The tokenizer '{tokenizer.name_or_path}' has no chat template, so questions cannot be put as a conversation; "
-            "choose another tokenizer (--tokenizer), or leave out --chat."
+            f"The tokenizer '{tokenizer.name_or_path}' has no chat template, which chat=True (--chat) needs; choose another "
+            "tokenizer (--tokenizer)."
         )
 
     def put(question: str) -> str:
@@ -183,26 +204,26 @@ def generate_answers(
     add_special_tokens: bool = True,
     show: bool = False,
 ) -> list[str]:
-    """The first line that greedy decoding gives after each prompt, without whitespace around it."""
+    """The first line that greedy decoding generates after each prompt, stripped."""
     ids = [_without_end(*encoded) for encoded in encode(tokenizer, prompts, add_special_tokens)]
     batches: list[list[int]] = []
     for i in sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True):
-        # Padding would come between virtual tokens and prompt, and PEFT ignores the positions that tell it from tokens.
-        unlike = batches and uses_prompt_learning(model) and len(ids[i]) != len(ids[batches[-1][0]])
-        if not batches or len(batches[-1]) == batch_size or unlike:
+        # With prompt learning, padding would stand between virtual tokens and prompt, and PEFT ignores position ids.
+        other_length = batches and uses_prompt_learning(model) and len(ids[i]) != len(ids[batches[-1][0]])
+        if not batches or len(batches[-1]) == batch_size or other_length:
             batches.append([])
         batches[-1].append(i)
     answers: dict[int, str] = {}
     console = Console(stderr=True)
-    hidden = not (show and console.is_terminal)  # elsewhere nothing but an empty line would come of it
+    hidden = not (show and console.is_terminal)  # elsewhere rich prints an empty line
     with evaluation_mode(model):
-        for batch in track(batches, "answering", console=console, transient=True, disable=hidden):
+        for batch in track(batches, "Answering", console=console, transient=True, disable=hidden):
             answers.update(zip(batch, _generate(model, tokenizer, [ids[i] for i in batch], max_new_tokens)))
     return [answers[i] for i in range(len(ids))]
 
 
 def _without_end(ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
-    """The tokens of a prompt up to its last character: some tokenizers put an end-of-text token after it."""
+    """Drop the end-of-text token that some tokenizers append."""
     return ids[: max((position for position, (_, end) in enumerate(offsets) if end), default=len(ids) - 1) + 1]
 
 
@@ -226,14 +247,14 @@ def _generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: lis
             attention_mask=(torch.arange(width, device=device) >= width - lengths[:, None]).long(),
             stopping_criteria=StoppingCriteriaList([_FirstLine(tokenizer, width)]),
         )
-    # A row that ended before the others is filled up with padding, which may be any token.
+    # Rows that end early are padded, possibly with an ordinary token.
     rows = [list(takewhile(lambda token: token not in ends, row)) for row in output[:, width:].tolist()]
     return [_first_line(tokenizer, row) for row in rows]
 
 
 @contextmanager
 def _generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """Another generation config for a while; `generate` fills in from the model's own what a given one leaves open."""
+    """Temporarily replace the generation config: `generate` would fill unset options from the model's own."""
     own = {module: module.generation_config for module in model.modules() if "generation_config" in vars(module)}
     try:
         for module in own:
@@ -245,7 +266,7 @@ def _generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[N
 
 
 class _FirstLine(StoppingCriteria):
-    """Ends a row when its first line is complete."""
+    """Stop a row when its first line is complete."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int) -> None:
         self.tokenizer, self.start = tokenizer, start

@@ -1,4 +1,4 @@
-"""What linears, task types and expert groups are called in records, tables and figures."""
+"""Names of linears, task types and expert groups in records, tables and figures."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Collection, Iterable, Sequence
 
 
 def blocks_and_kinds(layers: Iterable[str]) -> dict[str, tuple[int | None, str]]:
-    """Where each linear of a model is, and which of its block's linears it is.
+    """The block and the kind of each linear.
 
     Args:
         layers: names of linears, for example "model.layers.3.mlp.up_proj".
 
     Returns:
-        By name, the block and the kind. The block is the first number in the name, None for a name without. A kind is called by
-        the last parts of the name, as many as tell the kinds apart.
+        Name -> (block, kind), for example (3, "up_proj"). The block is the first number in the name, or None. The kind
+        consists of as many trailing parts of the name as are needed to distinguish the kinds.
     """
     found: dict[str, tuple[int | None, str]] = {}
     for layer in layers:
@@ -29,14 +29,14 @@ def blocks_and_kinds(layers: Iterable[str]) -> dict[str, tuple[int | None, str]]
 
 
 def type_name(task_type: int, names: Sequence[str] | None) -> str:
-    """What the samples of a task type are called: "facts samples", "type 0 samples", "samples of unknown type"."""
+    """The name of a task type's samples: "facts samples", "type 0 samples" or "samples of unknown type"."""
     if task_type < 0:
         return "samples of unknown type"
     return f"{names[task_type]} samples" if names else f"type {task_type} samples"
 
 
 def group_name(group: int, names: Sequence[str] | None, null_groups: Collection[int]) -> str:
-    """What an expert group is called, after its task type if that has a name: "group facts", "group 0", "group 0 (null)"."""
+    """The name of an expert group: "group facts", "group 0" or "group 0 (null)"."""
     return f"group {names[group] if names else group}{' (null)' if group in null_groups else ''}"
 
 

@@ -1,4 +1,4 @@
-"""Questions with their accepted answers: where they come from, and whether a given answer is one of them."""
+"""Questions with their accepted answers: reading them and matching given answers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 @dataclass(frozen=True)
 class Question:
-    """A question and the answers that count as right, the usual one first.
+    """A question and its accepted answers, the most common one first.
 
-    An accepted answer is compared after `normalize_answer`; one of which that leaves nothing, such as the letter A or a plus
-    sign, with its articles, and if need be with its punctuation.
+    Answers are compared after `normalize_answer`. If that leaves nothing of an accepted answer, such as the letter A
+    or a plus sign, articles and, if necessary, punctuation are kept.
 
     Raises:
-        ValueError: the answers are not a tuple of texts, there is none, or one is blank.
+        ValueError: the answers are not a tuple of strings, there are none, or one is blank.
+
+    Example:
+        >>> question = Question("What is the capital of France?", ("Paris", "Paris, France"))
+        >>> question.exact_match("The paris!"), round(question.f1("Paris in France"), 2)
+        (True, 0.8)
     """
 
     question: str
@@ -35,30 +40,27 @@ class Question:
         answers = self.answers
         if not isinstance(answers, tuple) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise ValueError(
-                f"answers={answers!r} must be a tuple of at least one text, none of them blank (the question is "
+                f"answers={answers!r} must be a tuple of at least one string, none of them blank (the question is "
                 f"{self.question!r})."
             )
 
     def exact_match(self, given: str) -> bool:
-        """Whether an answer is, normalised, an accepted one."""
+        """Whether an answer equals an accepted one after normalization."""
         return any(first == second for first, second in self._normalized(given))
 
     def f1(self, given: str) -> float:
-        """How far the words of an answer are those of the accepted answer that they fit best, in [0, 1].
-
-        The harmonic mean of precision and recall over normalised words.
-        """
+        """Word overlap with the best accepted answer, in [0, 1]: the harmonic mean of precision and recall."""
         return max(_f1(first.split(), second.split()) for first, second in self._normalized(given))
 
     def _normalized(self, given: str) -> Iterator[tuple[str, str]]:
-        """The given and each accepted answer, both normalised in the first way that leaves something of the accepted one."""
+        """The given answer and each accepted one, both normalized as far as something of the accepted one remains."""
         for accepted in self.answers:
             normalize = next(way for way in (normalize_answer, _words, _lower_case) if way(accepted))
             yield normalize(given), normalize(accepted)
 
 
 def normalize_answer(text: str) -> str:
-    """An answer without upper case, punctuation, English articles and surplus whitespace.
+    """Lower-case an answer and remove punctuation, English articles and extra whitespace.
 
     As in TriviaQA's evaluation (https://github.com/mandarjoshi90/triviaqa, evaluation/triviaqa_evaluation.py).
     """
@@ -68,26 +70,31 @@ def normalize_answer(text: str) -> str:
 def read_questions(source: str | Path) -> list[Question]:
     """Read questions from a file or from the Hugging Face Hub.
 
-    A record is `{"question": "...", "answer": ...}`. The answer is a text, a list of texts (as in NQ-open), or TriviaQA's
-    `{"value": "...", "aliases": [...]}`; the names may begin with capitals, as in TriviaQA's own files.
+    A record is `{"question": "...", "answer": ...}`. The answer is a string, a list of strings (as in NQ-open), or
+    TriviaQA's `{"value": "...", "aliases": [...]}`. Keys may be capitalized, as in TriviaQA's files.
 
     Args:
-        source: a `.jsonl` file with one record a line; a `.json` file with a list of records, or with TriviaQA's
-            `{"Data": [...]}`; or `hub:NAME[:CONFIG[:SPLIT]]`, a data set of the Hub (SPLIT is "validation" if not given), for
-            example `hub:mandarjoshi/trivia_qa:rc.nocontext` and `hub:google-research-datasets/nq_open`.
+        source: a `.jsonl` file with one record per line; a `.json` file with a list of records or TriviaQA's `{"Data":
+            [...]}`; or a dataset of the Hub as `hub:NAME[:CONFIG[:SPLIT]]`, by default its split "validation", for
+            example `hub:mandarjoshi/trivia_qa:rc.nocontext` or `hub:google-research-datasets/nq_open`.
 
     Returns:
-        The questions, in the order of the file. Answers that occur twice in a record, and blank ones, are dropped.
+        The questions, in the order of the file. Duplicate and blank answers of a record are dropped.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ImportError: a data set of the Hub, without `datasets`.
-        ValueError: the file or a record is not as above; the message names file and line.
+        ImportError: `source` is on the Hub and `datasets` is not installed.
+        ValueError: the file or a record has another format; the message names file and line.
+
+    Example:
+        >>> _ = Path("facts.jsonl").write_text('{"question": "2 + 2?", "answer": ["4", "four"]}')
+        >>> read_questions("facts.jsonl")
+        [Question(question='2 + 2?', answers=('4', 'four'))]
     """
     records = _hub_records(str(source)) if str(source).startswith(HUB) else _file_records(Path(source))
     questions = [_question(record, place) for place, record in records]
     if not questions:
-        raise ValueError(f"{source} has no question.")
+        raise ValueError(f"{source} contains no questions.")
     return questions
 
 
@@ -105,7 +112,7 @@ def _f1(given: list[str], accepted: list[str]) -> float:
 
 
 def _file_records(file: Path) -> Iterator[tuple[str, Any]]:
-    """Each record and where it is."""
+    """Each record with its location, for messages."""
     text = file.read_text(encoding="utf-8-sig")
     if file.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), start=1):
@@ -116,23 +123,23 @@ def _file_records(file: Path) -> Iterator[tuple[str, Any]]:
         if isinstance(records, dict):
             records = records.get("Data")
         if not isinstance(records, list):
-            raise ValueError(f'{file} must be a list of records, or have one as "Data"; one record a line is a .jsonl file.')
+            raise ValueError(f'{file} must be a list of records or {{"Data": [...]}}; save one record per line as .jsonl.')
         yield from ((f"{file}, record {number}", record) for number, record in enumerate(records, start=1))
     else:
-        raise ValueError(f"{file} must be a .json or .jsonl file, or {HUB}NAME for a data set of the Hugging Face Hub.")
+        raise ValueError(f"{file} must be a .json or .jsonl file, or {HUB}NAME for a dataset of the Hugging Face Hub.")
 
 
 def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError(f"{source} is read with datasets: pip install datasets") from error
+        raise ImportError(f"Reading {source} needs datasets: pip install datasets") from error
     name, *rest = source.removeprefix(HUB).split(":")
     if not name or len(rest) > 2:
-        raise ValueError(f"{source} must be {HUB}NAME[:CONFIG[:SPLIT]].")
+        raise ValueError(f"{source} must have the form {HUB}NAME[:CONFIG[:SPLIT]].")
     config, split = rest + ["", ""][len(rest) :]
     rows = load_dataset(name, config or None, split=split or "validation")
-    columns = [column for column in rows.column_names if column in ("question", "answer")]  # others may be large
+    columns = [column for column in rows.column_names if column in ("question", "answer")]  # other columns may be large
     return ((f"{source}, row {number}", row) for number, row in enumerate(rows.select_columns(columns)))
 
 
@@ -140,7 +147,7 @@ def _parse(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: no valid JSON ({error}).") from error
+        raise ValueError(f"{place}: invalid JSON ({error}).") from error
 
 
 def _question(record: Any, place: str) -> Question:
@@ -154,7 +161,7 @@ def _question(record: Any, place: str) -> Question:
     answers = [answer] if isinstance(answer, str) else answer
     if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
         raise ValueError(
-            f'{place}: the answer must be a text, a list of texts, or {{"value": "...", "aliases": [...]}}, not '
+            f'{place}: the answer must be a string, a list of strings, or {{"value": "...", "aliases": [...]}}, not '
             f"{json.dumps(record.get('answer', record.get('Answer')))[:100]}."
         )
     kept = tuple(dict.fromkeys(text.strip() for text in answers if text.strip()))

@@ -1,4 +1,4 @@
-"""Results that are saved as JSON files and read again."""
+"""Save results as JSON files and load them again."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 
 class SavedAsJSON:
-    """For dataclasses of plain values: a JSON object of the fields, and `kind`, the name of the class.
+    """Mixin for dataclasses of plain values, saved as a JSON object of their fields and `kind`, the class name.
 
     Attributes:
-        RECORDS: names of the fields that are lists of records -> what each record must have.
+        RECORDS: field that holds a list of records -> keys that each record must have.
     """
 
     RECORDS: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file; reading it again with `load` gives an equal object.
+        """Write a JSON file, from which `load` restores an equal object.
 
         Args:
-            path: the file; one that exists is replaced.
+            path: the file; an existing file is replaced.
 
         Raises:
-            FileNotFoundError: its folder does not exist.
+            FileNotFoundError: the folder of the file does not exist.
         """
         content = {"kind": type(self).__name__, **dataclasses.asdict(self)}
         write_whole(path, json.dumps(content, indent=1) + "\n")
@@ -42,17 +42,17 @@ class SavedAsJSON:
 
         Raises:
             FileNotFoundError: the file does not exist.
-            ValueError: it is something else, or damaged.
+            ValueError: the file was not written by `save` of this class, or is damaged.
         """
-        wanted = f"'{os.fspath(path)}' is no file that {cls.__name__}.save wrote"
+        wanted = f"'{os.fspath(path)}' was not written by {cls.__name__}.save"
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except ValueError as error:
-            raise ValueError(f"{wanted}: it is not JSON ({error}).") from error
+            raise ValueError(f"{wanted}: invalid JSON ({error}).") from error
         if not isinstance(content, dict) or "kind" not in content:
-            raise ValueError(f"{wanted}: it is not a JSON object with a `kind`.")
+            raise ValueError(f"{wanted}: the content is not a JSON object with a `kind`.")
         if (kind := content.pop("kind")) != cls.__name__:
-            raise ValueError(f"{wanted}: it holds {kind!r}.")
+            raise ValueError(f"{wanted}: its kind is {kind!r}.")
         fields = {field.name for field in dataclasses.fields(cls)}
         if content.keys() != fields:
             raise ValueError(f"{wanted}: its fields are {sorted(content)}, not {sorted(fields)}.")
@@ -63,9 +63,9 @@ class SavedAsJSON:
 
 def _check_records(records: Any, name: str, required: tuple[str, ...], wanted: str) -> None:
     if not isinstance(records, list):
-        raise ValueError(f"{wanted}: {name} is no list of records.")
+        raise ValueError(f"{wanted}: {name} is not a list of records.")
     for i, record in enumerate(records):
         if not isinstance(record, dict):
-            raise ValueError(f"{wanted}: {name}[{i}]={record!r} is no record.")
+            raise ValueError(f"{wanted}: {name}[{i}]={record!r} is not a record.")
         if missing := [field for field in required if field not in record]:
             raise ValueError(f"{wanted}: {name}[{i}] lacks {', '.join(missing)}.")

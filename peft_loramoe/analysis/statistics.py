@@ -1,4 +1,4 @@
-"""Router statistics over a data set: weight, importance and entropy, by layer, expert and task type."""
+"""Router statistics over a dataset: weight, importance and entropy by layer, expert and task type."""
 
 from __future__ import annotations
 
@@ -26,29 +26,34 @@ from .names import blocks_and_kinds
 from .saved import SavedAsJSON
 
 
-OF_LAYER = ("adapter", "layer", "block", "linear", "task_type")  # what all records begin with
+OF_LAYER = ("adapter", "layer", "block", "linear", "task_type")  # fields that all records begin with
 
 
 @dataclass(frozen=True)
 class RouterStatistics(SavedAsJSON):
-    """What the routers did with a data set: records of plain values, in the order of the model's layers.
+    """Router statistics of a dataset, as records of plain values in the order of the model's layers.
 
-    `task_type` is -1 for samples of unknown type; types without samples have no records. A token counts once for each use of a
-    layer by the model.
+    `task_type` is -1 for samples of unknown type; types without samples have no records. If a forward pass uses a
+    layer several times, its tokens count each time.
 
     Attributes:
-        experts: one record for each adapter, layer, task type and expert: `adapter`, `layer` (name inside the base model),
-            `block` (its number, None for a linear outside of blocks) and `linear` (which of the block's linears, for example
-            "up_proj"), `task_type`, `expert`, `group`, `null` (whether it has no parameters), `weight` (mean router probability
-            over the type's real tokens; sums to 1 over the experts) and `importance` (mean over the type's samples of the
-            sample's mean router probability, so that short samples count as much as long ones: what the balance term compares
-            with `balance_importance="mean"`; sums to 1 too).
-        layers: one record for each adapter, layer and task type: `adapter`, `layer`, `block`, `linear`, `task_type`, `samples`,
-            `tokens` (real ones), `entropy` (mean over tokens of the entropy of the router's probabilities, in nats: how
-            undecided it is about a token), `load_entropy` (entropy of the mean probabilities, in nats: how evenly the experts
-            are used; never below `entropy`, and at most ln N) and `num_experts` (N, null experts included).
-        task_type_names: the names of the task types, which are those of the expert groups too, by adapter; None for an
-            adapter without.
+        experts: one record per adapter, layer, task type and expert: `adapter`, `layer` (name inside the base model),
+            `block` (number of the transformer block, or None), `linear` (kind of linear, for example "up_proj"),
+            `task_type`, `expert`, `group`, `null` (whether the expert is null), `weight` (mean router probability over
+            real tokens) and `importance` (mean over samples of the sample's mean router probability, which weights
+            short and long samples equally, as the balance term does with `balance_importance="mean"`). `weight` and
+            `importance` sum to 1 over the experts.
+        layers: one record per adapter, layer and task type: `adapter`, `layer`, `block`, `linear`, `task_type`,
+            `samples`, `tokens` (real tokens), `entropy` (mean entropy of a token's router probabilities, in nats),
+            `load_entropy` (entropy of the mean probabilities, in nats, between `entropy` and ln N) and `num_experts`
+            (N, null experts included).
+        task_type_names: names of the task types, which are also those of the expert groups, or None, by adapter.
+
+    Example:
+        >>> statistics = router_statistics(tiny_model(), [{"input_ids": torch.tensor([[3, 4, 5]])}])
+        >>> statistics.save("statistics.json")
+        >>> RouterStatistics.load("statistics.json") == statistics
+        True
     """
 
     experts: list[dict[str, Any]]
@@ -62,22 +67,30 @@ class RouterStatistics(SavedAsJSON):
 
 
 def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> RouterStatistics:
-    """Run the model over batches and average what the routers of its active adapters did, by task type.
+    """Run the model over batches and average the router outputs of its active adapters by task type.
 
-    The model runs in evaluation mode without gradients and is left in the mode it was in. Only sums are kept between
-    batches, on the layers' devices, so the data may be of any size. Without `labels` in a batch, only the last token's logits
-    are computed, where the model can leave the others out. With several processes, each gets the statistics of its own batches.
+    The model runs in eval mode without gradients and returns to its previous mode. Only sums are kept between batches,
+    on the layers' devices, so the data may be of any size. If a batch has no `labels`, only the last token's logits
+    are computed where the model allows it. In a distributed run, each process gets the statistics of its own batches.
 
     Args:
-        model: the adapted model, wrapped in whatever way.
-        batches: keyword arguments of the model, for example a DataLoader: `input_ids`, int64, shape (batch, seq),
-            `attention_mask` of that shape, `task_types` as the model takes them (without them, every sample counts as of
-            unknown type). Tensors are moved to the model's device.
+        model: the adapted model, possibly wrapped.
+        batches: batches of keyword arguments of the model, for example a DataLoader: `input_ids`, int64, shape (batch,
+            seq), `attention_mask`, same shape, and `task_types` as the model takes them; without them, every sample is
+            of unknown type. Tensors are moved to the model's device.
 
     Raises:
-        TypeError: a batch is no mapping.
-        ValueError: the model has no LoRAMoE layers, no active adapter routed anything (no batches, adapters disabled), or
-            router probabilities are not finite.
+        TypeError: a batch is not a mapping.
+        ValueError: the model has no LoRAMoE layers, no router ran (no batches, or adapters disabled), or router
+            probabilities are not finite.
+
+    Example:
+        >>> model = tiny_model(num_experts=4)
+        >>> batch = {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]]), "task_types": [0, 1]}
+        >>> statistics = router_statistics(model, [batch])
+        >>> first = statistics.layers[0]
+        >>> first["linear"], first["samples"], first["tokens"], first["num_experts"]
+        ('gate_proj', 1, 3, 4)
     """
     experts = experts_by_layer(model)
     sums: dict[tuple[str, str], _Sums] = {}
@@ -86,10 +99,10 @@ def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) ->
         for batch in batches:
             if not isinstance(batch, Mapping):
                 raise TypeError(
-                    f"batches gave a {type(batch).__name__}; it must give dictionaries of the model's arguments, such as "
+                    f"batches yielded a {type(batch).__name__}; it must yield dictionaries of the model's arguments, such as "
                     "{'input_ids': ..., 'attention_mask': ..., 'task_types': ...}."
                 )
-            # A loss needs all logits.
+            # The loss needs all logits.
             options = {name: value for name, value in lean.items() if name != "logits_to_keep" or "labels" not in batch}
             model(**options | on_device_of(model, batch))
             for layer in layer_routing(model):
@@ -98,7 +111,7 @@ def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) ->
                     sums[key] = _Sums(layer)
                 sums[key].add(layer)
     if not sums:
-        raise ValueError("No router ran: pass at least one batch, and leave a LoRAMoE adapter enabled and active.")
+        raise ValueError("No router ran: pass at least one batch, and keep a LoRAMoE adapter enabled and active.")
     configs, active = configs_of(model), dict.fromkeys(adapter for adapter, _ in sums)
     names = {adapter: configs[adapter].task_type_names for adapter in active}
     places = {adapter: blocks_and_kinds(layer for name, layer in sums if name == adapter) for adapter in active}
@@ -113,9 +126,9 @@ def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) ->
 
 
 def _lean_options(model: nn.Module) -> dict[str, Any]:
-    """Arguments that spare the model what nobody reads: the cache, and logits unless the head is adapted.
+    """Arguments that skip unneeded work: the cache, and the logits unless the head is adapted.
 
-    With a cache, transformers would also let the samples of a packed row attend to each other, unlike in training.
+    Besides, with a cache, transformers lets the samples of a packed row attend to each other, unlike in training.
     """
     options: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
     if takes_logits_to_keep(model) and adapts_only_below_head(model):
@@ -124,9 +137,9 @@ def _lean_options(model: nn.Module) -> dict[str, Any]:
 
 
 class _Sums:
-    """Sums over the samples of each task type that one linear routed, on its device; row 0 is of unknown type.
+    """Sums of one linear's router outputs by task type, on its device; row 0 is the unknown type.
 
-    Nothing waits for the device until the records are asked for.
+    The device is not synchronized before `records`.
     """
 
     def __init__(self, layer: LayerRouting) -> None:
@@ -134,7 +147,7 @@ class _Sums:
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         rows = 1 + len(layer.groups)
         self.probabilities = torch.zeros(rows, num_experts, dtype=dtype, device=device)  # over tokens
-        self.means = torch.zeros(rows, num_experts, dtype=dtype, device=device)  # of samples' means, over samples
+        self.means = torch.zeros(rows, num_experts, dtype=dtype, device=device)  # sample means, over samples
         self.entropy = torch.zeros(rows, dtype=dtype, device=device)
         self.counts = torch.zeros(rows, 2, dtype=torch.int64, device=device)  # samples, tokens
 
@@ -147,7 +160,7 @@ class _Sums:
         self.counts.index_add_(0, rows, torch.stack([tokens > 0, tokens], dim=1).long())
 
     def records(self, of_layer: dict[str, Any], experts: LoRAExperts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The linear's part of `RouterStatistics.experts` and of `RouterStatistics.layers`, its own fields in front."""
+        """The records of this linear in `RouterStatistics.experts` and `RouterStatistics.layers`."""
         groups = experts.groups.of_experts
         of_experts, of_layers = [], []
         probabilities, means, entropy = (sums.cpu().double() for sums in (self.probabilities, self.means, self.entropy))
@@ -175,15 +188,21 @@ class _Sums:
 
 
 def group_weights(experts: Iterable[Mapping[str, Any]], per_layer: bool = False) -> list[dict[str, Any]]:
-    """Sum the experts' weights to the weight of their group, and average over layers.
+    """Sum the weights of the experts in each group and average over layers.
 
     Args:
-        experts: `RouterStatistics.experts`, or a part of it with all experts of each layer.
-        per_layer: keep the layers apart; each record then has a `layer` too.
+        experts: `RouterStatistics.experts`, or a selection with all experts of each layer.
+        per_layer: do not average; records then have a `layer`.
 
     Returns:
-        One record for each adapter, (layer,) task type and group: `adapter`, `task_type`, `group` and `weight` (float in
-        [0, 1]; they sum to 1 over the groups).
+        One record per adapter, task type and group (and layer): `adapter`, `task_type`, `group` and `weight`, a float
+        in [0, 1]. Weights sum to 1 over the groups.
+
+    Example:
+        >>> statistics = router_statistics(tiny_model(), [{"input_ids": torch.tensor([[3, 4, 5]])}])
+        >>> weights = group_weights(statistics.experts)
+        >>> len(weights), round(sum(record["weight"] for record in weights), 6)
+        (2, 1.0)
     """
     in_layer: dict[tuple, float] = defaultdict(float)
     for record in experts:
@@ -201,30 +220,37 @@ def group_weights(experts: Iterable[Mapping[str, Any]], per_layer: bool = False)
 
 
 def expert_usage(statistics: RouterStatistics, dead: float = 0.1, dominating: float = 0.5) -> list[dict[str, Any]]:
-    """Which experts of each layer are dead and which dominate, whatever the task type.
+    """Find experts that are dead or dominating for every task type.
 
-    A router that treats all N experts of a layer alike gives each the weight 1/N. An expert is dead if for every task type it
-    has lost nearly all of that, and dominating if for every task type it has won a good part of what the others have. An expert
-    that only some task types use, or leave out, is neither: that is what expert groups are for.
+    A uniform router gives each of the N experts of a layer the weight 1/N. A dead expert has lost nearly all of it for
+    every task type; a dominating expert has gained a large part of the others' weight for every task type. Experts
+    that specialize in a task type are neither.
 
     Args:
-        statistics: of all task types that the experts should serve.
+        statistics: statistics over all task types that the experts should serve.
         dead: an expert is dead if its weight is below ``dead / N`` for every task type; in [0, 1).
-        dominating: it is dominating if its weight is above ``1/N + dominating * (1 - 1/N)`` for every task type (0.58 for
-            N = 6 and 0.5); in (0, 1].
+        dominating: an expert is dominating if its weight is above ``1/N + dominating * (1 - 1/N)`` for every task
+            type; in (0, 1]. For 0.5 and N = 6, that is 0.58.
 
     Returns:
-        One record for each adapter, layer and expert, null experts included: `adapter`, `layer`, `expert`, `group`, `null`,
-        `weight` and `least_weight` (the largest and the smallest mean router probability over the task types), `even` (1/N) and
-        `status` ("dead", "dominating" or "used").
+        One record per adapter, layer and expert, null experts included: `adapter`, `layer`, `expert`, `group`, `null`,
+        `weight` and `least_weight` (largest and smallest mean router probability over the task types), `even` (1/N)
+        and `status` ("dead", "dominating" or "used").
 
     Raises:
         ValueError: `dead` or `dominating` is out of range.
+
+    Example:
+        >>> statistics = router_statistics(tiny_model(), [{"input_ids": torch.tensor([[3, 4, 5]])}])
+        >>> {record["status"] for record in expert_usage(statistics)}
+        {'used'}
     """
     if not 0 <= dead < 1:
-        raise ValueError(f"dead={dead} must be in [0, 1): the share of the even weight 1/N below which an expert is dead.")
+        raise ValueError(f"dead={dead} must be in [0, 1); it is a share of the uniform weight 1/N.")
     if not 0 < dominating <= 1:
-        raise ValueError(f"dominating={dominating} must be in (0, 1]: how far from the even weight 1/N to 1 the weight is.")
+        raise ValueError(
+            f"dominating={dominating} must be in (0, 1]; it is a share of the way from the uniform weight 1/N to 1."
+        )
     num_experts = {(record["adapter"], record["layer"]): record["num_experts"] for record in statistics.layers}
     weights: dict[tuple, list[float]] = defaultdict(list)
     fields = ("adapter", "layer", "expert", "group", "null")

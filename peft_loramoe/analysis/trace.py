@@ -1,4 +1,4 @@
-"""What the routers do with each token of one text."""
+"""Router probabilities for each token of a text."""
 
 from __future__ import annotations
 
@@ -20,18 +20,24 @@ from .saved import SavedAsJSON
 
 @dataclass(frozen=True)
 class RouterTrace(SavedAsJSON):
-    """Router probabilities of every token of a text in every layer.
+    """Router probabilities for every token of a text, by layer.
 
     Attributes:
         adapter: name of the adapter.
         text: the text.
-        tokens: what the tokenizer makes of each token id, T strings.
+        tokens: the decoded tokens, T strings.
         token_ids: T ids, special tokens included.
-        layers: layer name -> router probabilities, T lists of N floats. A layer that the model uses several times has an entry
-            for each use: `name`, `name#2`, ...
-        expert_groups: sizes of the expert groups, by the same names.
-        task_type_names: the groups' names, or None.
-        null_groups: groups whose experts have no parameters.
+        layers: layer name -> router probabilities, T lists of N floats. A layer that the model uses several times has
+            an entry per use: `name`, `name#2`, ...
+        expert_groups: layer name -> sizes of the expert groups.
+        task_type_names: names of the groups, or None.
+        null_groups: indices of the null groups.
+
+    Example:
+        >>> trace = router_trace(tiny_model(), tiny_tokenizer(), "w3 w4")
+        >>> trace.save("trace.json")
+        >>> RouterTrace.load("trace.json").tokens
+        ['w3', 'w4']
     """
 
     adapter: str
@@ -44,10 +50,10 @@ class RouterTrace(SavedAsJSON):
     null_groups: list[int]
 
     def records(self) -> list[dict[str, Any]]:
-        """The same as one record for each layer, token and expert.
+        """The trace as one record per layer, token and expert.
 
         Returns:
-            Records of `layer`, `position` (of the token), `token`, `expert`, `group`, `null` and `weight`.
+            Records with `layer`, `position` (index of the token), `token`, `expert`, `group`, `null` and `weight`.
         """
         return [
             {
@@ -66,29 +72,35 @@ class RouterTrace(SavedAsJSON):
 
 
 def router_trace(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, adapter: str | None = None) -> RouterTrace:
-    """Run the model once over a text and keep what the routers of an active adapter gave each token.
+    """Run the model over a text and record the router probabilities of each token.
 
-    The model runs in evaluation mode without gradients and is left in the mode it was in. Layers that do not read the text
-    token by token, such as a classifier's pooler, are left out.
+    The model runs in eval mode without gradients and returns to its previous mode. Layers that do not process single
+    tokens, such as a classifier's pooler, are left out.
 
     Args:
-        model: the adapted model, wrapped in whatever way; not an encoder-decoder.
-        tokenizer: the model's; it adds the special tokens that it adds in training, but none to a text that begins with BOS.
-        text: one text, not empty.
-        adapter: which of several active adapters; None for the only one.
+        model: the adapted model, possibly wrapped; not an encoder-decoder.
+        tokenizer: tokenizer of the model. It adds its special tokens unless the text begins with BOS.
+        text: the text, not empty.
+        adapter: which active adapter; None for the only one.
 
     Raises:
-        TypeError: `text` is no string.
-        ValueError: the model has no LoRAMoE layers, is an encoder-decoder, or has no active adapter of that name, or several
-            and none is named; the text has no tokens; no layer reads it token by token; router probabilities are not finite.
+        TypeError: `text` is not a string.
+        ValueError: the model has no LoRAMoE layers or is an encoder-decoder, the adapter is not active or ambiguous,
+            the text has no tokens, no layer processes single tokens, or router probabilities are not finite.
+
+    Example:
+        >>> trace = router_trace(tiny_model(num_experts=4), tiny_tokenizer(), "w3 w4 w5")
+        >>> probabilities = trace.layers["model.layers.0.mlp.up_proj"]
+        >>> len(probabilities), len(probabilities[0])
+        (3, 4)
     """
     if not isinstance(text, str):
         raise TypeError(f"text must be one string, not a {type(text).__name__}: {text!r}.")
     configs = configs_of(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
-            f"router_trace is for models that read one text, and {type(model).__name__} is an encoder-decoder: call the model "
-            "yourself and read peft_loramoe.layer_routing(model)."
+            f"router_trace does not support encoder-decoders such as {type(model).__name__}; call the model yourself and read "
+            "peft_loramoe.layer_routing(model)."
         )
     token_ids = list(tokenizer(text, add_special_tokens=adds_special_tokens(tokenizer, text))["input_ids"])
     if not token_ids:
@@ -114,16 +126,16 @@ def router_trace(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str
 def _adapter_that_ran(used: list[LayerRouting], adapter: str | None) -> str:
     ran = list(dict.fromkeys(layer.adapter for layer in used))
     if not ran:
-        raise ValueError("No router ran: leave a LoRAMoE adapter enabled and active.")
+        raise ValueError("No router ran: keep a LoRAMoE adapter enabled and active.")
     if adapter is None and len(ran) > 1:
-        raise ValueError(f"The adapters {', '.join(ran)} are active; say which with adapter.")
+        raise ValueError(f"The adapters {', '.join(ran)} are active; choose one with adapter=...")
     if adapter is not None and adapter not in ran:
-        raise ValueError(f"adapter='{adapter}' is not active, but {', '.join(ran)}: call model.set_adapter('{adapter}') first.")
+        raise ValueError(f"adapter='{adapter}' is not active ({', '.join(ran)} is); call model.set_adapter('{adapter}') first.")
     return adapter or ran[0]
 
 
 def _by_layer(used: list[LayerRouting], num_tokens: int) -> tuple[dict[str, list[list[float]]], dict[str, list[int]]]:
-    """The probabilities of each use of a layer that reads all tokens, and the sizes of its groups."""
+    """Router probabilities and group sizes of each use of a layer that processes all tokens."""
     uses: Counter[str] = Counter()
     layers, expert_groups = {}, {}
     for layer in used:
@@ -135,13 +147,13 @@ def _by_layer(used: list[LayerRouting], num_tokens: int) -> tuple[dict[str, list
             layers[name], expert_groups[name] = probabilities.tolist(), list(layer.groups.sizes)
     if not layers:
         names = ", ".join(dict.fromkeys(layer.layer for layer in used))
-        raise ValueError(f"No adapted layer reads the text's {num_tokens} tokens one by one; those that ran: {names}.")
+        raise ValueError(f"No adapted layer processes the text's {num_tokens} tokens one by one; layers that ran: {names}.")
     return layers, expert_groups
 
 
 def _reads_tokens(shape: tuple[int, ...], num_tokens: int) -> bool:
-    """Whether a layer whose input has these leading dimensions reads a row of tokens, flattened or not.
+    """Whether an input with these leading dimensions is a row of tokens, flattened or not.
 
-    Of one token, (1,) may as well be what a pooler reads.
+    For a single token, (1,) is ambiguous: a pooler's input has the same shape.
     """
     return math.prod(shape) == num_tokens and num_tokens in shape and (num_tokens > 1 or len(shape) > 1)

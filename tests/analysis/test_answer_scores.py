@@ -170,7 +170,7 @@ BAD = {
     "numbers differ": ({"prompts": ["w3"]}, "1 prompts and 2 answers"),
     "empty answer": ({"answers": ["w3", " "]}, r"answers\[1\]=' ' is empty; the prompt is 'w5'"),
     "batch of none": ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-    "slow tokenizer": ({"tokenizer": SlowTokenizer()}, "SlowTokenizer does not say which characters"),
+    "slow tokenizer": ({"tokenizer": SlowTokenizer()}, "SlowTokenizer has no character offsets"),
     "nothing before the answer": ({"prompts": ["w3", ""]}, r"answers\[1\]='w7' is the text's first token"),
 }
 

@@ -220,7 +220,7 @@ BAD = {
     "no questions": ({"questions": []}, "questions is empty"),
     "no tokens": ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
     "batches of none": ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-    "a shot that is asked": ({"shots": QUESTIONS[3:5]}, r"A shot gives its answer away, .*'w23 w24 .* \(2 in all\)"),
+    "a shot that is asked": ({"shots": QUESTIONS[3:5]}, r"2 of the questions are also shots.*'w23 w24 "),
     "a template without the question": ({"template": "Question: {}"}, r"template='Question: {}' must contain {question}"),
     "a template that ends with a space": ({"template": "{question} "}, "must not end with a space"),
     "no chat template": ({"chat": True}, r"The tokenizer '' has no chat template, .*\(--tokenizer\)"),

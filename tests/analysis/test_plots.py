@@ -104,7 +104,8 @@ def assert_apart(boxes):
     assert not [(one, other) for one, other in combinations(boxes, 2) if boxes[one].overlaps(boxes[other])]
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")])
@@ -160,7 +161,8 @@ def test_dollar_signs_are_no_mathematics(tmp_path):
     plot_frontier([model(r"$\frac$", 1, 2)], tmp_path / "frontier.png")
 
 
-# --- order and looks --------------------------------------------------------------------------------------------------
+# --- order and looks
+# --------------------------------------------------------------------------------------------------
 
 KINDS = {
     "one kind": (["model.layers.3.up", "model.layers.11.up"], {"up": {3: "model.layers.3.up", 11: "model.layers.11.up"}}),
@@ -196,9 +198,9 @@ def test_one_of_several_adapters_is_drawn(tmp_path, plot):
     both = joined(statistics("a"), statistics("b", layers=["layers.7.fc1"], names=None))
     figure = plot(both, tmp_path / "router.png", adapter="b")
     assert figure.axes[0].get_title() == "fc1"
-    with pytest.raises(ValueError, match="of the adapters a, b; say which with adapter"):
+    with pytest.raises(ValueError, match="contain the adapters a, b; choose one with adapter"):
         plot(both, tmp_path / "router.png")
-    with pytest.raises(ValueError, match="adapter='c' is unknown; the statistics are of a, b"):
+    with pytest.raises(ValueError, match="adapter='c' is unknown; the statistics contain a, b"):
         plot(both, tmp_path / "router.png", adapter="c")
 
 
@@ -217,7 +219,8 @@ def test_layers_are_numbered_as_in_the_model(tmp_path, plot):
         assert all(tick == int(tick) for tick in panel.get_xticks())
 
 
-# --- group weights ----------------------------------------------------------------------------------------------------
+# --- group weights
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_group_weights_have_panels_and_curves(tmp_path):
@@ -231,7 +234,7 @@ def test_group_weights_have_panels_and_curves(tmp_path):
     assert list(first.get_xdata()) == [0, 1] and list(first.get_ydata()) == pytest.approx([0.7, 0.7])
     assert list(second.get_ydata()) == pytest.approx([0.3, 0.3])
     assert list(even.get_ydata()) == [0.5, 0.5] and even.get_color() == GREY
-    labels = ["expert group facts", "expert group skills", "all experts alike"]
+    labels = ["expert group facts", "expert group skills", "uniform router"]
     assert texts(figure.legends[0].get_texts()) == labels
 
 
@@ -248,7 +251,8 @@ def test_unknown_and_nameless_types_have_panels(tmp_path):
     assert labels == ["samples of unknown type", "type 0 samples"]
 
 
-# --- load -------------------------------------------------------------------------------------------------------------
+# --- load
+# -------------------------------------------------------------------------------------------------------------
 
 
 def cells(panel):
@@ -294,7 +298,8 @@ def test_labels_of_the_load_do_not_overlap(tmp_path, sizes):
     assert_apart(shown(figure, [panel.yaxis.label for panel in figure.axes[:4:2]]))
 
 
-# --- entropy ----------------------------------------------------------------------------------------------------------
+# --- entropy
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_entropy_has_curves_for_tokens_and_means(tmp_path):
@@ -303,7 +308,7 @@ def test_entropy_has_curves_for_tokens_and_means(tmp_path):
     lines = [(line.get_linestyle(), line.get_ydata()[1]) for line in figure.axes[1].get_lines()]
     pairs = [pair for kind in (-1, 0, 1) for pair in (("-", 0.5 + 0.1 * kind), ("--", 1 + 0.1 * kind))]
     assert lines == [*pairs, (":", math.log(4))]
-    labels = ["samples of unknown type", "facts samples", "skills samples", "of the mean weights", "all experts alike"]
+    labels = ["samples of unknown type", "facts samples", "skills samples", "of the mean weights", "uniform router"]
     assert texts(figure.legends[0].get_texts()) == labels
 
 
@@ -321,7 +326,8 @@ def test_lines_without_markers_show_one_layer_too(tmp_path):
     assert all(line.get_marker() != "None" or len(line.get_xdata()) == 2 for line in figure.axes[0].get_lines())
 
 
-# --- trace ------------------------------------------------------------------------------------------------------------
+# --- trace
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_trace_shows_the_weight_of_a_group(tmp_path):
@@ -345,8 +351,8 @@ def test_another_group_is_drawn_by_its_number(tmp_path):
 @pytest.mark.parametrize(
     ("names", "group", "message"),
     [
-        (NAMES, "art", r"group='art' is unknown; it must be one of \['facts', 'skills'\], or a number from 0 to 1"),
-        (None, "facts", "group='facts' is unknown; it must be a number from 0 to 1"),
+        (NAMES, "art", r"group='art' is unknown; it must be one of \['facts', 'skills'\], or an index from 0 to 1"),
+        (None, "facts", "group='facts' is unknown; it must be an index from 0 to 1"),
         (NAMES, 2, "group=2 is unknown"),
         (NAMES, -1, "group=-1 is unknown"),
     ],
@@ -371,7 +377,8 @@ def test_labels_of_a_trace_do_not_overlap(tmp_path, tokens, blocks):
         assert_apart(words_shown)
 
 
-# --- frontier ---------------------------------------------------------------------------------------------------------
+# --- frontier
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_frontier_has_a_point_for_each_model(tmp_path):

@@ -87,7 +87,7 @@ def test_data_sets_of_the_hub(hub_data, rest, answers):
 
 def test_the_hub_needs_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match="hub:nq_open is read with datasets: pip install datasets"):
+    with pytest.raises(ImportError, match="Reading hub:nq_open needs datasets: pip install datasets"):
         read_questions("hub:nq_open")
 
 
@@ -95,17 +95,17 @@ def test_the_hub_needs_datasets(monkeypatch):
 BAD = {
     "no such file": ("missing.json", None, "No such file or directory"),
     "another suffix": ("questions.txt", PLAIN, "{file} must be a .json or .jsonl file, or hub:NAME"),
-    "no JSON": ("questions.json", "{", "{file}: no valid JSON"),
-    "no JSON in a line": ("questions.jsonl", '{"question": "q", "answer": "a"}\n\n[', "{file}, line 3: no valid JSON"),
-    "no list": ("questions.json", {"Questions": []}, '{file} must be a list of records, or have one as "Data"'),
+    "no JSON": ("questions.json", "{", "{file}: invalid JSON"),
+    "no JSON in a line": ("questions.jsonl", '{"question": "q", "answer": "a"}\n\n[', "{file}, line 3: invalid JSON"),
+    "no list": ("questions.json", {"Questions": []}, '{file} must be a list of records or {"Data"'),
     "no record": ("questions.json", PLAIN + ["Paris"], "{file}, record 3: must be a record like"),
     "no question": ("questions.jsonl", {"answer": "a"}, "{file}, line 1: must be a record like"),
     "a blank question": ("questions.json", [{"question": " ", "answer": "a"}], "the question is missing"),
-    "no answer": ("questions.jsonl", {"question": "q"}, "{file}, line 1: the answer must be a text, .* not null"),
-    "a number as answer": ("questions.jsonl", {"question": "q", "answer": [4]}, r"the answer must be a text, .* not \[4\]"),
+    "no answer": ("questions.jsonl", {"question": "q"}, "{file}, line 1: the answer must be a string, .* not null"),
+    "a number as answer": ("questions.jsonl", {"question": "q", "answer": [4]}, r"the answer must be a string, .* not \[4\]"),
     "no value": ("questions.json", {"Data": [{"Question": "q", "Answer": {}}]}, "record 1: the answer must be .* not {}"),
     "a blank answer": ("questions.json", [{"question": "q", "answer": ["", " "]}], "record 1: the answer is blank"),
-    "nothing": ("questions.jsonl", "\n", "{file} has no question"),
+    "nothing": ("questions.jsonl", "\n", "{file} contains no questions"),
 }
 
 
@@ -120,7 +120,7 @@ def test_bad_files(name, content, message, tmp_path):
 
 @pytest.mark.parametrize("source", ["hub:", "hub:a:b:c:d"])
 def test_bad_names_of_data_sets(source):
-    with pytest.raises(ValueError, match=rf"{source} must be hub:NAME\[:CONFIG\[:SPLIT\]\]"):
+    with pytest.raises(ValueError, match=rf"{source} must have the form hub:NAME\[:CONFIG\[:SPLIT\]\]"):
         read_questions(source)
 
 
@@ -154,5 +154,5 @@ def test_answers_are_compared_after_normalisation(answers, given, exact, f1):
 
 @pytest.mark.parametrize("answers", ["Paris", ["Paris"], (), ("Paris", " "), (4,)])
 def test_bad_answers(answers):
-    with pytest.raises(ValueError, match="must be a tuple of at least one text, none of them blank .*'q'"):
+    with pytest.raises(ValueError, match="must be a tuple of at least one string, none of them blank .*'q'"):
         Question("q", answers)

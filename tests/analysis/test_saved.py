@@ -52,11 +52,11 @@ def test_paths_may_be_strings(tmp_path):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("text", r"it is not JSON \(Expecting value"),
-        (b"\xff\xfe", r"it is not JSON \('utf-8' codec"),
-        ('[{"expert": 0}]', "it is not a JSON object with a `kind`"),
-        ('{"experts": []}', "it is not a JSON object with a `kind`"),
-        ('{"kind": "RouterTrace"}', "it holds 'RouterTrace'"),
+        ("text", r"invalid JSON \(Expecting value"),
+        (b"\xff\xfe", r"invalid JSON \('utf-8' codec"),
+        ('[{"expert": 0}]', "the content is not a JSON object with a `kind`"),
+        ('{"experts": []}', "the content is not a JSON object with a `kind`"),
+        ('{"kind": "RouterTrace"}', "its kind is 'RouterTrace'"),
         ('{"kind": "RouterStatistics", "experts": []}', r"its fields are \['experts'\], not \['experts', 'layers', 'task_type"),
         (
             '{"kind": "RouterStatistics", "experts": [], "layers": [], "task_type_names": {}, "more": 1}',
@@ -68,7 +68,7 @@ def test_paths_may_be_strings(tmp_path):
 def test_other_files_are_refused(content, problem, tmp_path):
     path = tmp_path / "file.json"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(ValueError, match=rf"file\.json' is no file that RouterStatistics\.save wrote: {problem}"):
+    with pytest.raises(ValueError, match=rf"file\.json' was not written by RouterStatistics\.save: {problem}"):
         RouterStatistics.load(path)
 
 
@@ -76,14 +76,14 @@ def test_other_files_are_refused(content, problem, tmp_path):
     ("experts", "problem"),
     [
         ([EXPERT, {k: v for k, v in EXPERT.items() if k not in ("block", "null")}], r"experts\[1\] lacks block, null\."),
-        ([7], r"experts\[0\]=7 is no record\."),
-        (7, r"experts is no list of records\."),
+        ([7], r"experts\[0\]=7 is not a record\."),
+        (7, r"experts is not a list of records\."),
     ],
     ids=["fields missing", "no record", "no list"],
 )
 def test_records_that_are_not_whole_are_refused(experts, problem, tmp_path):
     RouterStatistics(experts, STATISTICS.layers, STATISTICS.task_type_names).save(tmp_path / "file.json")
-    with pytest.raises(ValueError, match=rf"file\.json' is no file that RouterStatistics\.save wrote: {problem}"):
+    with pytest.raises(ValueError, match=rf"file\.json' was not written by RouterStatistics\.save: {problem}"):
         RouterStatistics.load(tmp_path / "file.json")
 
 

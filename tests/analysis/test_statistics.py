@@ -238,13 +238,13 @@ def test_no_batches_are_refused():
 
 def test_disabled_adapters_are_refused():
     model = loramoe()
-    with pytest.raises(ValueError, match=r"No router ran.*leave a LoRAMoE adapter enabled"), model.disable_adapter():
+    with pytest.raises(ValueError, match=r"No router ran.*keep a LoRAMoE adapter enabled"), model.disable_adapter():
         router_statistics(model, BATCHES)
 
 
 @pytest.mark.parametrize(("batches", "name"), [(BATCHES[0], "str"), ([torch.ones(1, 3)], "Tensor")])
 def test_batches_that_are_no_dictionaries_are_refused(batches, name):
-    with pytest.raises(TypeError, match=f"batches gave a {name}; it must give dictionaries"):
+    with pytest.raises(TypeError, match=f"batches yielded a {name}; it must yield dictionaries"):
         router_statistics(loramoe(), batches)
 
 
@@ -256,7 +256,8 @@ def test_probabilities_that_are_not_finite_are_refused():
         router_statistics(model, BATCHES)
 
 
-# --- weights of groups ------------------------------------------------------------------------------------------------
+# --- weights of groups
+# ------------------------------------------------------------------------------------------------
 
 
 def test_group_weights_sum_experts_and_average_layers():
@@ -281,7 +282,8 @@ def test_weights_of_a_layer_sum_to_one(per_layer):
     assert sums == {key: pytest.approx(1) for key in sums}
 
 
-# --- usage of experts -------------------------------------------------------------------------------------------------
+# --- usage of experts
+# -------------------------------------------------------------------------------------------------
 
 
 def statistics_of(**weights_by_type):

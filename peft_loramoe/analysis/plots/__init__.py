@@ -1,4 +1,4 @@
-"""Figures of the router's behaviour, and of what fine-tuning gained and lost. They need matplotlib."""
+"""Figures of routers and of the trade-off between learning and forgetting. They need matplotlib."""
 
 from .frontier import plot_frontier
 from .routing import plot_entropy, plot_group_weights, plot_load

@@ -1,4 +1,4 @@
-"""What all figures share: the file, colours and markers, and how the linears of a model are ordered."""
+"""Helpers that all figures share: files, colours, markers, and the order of linears."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; markers do too.
+# Okabe and Ito's palette, made for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#666666"
@@ -27,17 +27,17 @@ UNDATED = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 @contextmanager
 def figure_file(path: str | os.PathLike[str], width: float, height: float) -> Iterator[Figure]:
-    """A new figure, written when the block ends without an error.
+    """A new figure that is saved when the block ends without an error.
 
-    The same drawing gives the same bytes (no dates, no random names), and text is drawn as it stands, dollar signs included.
+    Files are reproducible byte by byte (no dates, no random ids). Text is drawn verbatim, dollar signs included.
 
     Args:
-        path: file to write; its suffix, .png, .svg or .pdf, gives the format.
-        width: inches.
-        height: inches.
+        path: file to write, .png, .svg or .pdf.
+        width: in inches.
+        height: in inches.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: the suffix is unsupported.
         ImportError: matplotlib is not installed.
     """
     suffix = check_suffix(path)
@@ -53,10 +53,10 @@ def figure_file(path: str | os.PathLike[str], width: float, height: float) -> It
 
 
 def check_suffix(path: str | os.PathLike[str]) -> str:
-    """The suffix of a figure's file, in lower case.
+    """The lower-case suffix of a figure's file.
 
     Raises:
-        ValueError: it is none of those that can be written.
+        ValueError: the suffix is unsupported.
     """
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in UNDATED:
@@ -65,13 +65,13 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
 
 
 def add_colour_bar(figure: Figure, image: AxesImage, axes: np.ndarray, label: str) -> None:
-    """A narrow bar to the right of the panels, however large the figure is."""
+    """Add a narrow colour bar to the right of the panels."""
     width, height = figure.get_size_inches()
     figure.colorbar(image, ax=axes, label=label, fraction=0.3 / width, aspect=height / 0.2, pad=0.1 / width)
 
 
 def add_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
-    """A legend above the panels, in as few rows as the figure is wide enough for."""
+    """Add a legend above the panels, in as few rows as fit."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -84,16 +84,13 @@ def add_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str])
 
 
 def style(index: int) -> dict[str, Any]:
-    """Colour and marker of the curve with this number; the first 49 differ."""
+    """Colour and marker of the curve with this index; the first 49 differ."""
     turn, place = divmod(index, len(COLOURS))
     return {"color": COLOURS[place], "marker": MARKERS[(place + turn) % len(MARKERS)]}
 
 
 def linears_by_kind(layers: Iterable[str]) -> dict[str, dict[int, str]]:
-    """The linears of a model, those that do the same in each block together: their names, by kind and block.
-
-    Linears outside of blocks count as in block 0; see `names.blocks_and_kinds`.
-    """
+    """Kind of linear -> block -> name of the linear (see `names.blocks_and_kinds`); block 0 for linears outside of blocks."""
     kinds: dict[str, dict[int, str]] = {}
     for layer, (block, kind) in blocks_and_kinds(layers).items():
         kinds.setdefault(kind, {})[block or 0] = layer

@@ -1,4 +1,4 @@
-"""The figure of what fine-tuning gained against what it lost."""
+"""The trade-off between learning and forgetting."""
 
 from __future__ import annotations
 
@@ -24,26 +24,33 @@ BOUNDS = {measure: (f"{measure}_low", f"{measure}_high") for measure in MEASURES
 
 
 def plot_frontier(records: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> Figure:
-    """Draw models by what they learned (to the right) and what they still know (up): the upper right corner is best.
+    """Plot models by downstream accuracy (x) and retained knowledge (y), with their Pareto frontier.
 
-    The broad grey line is the frontier: for each model on it, no other is better in both.
+    The broad grey line is the frontier: no other model is better than one of its models in both respects.
 
     Args:
-        records: one for each model: `label` (str), `downstream` and `retention` (in percent), and optionally
-            `downstream_low` and `downstream_high`, `retention_low` and `retention_high` (ends of an interval, drawn as error
-            bars) and `series` (str: the models of a series share a colour, and a line joins them in their order).
-        path: file to write; its suffix, .png, .svg or .pdf, gives the format.
+        records: one per model: `label` (str), `downstream` and `retention` (in percent), optionally `downstream_low`
+            and `downstream_high`, `retention_low` and `retention_high` (interval, drawn as error bars) and `series`
+            (str; models of a series share a colour and are joined by a line in their order).
+        path: file to write, .png, .svg or .pdf.
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        ValueError: no records, or one that is not as above; another suffix.
+        ValueError: there are no records, a record is invalid, or the suffix is unsupported.
         ImportError: matplotlib is not installed.
+
+    Example:
+        >>> models = [
+        ...     {"label": "LoRA", "downstream": 81, "retention": 62},
+        ...     {"label": "LoRAMoE", "downstream": 80, "retention": 85, "retention_low": 82, "retention_high": 88},
+        ... ]
+        >>> figure = plot_frontier(models, "frontier.svg")
     """
     checked = [_checked(record, f"records[{number}]") for number, record in enumerate(records)]
     if not checked:
-        raise ValueError("There are no records, so there is no model to draw.")
+        raise ValueError("There are no records; pass at least one model.")
     series: dict[str | None, list[dict[str, Any]]] = {}
     for record in checked:
         series.setdefault(record.get("series"), []).append(record)
@@ -79,7 +86,7 @@ def _checked(record: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: {name}={value!r} must be a finite number, in percent.")
     for measure, (low, high) in BOUNDS.items():
         if (low in record) != (high in record):
-            raise ValueError(f"{where} has only one of {low} and {high}; give both ends of the interval or none.")
+            raise ValueError(f"{where} has only one of {low} and {high}; give both or neither.")
         if low in record and not record[low] <= record[measure] <= record[high]:
             raise ValueError(
                 f"{where}: {measure}={record[measure]} is not between {low}={record[low]} and {high}={record[high]}."
@@ -101,7 +108,7 @@ def _draw_series(panel: Axes, name: str | None, members: list[dict[str, Any]], l
 
 
 def _set_limits(panel: Axes, records: list[dict[str, Any]]) -> None:
-    """Room around the points for labels, and at least a few percent, so that small differences look small."""
+    """Leave room for labels, and at least a few percent so that small differences look small."""
     for set_limits, (measure, (low, high)) in zip((panel.set_xlim, panel.set_ylim), BOUNDS.items()):
         least = min(record.get(low, record[measure]) for record in records)
         most = max(record.get(high, record[measure]) for record in records)
@@ -110,7 +117,7 @@ def _set_limits(panel: Axes, records: list[dict[str, Any]]) -> None:
 
 
 def _frontier(records: list[dict[str, Any]], left: float, bottom: float) -> list[tuple[float, float]]:
-    """The corners of the line above and right of which there is no model, from the bottom to the left."""
+    """Corners of the staircase beyond which there is no model, from the bottom to the left."""
     corners, best = [], bottom
     for x, y in sorted(((record["downstream"], record["retention"]) for record in records), reverse=True):
         if y > best:
@@ -120,7 +127,7 @@ def _frontier(records: list[dict[str, Any]], left: float, bottom: float) -> list
 
 
 def _lines(series: Mapping[str | None, list[dict[str, Any]]]) -> Iterator[Line]:
-    """Error bars, which are points where there are none, and what joins the models of a series."""
+    """Error bars (points where there are none) and the lines of each series."""
     for name, members in series.items():
         for record in members:
             x, y = (record[measure] for measure in MEASURES)

@@ -1,4 +1,4 @@
-"""Labels of points that cover neither each other nor anything else, as far as there is room."""
+"""Place labels of points so that they overlap as little as possible."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Where a label may stand, best places first: how far from its point, in points (1/72 inch), and in which direction.
+# Candidate positions of a label, best first: distance from its point, in points (1/72 inch), and direction.
 PLACES = [
     (distance, x, y)
     for distance in (5, 13, 26, 40)
@@ -24,25 +24,25 @@ PLACES = [
 ]
 HORIZONTAL = {1: "left", 0: "center", -1: "right"}
 VERTICAL = {1: "bottom", 0: "center", -1: "top"}
-POINTER = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4}  # from a label that stands far off
+POINTER = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4}  # to a distant label
 Point = tuple[float, float]
 Line = tuple[Point, Point]
 Box = tuple[float, float, float, float]  # left, bottom, right, top, in pixels
 
 
 def place_labels(figure: Figure, panel: Axes, labels: Sequence[tuple[str, Point]], lines: Iterable[Line]) -> None:
-    """Write a label beside each point, one after the other, where it covers least.
+    """Label each point, greedily choosing the position with the least overlap.
 
     Args:
-        figure: nothing must be added to it afterwards that moves the panel.
-        panel: with its final limits.
-        labels: text and point, in the panel's data coordinates.
-        lines: what labels must not cover, in data coordinates; a point is a line of length 0.
+        figure: the figure; its layout must not change afterwards.
+        panel: the axes, with their final limits.
+        labels: pairs of text and point, in data coordinates.
+        lines: obstacles in data coordinates; a point is a line of length 0.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.draw_without_rendering()  # moves the panel to its place
+    figure.draw_without_rendering()  # applies the layout
     frame, scale = panel.get_window_extent(renderer).extents, figure.dpi / 72
     taken = [box for line in lines for box in _boxes(*panel.transData.transform(line), 2 * scale)]
     for text, point in labels:
@@ -72,7 +72,7 @@ def place_labels(figure: Figure, panel: Axes, labels: Sequence[tuple[str, Point]
 
 
 def _boxes(start: Any, end: Any, half: float) -> list[Box]:
-    """Small boxes along a line, as many as cover it: one for a point."""
+    """Small boxes that cover a line."""
     centres = np.linspace(start, end, 1 + math.ceil(math.dist(start, end) / (2 * half)))
     return [(x - half, y - half, x + half, y + half) for x, y in centres]
 
@@ -85,11 +85,11 @@ def _label_box(at: Any, size: Any, place: tuple[int, int, int], scale: float) ->
 
 
 def _covered(box: Box, taken: np.ndarray, frame: Box) -> float:
-    """The area of a label that lies on something, or outside of the frame; `taken` are boxes, shape (n, 4)."""
+    """Cost of a label: the area that overlaps boxes, shape (n, 4), and nine times the area outside of the frame."""
     on_itself, in_frame = _overlaps(box, np.array([box, frame]))
     return _overlaps(box, taken).sum() + 9 * (on_itself - in_frame)
 
 
 def _overlaps(box: Box, others: np.ndarray) -> np.ndarray:
-    """The area that a box has in common with each of n others, shape (n,)."""
+    """Area of the intersections of a box with n others, shape (n,)."""
     return (np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])).clip(0).prod(1)

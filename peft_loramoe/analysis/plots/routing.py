@@ -1,4 +1,4 @@
-"""Figures of router statistics over the depth of a model, with a panel for each task type and kind of linear."""
+"""Figures of router statistics by depth, with a panel for each task type and kind of linear."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MARKS = {
 
 @dataclass(frozen=True)
 class _Adapter:
-    """The statistics of one adapter, and the order in which they are drawn."""
+    """The statistics of one adapter, arranged for drawing."""
 
     statistics: RouterStatistics
     names: list[str] | None
@@ -40,21 +40,27 @@ class _Adapter:
 
 
 def plot_group_weights(statistics: RouterStatistics, path: str | os.PathLike[str], adapter: str | None = None) -> Figure:
-    """Draw the mean router weight of each expert group over the depth of the model, the figure of the LoRAMoE paper.
+    """Plot the mean router weight of each expert group by depth, as in the LoRAMoE paper.
 
-    Dotted lines show the weights of a router that treats all experts alike.
+    Dotted lines show the weights of a uniform router.
 
     Args:
-        statistics: what `router_statistics` returned.
-        path: file to write; its suffix, .png, .svg or .pdf, gives the format.
-        adapter: whose routers are drawn; None for the only adapter.
+        statistics: result of `router_statistics`.
+        path: file to write, .png, .svg or .pdf.
+        adapter: name of the adapter; None for the only one.
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        ValueError: an unknown adapter, or several and none is named; another suffix.
+        ValueError: the adapter is unknown or ambiguous, or the suffix is unsupported.
         ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> from peft_loramoe.analysis import router_statistics
+        >>> statistics = router_statistics(tiny_model(), [{"input_ids": torch.tensor([[3, 4, 5]])}])
+        >>> figure = plot_group_weights(statistics, "groups.png")
     """
     chosen = _choose(statistics, adapter)
     records = group_weights(chosen.statistics.experts, per_layer=True)
@@ -69,28 +75,34 @@ def plot_group_weights(statistics: RouterStatistics, path: str | os.PathLike[str
                 _draw_even_weights(panel, blocks, chosen)
             row[0].set_ylabel(f"{type_name(task_type, chosen.names)}\nrouter weight")
         axes[0][0].set_ylim(0, 1)
-        _add_legend(figure, axes, {"all experts alike": EVEN})
+        _add_legend(figure, axes, {"uniform router": EVEN})
     return figure
 
 
 def plot_load(statistics: RouterStatistics, path: str | os.PathLike[str], adapter: str | None = None) -> Figure:
-    """Draw the mean router weight of every expert as a heat map over the depth of the model.
+    """Plot the mean router weight of every expert as a heat map by depth.
 
-    White lines separate the expert groups, whose names stand before their first number. Dead and dominating experts, as
-    `expert_usage` finds them, are marked. Where linears differ in their groups, experts are numbered within their group, and
-    grey ones are missing.
+    White lines separate the expert groups, which are labeled at their first expert. Dead and dominating experts (see
+    `expert_usage`) are marked. If the linears differ in their groups, experts are numbered within their group, and
+    missing ones are grey.
 
     Args:
-        statistics: what `router_statistics` returned.
-        path: file to write; its suffix, .png, .svg or .pdf, gives the format.
-        adapter: whose routers are drawn; None for the only adapter.
+        statistics: result of `router_statistics`.
+        path: file to write, .png, .svg or .pdf.
+        adapter: name of the adapter; None for the only one.
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        ValueError: an unknown adapter, or several and none is named; another suffix.
+        ValueError: the adapter is unknown or ambiguous, or the suffix is unsupported.
         ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> from peft_loramoe.analysis import router_statistics
+        >>> statistics = router_statistics(tiny_model(), [{"input_ids": torch.tensor([[3, 4, 5]])}])
+        >>> figure = plot_load(statistics, "load.png")
     """
     chosen = _choose(statistics, adapter)
     slots = {layer: _slots(sizes) for layer, sizes in chosen.group_sizes.items()}
@@ -129,23 +141,29 @@ def plot_load(statistics: RouterStatistics, path: str | os.PathLike[str], adapte
 
 
 def plot_entropy(statistics: RouterStatistics, path: str | os.PathLike[str], adapter: str | None = None) -> Figure:
-    """Draw the entropy of the routers over the depth of the model, a curve for each task type, a panel for each kind of linear.
+    """Plot the entropy of the routers by depth, with a curve for each task type and a panel for each kind of linear.
 
-    Solid is the entropy of a token's router probabilities, the mean over tokens; dashed that of their mean over tokens. The
-    distance between the two tells how much the weights differ from token to token (it is the mutual information of token and
-    expert). Dotted is ln N, the entropy of a router that treats all N experts alike.
+    Solid lines show the mean entropy of a token's router probabilities, dashed lines the entropy of the mean
+    probabilities. Their difference is the mutual information of token and expert. Dotted lines show ln N, the entropy
+    of a uniform router.
 
     Args:
-        statistics: what `router_statistics` returned.
-        path: file to write; its suffix, .png, .svg or .pdf, gives the format.
-        adapter: whose routers are drawn; None for the only adapter.
+        statistics: result of `router_statistics`.
+        path: file to write, .png, .svg or .pdf.
+        adapter: name of the adapter; None for the only one.
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        ValueError: an unknown adapter, or several and none is named; another suffix.
+        ValueError: the adapter is unknown or ambiguous, or the suffix is unsupported.
         ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> from peft_loramoe.analysis import router_statistics
+        >>> statistics = router_statistics(tiny_model(), [{"input_ids": torch.tensor([[3, 4, 5]])}])
+        >>> figure = plot_entropy(statistics, "entropy.png")
     """
     chosen = _choose(statistics, adapter)
     records = {(record["layer"], record["task_type"]): record for record in chosen.statistics.layers}
@@ -162,18 +180,18 @@ def plot_entropy(statistics: RouterStatistics, path: str | os.PathLike[str], ada
         axes[0][0].set_ylabel("router entropy (nats)")
         most = math.log(max(sum(sizes) for sizes in chosen.group_sizes.values()))
         axes[0][0].set_ylim(max(0, min(axes[0][0].get_ylim()[0], 0.75 * most)), 1.02 * most or 1)
-        _add_legend(figure, axes, {"of the mean weights": OF_MEAN, "all experts alike": EVEN})
+        _add_legend(figure, axes, {"of the mean weights": OF_MEAN, "uniform router": EVEN})
     return figure
 
 
 def _choose(statistics: RouterStatistics, adapter: str | None) -> _Adapter:
     adapters = list(dict.fromkeys(record["adapter"] for record in statistics.experts))
     if not adapters:
-        raise ValueError("The statistics have no records, so there is nothing to draw.")
+        raise ValueError("The statistics have no records; there is nothing to plot.")
     if adapter is None and len(adapters) > 1:
-        raise ValueError(f"The statistics are of the adapters {', '.join(adapters)}; say which with adapter.")
+        raise ValueError(f"The statistics contain the adapters {', '.join(adapters)}; choose one with adapter=...")
     if adapter is not None and adapter not in adapters:
-        raise ValueError(f"adapter='{adapter}' is unknown; the statistics are of {', '.join(adapters)}.")
+        raise ValueError(f"adapter='{adapter}' is unknown; the statistics contain {', '.join(adapters)}.")
     adapter = adapter or adapters[0]
     experts = [record for record in statistics.experts if record["adapter"] == adapter]
     layers = [record for record in statistics.layers if record["adapter"] == adapter]
@@ -195,7 +213,7 @@ def _choose(statistics: RouterStatistics, adapter: str | None) -> _Adapter:
 
 @contextmanager
 def _panels(path: str | os.PathLike[str], chosen: _Adapter, rows: int, row_height: float) -> Iterator[tuple[Figure, Any]]:
-    """A figure file and its panels, an array of axes (rows, kinds of linear)."""
+    """A figure that is saved at the end, and its array of axes (rows, kinds of linear)."""
     with figure_file(path, max(5, 1.3 + 2.6 * len(chosen.kinds)), 0.9 + row_height * rows) as figure:
         axes = figure.subplots(rows, len(chosen.kinds), squeeze=False, sharex="col", sharey=True)
         for title, bottom, (kind, blocks) in zip(axes[0], axes[-1], chosen.kinds.items()):
@@ -207,7 +225,7 @@ def _panels(path: str | os.PathLike[str], chosen: _Adapter, rows: int, row_heigh
 
 
 def _add_legend(figure: Figure, axes: Any, more: dict[str, dict[str, Any]]) -> None:
-    """A legend of what has a label in any panel, and of further lines by their labels."""
+    """Add a legend of all labeled curves in the panels and of additional lines."""
     from matplotlib.lines import Line2D
 
     entries = {}
@@ -218,7 +236,7 @@ def _add_legend(figure: Figure, axes: Any, more: dict[str, dict[str, Any]]) -> N
 
 
 def _draw_line(panel: Axes, blocks: dict[int, str], values: Sequence[float], look: dict[str, Any]) -> None:
-    """A line without markers, which one block alone would not show."""
+    """Draw a line without markers; for a single block, a short horizontal one."""
     depths = [*blocks] if len(blocks) > 1 else [min(blocks) - 0.3, min(blocks) + 0.3]
     panel.plot(depths, [*values] if len(blocks) > 1 else [values[0]] * 2, **look)
 
@@ -233,13 +251,13 @@ def _draw_even_weights(panel: Axes, blocks: dict[int, str], chosen: _Adapter) ->
 
 
 def _slots(sizes: list[int]) -> list[tuple[int, int]]:
-    """For each expert, its group and its number within the group."""
+    """Group and number within the group of each expert."""
     return [(group, i) for group, size in enumerate(sizes) for i in range(size)]
 
 
 def _slot_labels(rows: list[tuple[int, int]], chosen: _Adapter, room: int) -> list[str]:
-    """The experts' numbers, as many as there is room for; the first one in each group names the group."""
-    alike = len({tuple(sizes) for sizes in chosen.group_sizes.values()}) == 1
+    """The numbers of as many experts as fit; the first in each group also names the group."""
+    same_groups = len({tuple(sizes) for sizes in chosen.group_sizes.values()}) == 1
     step = -(-len(rows) // room)
     last_of_group, named, free = dict(rows), set(), 0
     labels = []
@@ -247,7 +265,7 @@ def _slot_labels(rows: list[tuple[int, int]], chosen: _Adapter, room: int) -> li
         label = ""
         if y >= free and (group not in named or last_of_group[group] - i >= step - 1):  # not too close to the next group
             name = "" if group in named else f"{group_name(group, chosen.names, chosen.null_groups)}   "
-            label, free = f"{name}{y if alike else i}", y + step
+            label, free = f"{name}{y if same_groups else i}", y + step
             named.add(group)
         labels.append(label)
     return labels

@@ -1,4 +1,4 @@
-"""The figure of what the routers do with each token of a text."""
+"""Figure of the router weights for each token of a text."""
 
 from __future__ import annotations
 
@@ -22,21 +22,26 @@ SPACES = {"\n": "↵", "\t": "⇥", " ": "␣"}
 
 
 def plot_trace(trace: RouterTrace, path: str | os.PathLike[str], group: int | str = 0) -> Figure:
-    """Draw the weight of one expert group for each token of a text: the mean over all linears, and every linear by itself.
+    """Plot the weight of an expert group for each token, as the mean over all linears and for every linear.
 
-    Tokens run from left to right; each kind of linear has a panel, with the first layer on top.
+    Tokens run from left to right. Each kind of linear has a panel with the first layer on top.
 
     Args:
-        trace: what `router_trace` returned.
-        path: file to write; its suffix, .png, .svg or .pdf, gives the format.
-        group: index of the group, or its task type's name. With two groups, one shows both: their weights sum to 1.
+        trace: result of `router_trace`.
+        path: file to write, .png, .svg or .pdf.
+        group: index or name of the group.
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        ValueError: an unknown group, or another suffix.
+        ValueError: the group is unknown, or the suffix is unsupported.
         ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from peft_loramoe.analysis import router_trace
+        >>> trace = router_trace(tiny_model(), tiny_tokenizer(), "w3 w4 w5")
+        >>> figure = plot_trace(trace, "trace.png", group=1)
     """
     group = _group_index(trace, group)
     weights = {layer: _group_weights(trace, layer, group) for layer in trace.layers}
@@ -61,7 +66,7 @@ def plot_trace(trace: RouterTrace, path: str | os.PathLike[str], group: int | st
 
 
 def _draw_strip(panel: Axes, title: str, rows: list[list[float]], height: float, numbers: Sequence[int] = ()) -> AxesImage:
-    """Rows of cells, with the numbers of as many rows as there is room for in `height` inches."""
+    """Draw rows of cells, and the numbers of as many rows as fit into `height` inches."""
     step = -(-len(rows) // int(height / 0.14))
     panel.set_yticks(range(0, len(numbers), step), numbers[::step], fontsize="x-small")
     panel.set_ylabel(title, rotation=0, ha="right", va="center")
@@ -74,7 +79,7 @@ def _group_index(trace: RouterTrace, group: int | str) -> int:
         return names.index(group)
     if isinstance(group, str) or not 0 <= group < count:
         known = f"one of {names}, or " if names else ""
-        raise ValueError(f"group={group!r} is unknown; it must be {known}a number from 0 to {count - 1}.")
+        raise ValueError(f"group={group!r} is unknown; it must be {known}an index from 0 to {count - 1}.")
     return group
 
 
@@ -85,5 +90,5 @@ def _group_weights(trace: RouterTrace, layer: str, group: int) -> list[float]:
 
 
 def _visible(token: str) -> str:
-    """A token as a label: without the space before a word, and with signs for white space alone."""
+    """A token as a label: stripped, or with visible signs if it is only whitespace."""
     return token.strip() or "".join(SPACES.get(character, character) for character in token)
