@@ -126,7 +126,7 @@ def _interval(values: tuple[float, float, float], style: str) -> str:
 
 
 def write_report(rows: Sequence[Row], folder: Path, ours: str = "retain") -> None:
-    """Write `report.md` and `frontier.svg` to a folder."""
+    """Write `report.md` and `frontier.png` to a folder."""
     trained = [row for row in rows if row["run"]["method"] != "base"]
     rivals = [name for name in by_method(trained) if name != ours]
     versions = ", ".join(f"{package} {version}" for package, version in trained[0]["versions"].items())
@@ -141,10 +141,10 @@ def write_report(rows: Sequence[Row], folder: Path, ours: str = "retain") -> Non
         "",
         *pairs_table(rows, ours, rivals),
         "",
-        "![Tasks solved against the rise of text loss](frontier.svg)",
+        "![Tasks solved against the rise of text loss](frontier.png)",
     ]
     (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    plot(rows, folder / "frontier.svg")
+    plot(rows, folder / "frontier.png")
 
 
 def plot(rows: Sequence[Row], file: Path) -> None:
@@ -154,16 +154,16 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    matplotlib.rcParams["svg.hashsalt"] = "retention"
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for name, of_seed in by_method(rows).items():
         bases = [base_row(rows, row["run"]["part"]) for row in of_seed.values()]
         if name != "base":
             x = [rise(row, base) for row, base in zip(of_seed.values(), bases)]
             y = [solved(row, base) for row, base in zip(of_seed.values(), bases)]
-            axes.plot(x, y, "o", label=name)
+            axes.plot(x, y, "*" if name == "retain" else "o", markersize=13 if name == "retain" else 7, label=name)
     axes.set_xlabel("rise of the loss on ordinary text, nats per token")
     axes.set_ylabel("tasks solved, %")
     axes.legend(fontsize=8)
-    figure.savefig(file, metadata={"Date": None})
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=130)
     pyplot.close(figure)

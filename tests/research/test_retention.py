@@ -160,7 +160,7 @@ def test_runs_end_as_rows_once_and_become_a_report(tiny, tmp_path, capsys):
     main(["report", str(rows)])
     text = (tmp_path / "report.md").read_text()
     assert "| retain | 2 |" in text and "| lora | 2 |" in text
-    assert (tmp_path / "frontier.svg").exists()
+    assert (tmp_path / "frontier.png").exists()
 
 
 def test_routers_learn_from_the_term_alone(tiny, tmp_path):
