@@ -53,3 +53,8 @@ def test_devices_are_written_to():
 def test_names_as_long_as_the_file_system_takes(tmp_path):
     write_whole(tmp_path / ("x" * 250), "text")
     assert (tmp_path / ("x" * 250)).read_text() == "text"
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"result\.json cannot be written: the folder .*missing does not exist"):
+        write_whole(tmp_path / "missing" / "result.json", "{}")
