@@ -149,14 +149,14 @@ def _labels(cases: Sequence[Sequence[Row]]) -> list[str]:
 def table(cases: Sequence[Sequence[Row]]) -> str:
     """A Markdown table of a group."""
     decoding = cases[0][0]["kind"] == "decode"
-    head = ["case", "variant", "adapters", "tokens/s" if decoding else "ms (20-80 %)", "/ frozen base", "/ PEFT LoRA", "CPU ms"]
-    lines = [[*head, "peak MiB", "saved B/token"]]
+    head = ["case", "variant", "adapters", "tokens/s" if decoding else "ms (20-80 %)", "/ frozen base", "/ PEFT LoRA"]
+    lines = [[*head, "/ expert loop", "CPU ms", "peak MiB", "saved B/token"]]
     for case, label in zip(cases, _labels(cases)):
         for row in case:
             config = row["config"]
             cells = [label, NAMES.get(config["method"], config["method"]), SHORT[config["adapter_dtype"]]]
             if "skipped" in row:
-                lines.append([*cells, f"not measured: {row['skipped']}", *[""] * 5])
+                lines.append([*cells, f"not measured: {row['skipped']}", *[""] * 6])
                 continue
             low, middle, high = (1e3 * value for value in row["seconds"])
             time = f"{1e3 * config['new_tokens'] / middle:.1f}" if decoding else f"{middle:.4g} ({low:.4g}-{high:.4g})"
@@ -164,6 +164,7 @@ def table(cases: Sequence[Sequence[Row]]) -> str:
                 time,
                 _ratio_cell(row, case, "base"),
                 _ratio_cell(row, case, "lora"),
+                _ratio_cell(row, case, "loop"),
                 f"{1e3 * row['cpu_seconds'][1]:.4g}",
             ]
             saved = f"{row['saved_bytes'] / tokens(config):.0f}" if "saved_bytes" in row else ""
@@ -173,10 +174,7 @@ def table(cases: Sequence[Sequence[Row]]) -> str:
 
 
 def _ratio_cell(row: Row, case: Sequence[Row], method: str) -> str:
-    if method == "base":
-        other = partner(row, case, "base", None)
-    else:
-        other = partner(row, case, "lora", SAME)
+    other = partner(row, case, method, None if method == "base" else SAME)
     if other is None or row["config"]["method"] == "base":
         return ""
     low, middle, high = ratio(row, other)
