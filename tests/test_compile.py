@@ -8,6 +8,7 @@ from peft_loramoe.ops.mixture import COMPILE_AS_CUSTOM_OP
 from tiny import labelled, loramoe, tiny_llama, token_batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"top_k": 2, "null_groups": [0], "balance_detach": True}], ids=["dense", "sparse"])
 def test_a_compiled_model_is_one_graph_with_the_same_loss_and_gradients(options):
     batch, task_types = labelled(token_batch()), torch.tensor([0, 1, -1])
@@ -46,6 +47,7 @@ def graphs(model, collected):
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("collected", [False, True], ids=["in the model's loss", "collected"])
 def test_a_compiled_model_is_recompiled_as_often_as_without_the_adapter(collected):
     plain = tiny_llama().train()
