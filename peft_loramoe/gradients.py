@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-if TYPE_CHECKING:
-    from .balance.hooks import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +61,10 @@ def _unpack(weight: nn.Parameter, state: Any) -> None:
     state.absmax, state.nested, state.offset, state.state2 = absmax, False, None, None
 
 
+class _HasConfigs(Protocol):
+    configs: Mapping[str, Any]
+
+
 class NonReentrantCheckpointing:
     """A forward pre-hook of the base model that makes its gradient checkpointing non-reentrant in training.
 
@@ -73,7 +75,7 @@ class NonReentrantCheckpointing:
         recorder: has the adapters' configurations; where none has a balance term, nothing is changed.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: _HasConfigs) -> None:
         self.recorder = recorder
 
     def __call__(self, module: nn.Module, args: tuple) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,22 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .experts import LoRAExperts
 from .gradients import passes_gradient
+from .groups import ExpertGroups
 from .peft_api import BaseTunerLayer, get_in_out_features
 
 
 if TYPE_CHECKING:
-    from .balance.hooks import Recorder
     from .config import LoRAMoEConfig
+
+
+class Recorder(Protocol):
+    """What a layer hands its router probabilities to; `balance.hooks.Recorder` is one."""
+
+    def record(self, adapter: str, layer: str, groups: ExpertGroups, trained: bool, probabilities: Tensor) -> None:
+        """Take the router probabilities of one use of the layer, shape (..., N)."""
+
+    def tokens_per_row(self, tokens: int, layer: str) -> int | None:
+        """Tokens in each row of the batch, for a layer that sees `tokens` of them, flattened."""
 
 
 CANNOT_MERGE = (

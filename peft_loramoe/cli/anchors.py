@@ -54,9 +54,7 @@ def load_base(options: argparse.Namespace) -> PreTrainedModel:
 
 def add_anchors(command: Command) -> None:
     """Add the command to a parser."""
-    parser: Parser = command(
-        "anchors", anchors, "sample short texts from a base model, which stand for what it knows", DETAILS
-    )
+    parser: Parser = command("anchors", anchors, "sample short texts from a base model, which stand for what it knows", DETAILS)
     base_options(parser)
     parser.add_argument("--number", type=positive, default=400, metavar="N", help="how many anchors (default: 400)")
     parser.add_argument(
@@ -112,9 +110,7 @@ def anchors(options: argparse.Namespace) -> None:
             raise FileExistsError(f"The file '{options.output}' exists already. Remove it, or choose another one.")
         texts = _texts_of_file(options.texts) if options.texts is not None else _texts_of_dataset(options.dataset)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        written = anchors_from_texts(
-            texts, tokenizer, options.number, max_tokens=options.max_tokens, seed=options.seed
-        )
+        written = anchors_from_texts(texts, tokenizer, options.number, max_tokens=options.max_tokens, seed=options.seed)
         write_anchors(options.output, written)
     chats = sum(anchor["kind"] == "chat" for anchor in written)
     print(f"{options.output} holds {len(written)} anchors, {chats} of them chats. The first ones:")

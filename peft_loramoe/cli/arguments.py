@@ -45,7 +45,7 @@ def build_parser() -> Parser:
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     add = parser.add_subparsers(title="commands", metavar="COMMAND", required=True).add_parser
     command, options = command_adder(add), [output_option(), model_options(), text_options("--calibration"), json_option()]
-    add_train(command)
+    add_train(command, commands.train)
     _add_files(command, options[0], options[3])
     _add_export(command, options)
     surgery = add("surgery", help="list, add, remove, reorder or merge the experts of a saved adapter")

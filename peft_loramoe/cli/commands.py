@@ -127,3 +127,17 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+def train(options: Namespace) -> None:
+    """Train an adapter and save it."""
+    from .train_run import run  # needs trl, which the other commands do without
+
+    if (options.train_file is None) == (options.dataset is None):
+        raise ValueError("give either --train-file or --dataset.")
+    if options.eval_split and options.dataset is None:
+        raise ValueError(f"--eval-split {options.eval_split} is a split of --dataset; with --train-file, give --eval-file.")
+    for name in ("anchor_loss_weight", "anchors_per_batch", "anchors_every"):
+        if getattr(options, name) is not None and options.anchors is None:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} has no effect without --anchors.")
+    run(options)

@@ -27,9 +27,7 @@ BINS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # nats per token
 
 def add_label(command: Command) -> None:
     """Add the command to a parser."""
-    parser = command(
-        "label", label, "propose task types for mixed data: what the base model knows already is type 0", DETAILS
-    )
+    parser = command("label", label, "propose task types for mixed data: what the base model knows already is type 0", DETAILS)
     parser.add_argument(
         "data",
         type=Path,
@@ -37,9 +35,7 @@ def add_label(command: Command) -> None:
         help="JSONL file of records with messages, with prompt and completion, or with instruction, input and output",
     )
     base_options(parser)
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="JSONL file to write; must not exist"
-    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="JSONL file to write; must not exist")
     parser.add_argument(
         "--max-loss",
         type=float,
@@ -47,9 +43,7 @@ def add_label(command: Command) -> None:
         metavar="NATS",
         help="answers up to this mean loss per token are known (default: 0.5, tokens of probability 0.6)",
     )
-    parser.add_argument(
-        "--examples", type=positive, default=3, metavar="N", help="records shown on each side of the border"
-    )
+    parser.add_argument("--examples", type=positive, default=3, metavar="N", help="records shown on each side of the border")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="records at a time (default: 16)")
 
 
@@ -63,9 +57,7 @@ def label(options: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     places = [f"{options.data}, record {i}" for i in range(1, len(records) + 1)]
     pairs = [_question(record, place, tokenizer) for record, place in zip(records, places)]
-    conversations = any(not isinstance(record.get("prompt"), str) for record in records) and bool(
-        tokenizer.chat_template
-    )
+    conversations = any(not isinstance(record.get("prompt"), str) for record in records) and bool(tokenizer.chat_template)
     prompts, answers = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     scores = score_answers(
         load_base(options), tokenizer, prompts, answers, options.batch_size, add_special_tokens=not conversations
@@ -88,9 +80,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: {record!r} is not a record.")
         if "task_type" in record:
-            raise ValueError(
-                f"{path}, line {number}: has a task_type already; remove the column to have types proposed."
-            )
+            raise ValueError(f"{path}, line {number}: has a task_type already; remove the column to have types proposed.")
         records.append(record)
     if not records:
         raise ValueError(f"{path} has no record.")
@@ -119,9 +109,7 @@ def _question(record: Mapping[str, Any], place: str, tokenizer: PreTrainedTokeni
     return tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True), turns[-1]["content"]
 
 
-def _show(
-    pairs: list[tuple[str, str]], scores: list[AnswerScore], types: list[int], options: argparse.Namespace
-) -> None:
+def _show(pairs: list[tuple[str, str]], scores: list[AnswerScore], types: list[int], options: argparse.Namespace) -> None:
     console, known = Console(highlight=False), types.count(0)
     right = sum(score.correct for score in scores)
     console.print(

@@ -10,7 +10,7 @@ import json
 import types
 import typing
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,8 +100,8 @@ PRESETS = {"retain": LoRAMoEConfig.retain, "paper": LoRAMoEConfig.paper, "plain"
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-def add_train(command: Command) -> None:
-    """Add the command to a parser."""
+def add_train(command: Command, train: Callable[[Namespace], None]) -> None:
+    """Add the command to a parser; `train` runs it."""
     parser = command("train", train, "fine-tune a model with LoRAMoE on your own data", "")
     parser.description, parser.epilog, parser.formatter_class = DETAILS, EXAMPLES, argparse.RawDescriptionHelpFormatter
     parser.usage = "%(prog)s --model MODEL (--train-file FILE ... | --dataset ID) [options]"
@@ -204,20 +204,6 @@ def config_fields() -> list[dataclasses.Field]:
 
 
 # --- what they ask for ------------------------------------------------------------------------------------------------
-
-
-def train(options: Namespace) -> None:
-    """Train an adapter and save it."""
-    from .train_run import run  # needs trl, which the other commands do without
-
-    if (options.train_file is None) == (options.dataset is None):
-        raise ValueError("give either --train-file or --dataset.")
-    if options.eval_split and options.dataset is None:
-        raise ValueError(f"--eval-split {options.eval_split} is a split of --dataset; with --train-file, give --eval-file.")
-    for name in ("anchor_loss_weight", "anchors_per_batch", "anchors_every"):
-        if getattr(options, name) is not None and options.anchors is None:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} has no effect without --anchors.")
-    run(options)
 
 
 def adapter_config(options: Namespace) -> LoRAMoEConfig:
