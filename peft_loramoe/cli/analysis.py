@@ -1,4 +1,4 @@
-"""`analyze`, `trace` and `plot`: what the routers of an adapter do, in numbers and figures."""
+"""Commands `analyze`, `trace` and `plot`: statistics and figures of an adapter's routers."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from .models import SavedAdapter
 from .options import Command, Parser, command_adder, json_option, model_options, name_or_index, text_options
 
 
-# --- arguments --------------------------------------------------------------------------------------------------------
+# --- arguments
+# --------------------------------------------------------------------------------------------------------
 
 
 def add_analysis(add: Callable[..., Parser]) -> None:
-    """Add the three commands to a parser's."""
+    """Add the commands to the parser."""
     command, model, as_json = command_adder(add), model_options(), json_option()
     analyze = command(
         "analyze",
         run_analyze,
-        "measure how an adapter's routers use its experts on a file of texts",
-        "Prints the mean router weight of each expert group for each task type, the routers' entropy, dead and dominating "
-        "experts, and how alike experts are. `plot groups`, `plot load` and `plot entropy` draw the file that -o writes.",
+        "measure how the routers of an adapter use its experts on a file of texts",
+        "Prints the mean router weight of each expert group by task type, the entropy of the routers, dead and dominating "
+        "experts, and the similarity of experts. `plot groups`, `plot load` and `plot entropy` plot the file from -o.",
         model,
         text_options("--data", required=True),
         as_json,
@@ -37,39 +38,42 @@ def add_analysis(add: Callable[..., Parser]) -> None:
     trace = command(
         "trace",
         run_trace,
-        "show how an adapter's routers weigh the expert groups for each token of a text",
-        "Prints the mean over all linears. `plot trace` draws every linear, from the file that -o writes.",
+        "show the router weight of each expert group for each token of a text",
+        "Prints the mean over all linears. `plot trace` plots every linear from the file from -o.",
         model,
         as_json,
     )
-    trace.add_argument("--text", required=True, help="the text; special tokens are added, unless it begins with BOS")
+    trace.add_argument("--text", required=True, help="the text; special tokens are added unless it begins with BOS")
     for parser in (analyze, trace):
         parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
         parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write; replaced if it exists")
-    plot = add("plot", help="draw what `analyze` or `trace` wrote, or gains against losses of several models")
+    plot = add("plot", help="plot the results of `analyze` or `trace`, or compare models by learning and forgetting")
     _add_plots(command_adder(plot.add_subparsers(title="figures", metavar="KIND", required=True).add_parser))
 
 
 def _add_plots(figure: Command) -> None:
     of_statistics = {
-        "groups": (analysis.plot_group_weights, "draw the weight of each expert group by layer and task type"),
-        "load": (analysis.plot_load, "draw the weight of each expert by layer and task type; marks dead and dominating ones"),
-        "entropy": (analysis.plot_entropy, "draw the entropy of the routers by layer and task type"),
+        "groups": (analysis.plot_group_weights, "plot the weight of each expert group by layer and task type"),
+        "load": (
+            analysis.plot_load,
+            "plot the weight of each expert by layer and task type, and mark dead and dominating experts",
+        ),
+        "entropy": (analysis.plot_entropy, "plot the entropy of the routers by layer and task type"),
     }
     for name, (draw, summary) in of_statistics.items():
-        parser = figure(name, _statistics_plotter(draw), summary, "FILE is what `analyze` wrote.")
-        parser.add_argument("--adapter", metavar="NAME", help="whose routers, if the statistics are of several adapters")
+        parser = figure(name, _statistics_plotter(draw), summary, "FILE was written by `analyze`.")
+        parser.add_argument("--adapter", metavar="NAME", help="name of the adapter, if the statistics have several")
         _add_files(parser)
-    trace = figure("trace", plot_trace, "draw the weight of an expert group for each token", "FILE is what `trace` wrote.")
-    trace.add_argument("--group", type=name_or_index, default=0, help="the expert group, an index or a name (default: 0)")
+    trace = figure("trace", plot_trace, "plot the weight of an expert group for each token", "FILE was written by `trace`.")
+    trace.add_argument("--group", type=name_or_index, default=0, help="index or name of the expert group (default: 0)")
     _add_files(trace)
     frontier = figure(
         "frontier",
         plot_frontier,
-        "draw what several models learned against what they still know",
-        'FILE is a JSON list with a record for each model: {"label": "LoRA", "downstream": 81, "retention": 86.5}, in percent. '
+        "plot the downstream accuracy of models against the knowledge that they retain",
+        'FILE is a JSON list with a record per model: {"label": "LoRA", "downstream": 81, "retention": 86.5}, in percent. '
         'It may also have "downstream_low", "downstream_high", "retention_low" and "retention_high" (error bars) and "series" '
-        "(a line joins the models of a series).",
+        "(the models of a series are joined by a line).",
     )
     _add_files(frontier)
 
@@ -83,7 +87,7 @@ def _add_files(parser: Parser) -> None:
         action="append",
         required=True,
         metavar="FIGURE",
-        help="file to write, .png, .svg or .pdf; replaced if it exists; may be repeated",
+        help="file to write, .png, .svg or .pdf, replaced if it exists; may be repeated",
     )
 
 
@@ -95,11 +99,12 @@ def _figure_path(text: str) -> Path:
     return Path(text)
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------
+# --- commands
+# ---------------------------------------------------------------------------------------------------------
 
 
 def run_analyze(options: Namespace) -> None:
-    """Measure how an adapter's routers use its experts."""
+    """Measure how the routers of an adapter use its experts."""
     _require_folder(options.output)
     model, batches = load_with_texts(options)
     statistics = analysis.router_statistics(model, batches)
@@ -116,7 +121,7 @@ def run_analyze(options: Namespace) -> None:
 
 
 def run_trace(options: Namespace) -> None:
-    """Show what an adapter's routers do with each token of a text."""
+    """Show the router weights for each token of a text."""
     _require_folder(options.output)
     adapter = SavedAdapter.read(options.adapter, options.base_model)
     tokenizer = adapter.tokenizer()
@@ -131,13 +136,13 @@ def run_trace(options: Namespace) -> None:
 
 
 def plot_trace(options: Namespace) -> None:
-    """Draw a trace."""
+    """Plot a trace."""
     trace = analysis.RouterTrace.load(options.file)
     _draw(options, lambda path: analysis.plot_trace(trace, path, options.group))
 
 
 def plot_frontier(options: Namespace) -> None:
-    """Draw models by what they learned and what they still know."""
+    """Plot models by learning and forgetting."""
     try:
         records = json.loads(options.file.read_text(encoding="utf-8-sig"))
         if not isinstance(records, list):
@@ -164,9 +169,9 @@ def _draw(options: Namespace, draw: Callable[[Path], Any]) -> None:
 
 
 def _require_folder(file: Path | None) -> None:
-    """Before anything takes time: whether the file can be written."""
+    """Check, before the work begins, that the file can be written."""
     if file is not None and not file.parent.is_dir():
-        raise FileNotFoundError(f"The folder of '{file}' does not exist; make it first.")
+        raise FileNotFoundError(f"The folder of '{file}' does not exist; create it first.")
 
 
 def _print_written(file: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""What each command does with its options: calls of `interop`, and what they print."""
+"""Commands that call `interop` and print the results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .models import ADAPTER, SavedAdapter, read_batches
 
 
 def inspect(options: Namespace) -> None:
-    """Print what is in an adapter."""
+    """Print a summary of an adapter."""
     summary = inspect_adapter(options.adapter)
     if options.json:
         print_json(summary.to_dict())
@@ -25,13 +25,13 @@ def inspect(options: Namespace) -> None:
 
 
 def convert(options: Namespace) -> None:
-    """Convert an adapter to or from another program's format."""
+    """Convert an adapter from or to the layout of another program."""
     interop.convert_checkpoint(options.source, options.output, options.to)
     print(f"Wrote {options.output}.")
 
 
 def upcycle(options: Namespace) -> None:
-    """Make a mixture of plain LoRAs."""
+    """Turn plain LoRAs into a mixture."""
     given = dict(_option(text) for text in options.set)
     config = interop.upcycle(options.sources, options.output, num_experts=options.num_experts, method=options.method, **given)
     print(f"Wrote {options.output}: {config.num_experts} experts of rank {config.r}, in groups of {config.expert_groups}.")
@@ -39,8 +39,8 @@ def upcycle(options: Namespace) -> None:
 
 def export_lora(options: Namespace) -> None:
     """Export a mixture to a plain LoRA."""
-    if options.output.exists():  # before a model is loaded for it
-        raise FileExistsError(f"The output folder '{options.output}' exists already. Remove it, or choose another one.")
+    if options.output.exists():  # before the model is loaded
+        raise FileExistsError(f"The output folder '{options.output}' exists already; remove it or choose another one.")
     model, batches = load_with_texts(options)
     report = interop.export_lora(
         model,
@@ -82,7 +82,7 @@ def remove_experts(options: Namespace) -> None:
 
 
 def reorder_experts(options: Namespace) -> None:
-    """Number the experts of an adapter anew."""
+    """Reorder the experts of an adapter."""
     _operate(options, lambda model, batches: interop.reorder_experts(model, options.order))
 
 
@@ -105,7 +105,7 @@ def _operate(options: Namespace, operation: Callable[[PeftModel, Any], interop.S
 
 
 def load_with_texts(options: Namespace) -> tuple[PeftModel, Iterator[dict[str, Any]] | None]:
-    """The model, and batches of the texts if the command has any: only then it needs the base model's weights."""
+    """The model, with the base model's weights only if there are texts to run, and batches of these texts."""
     adapter = SavedAdapter.read(options.adapter, options.base_model)
     if getattr(options, "texts", None) is None:
         return adapter.load_without_base(options.device), None
@@ -114,12 +114,12 @@ def load_with_texts(options: Namespace) -> tuple[PeftModel, Iterator[dict[str, A
 
 
 def print_json(value: Any) -> None:
-    """Print for programs."""
+    """Print JSON."""
     print(json.dumps(value, indent=2))
 
 
 def _option(text: str) -> tuple[str, Any]:
-    """OPTION=VALUE, the value as JSON or, if it is none, as it stands."""
+    """Parse OPTION=VALUE, with the value as JSON or, if that fails, as a string."""
     name, separator, value = text.partition("=")
     if not separator:
         raise ValueError(f"--set {text}: must be OPTION=VALUE.")

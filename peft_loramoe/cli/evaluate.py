@@ -1,4 +1,4 @@
-"""``evaluate``: what a model knows and does, with and without adapters."""
+"""Command `evaluate`: closed-book questions and lm-eval tasks, with and without adapters."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from .options import Command, Parser, positive
 
 
 DETAILS = """\
-Each question is answered by the base model and by the base model with each adapter, after the same prompt; so what an adapter
-has lost and gained is counted question by question. Adapters may be of any PEFT method."""
-# Options, their defaults, and the option without which they would be ignored.
+The base model, alone and with each adapter, answers every question after the same prompt, so that lost and gained answers
+can be counted. Adapters may be of any PEFT method."""
+# Option -> its default and the option that it requires.
 DEPENDENT = {
     "shots": (5, "questions"),
     "shots_file": (None, "questions"),
@@ -46,7 +46,7 @@ def add_evaluate(command: Command, as_json: Parser) -> None:
     parser = command(
         "evaluate",
         evaluate,
-        "ask a model questions, with and without adapters: what it still knows",
+        "compare what a model knows with and without adapters",
         DETAILS,
         as_json,
     )
@@ -54,29 +54,29 @@ def add_evaluate(command: Command, as_json: Parser) -> None:
         "--model",
         "--base-model",
         metavar="MODEL",
-        help="base model, folder or Hub id (default: the one that adapters name)",
+        help="base model, folder or Hub id (default: from the adapters)",
     )
     parser.add_argument("--adapter", nargs="+", default=[], metavar="ADAPTER", help="adapters to compare with the base model")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write; replaced if it exists")
     _add_question_options(parser.add_argument_group("closed-book questions"))
     tasks = parser.add_argument_group("lm-eval")
-    tasks.add_argument("--lm-eval", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval, for example arc_easy")
-    tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="where more tasks of lm-eval are")
-    running = parser.add_argument_group("how the model runs")
-    running.add_argument("--limit", type=positive, metavar="N", help="ask the first N of each file and task only, for a try")
+    tasks.add_argument("--lm-eval", nargs="+", default=[], metavar="TASK", help="lm-eval tasks, for example arc_easy")
+    tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="folder with additional lm-eval tasks")
+    running = parser.add_argument_group("running the model")
+    running.add_argument("--limit", type=positive, metavar="N", help="only use the first N questions of each file and task")
     running.add_argument("--tokenizer", metavar="TOKENIZER", help="folder or Hub id (default: the base model's)")
     running.add_argument(
-        "--chat", action="store_true", help="put questions as a conversation, by the tokenizer's chat template"
+        "--chat", action="store_true", help="format questions as a conversation with the chat template of the tokenizer"
     )
-    running.add_argument("--batch-size", type=positive, default=16, metavar="N", help="questions at a time (default: 16)")
-    running.add_argument("--load-in-4bit", action="store_true", help="quantise the base model to NF4 (needs bitsandbytes)")
+    running.add_argument("--batch-size", type=positive, default=16, metavar="N", help="questions per batch (default: 16)")
+    running.add_argument("--load-in-4bit", action="store_true", help="quantize the base model to NF4 (needs bitsandbytes)")
     running.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of the base model's weights (default: auto, as they are saved)",
+        help="dtype of the base model (default: auto, as saved)",
     )
-    running.add_argument("--device", help="for example cpu or cuda:1 (default: the GPU, if any)")
+    running.add_argument("--device", help="device, for example cpu or cuda:1 (default: the GPU, if any)")
 
 
 def _add_question_options(group: argparse._ArgumentGroup) -> None:
@@ -86,27 +86,29 @@ def _add_question_options(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="FILE",
         help='.json or .jsonl files of {"question": "...", "answer": ...}, in the formats of TriviaQA and NQ-open too, or '
-        "hub:NAME[:CONFIG[:SPLIT]] for data sets of the Hub, for example hub:google-research-datasets/nq_open",
+        "hub:NAME[:CONFIG[:SPLIT]] for datasets of the Hub, for example hub:google-research-datasets/nq_open",
     )
     group.add_argument(
         "--shots",
         type=_count,
         metavar="K",
-        help="examples in the prompt, the first K questions, which are not asked then (default: 5)",
+        help="use the first K questions as examples in the prompt instead of asking them (default: 5)",
     )
-    group.add_argument("--shots-file", metavar="FILE", help="take the examples from here")
+    group.add_argument("--shots-file", metavar="FILE", help="take the examples from this file")
     group.add_argument(
         "--template",
         type=lambda text: text.replace("\\n", "\n"),
-        help=r"how a question is put, with \n for a line break (default: 'Question: {question}\nAnswer:', with --chat the "
+        help=r"text of a question, with \n for a line break (default: 'Question: {question}\nAnswer:', with --chat the "
         "question and a sentence that asks for the answer only)",
     )
-    group.add_argument("--max-new-tokens", type=positive, metavar="N", help="of an answer (default: 32)")
+    group.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help="maximum length of an answer, in tokens (default: 32)"
+    )
 
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """What is asked from one source, after which examples."""
+    """The questions to ask from a source, and the examples in their prompt."""
 
     source: str
     shots: list[Question]
@@ -116,7 +118,7 @@ class QuestionSet:
 def evaluate(options: Namespace) -> None:
     """Evaluate a model with and without adapters, print tables or JSON, and write JSON."""
     _check_options(options)
-    if options.output is not None:  # before hours of work for it
+    if options.output is not None:  # before hours of work
         _check_output(options.output)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     base, revision = _base_model(options.model, options.adapter)
@@ -131,12 +133,12 @@ def evaluate(options: Namespace) -> None:
     answered: list[list[ClosedBookResult]] = []
     measured: list[dict[str, Any]] = []
     for adapter in (None, *options.adapter):
-        # Loaded anew for each adapter: some change the base model's own weights.
+        # Reloaded for each adapter, since some methods change the weights of the base model.
         model = _load(base, revision, adapter, options)
         answered.append([_ask(model, tokenizer, asked, options) for asked in sets])
         if lm_eval is not None:
             measured.append(lm_eval(model, tokenizer))
-        del model  # the next one needs its memory
+        del model  # free its memory
         gc.collect()
         torch.cuda.empty_cache()
         report = {
@@ -156,9 +158,9 @@ def evaluate(options: Namespace) -> None:
 
 
 def _check_options(options: Namespace) -> None:
-    """Refuse options that would be ignored, and give the others their defaults."""
+    """Refuse options without effect and set the defaults of the others."""
     if not options.questions and not options.lm_eval:
-        raise ValueError("There is nothing to evaluate: name --questions or --lm-eval tasks.")
+        raise ValueError("There is nothing to evaluate: pass --questions or --lm-eval tasks.")
     for name, (default, needed) in DEPENDENT.items():
         value = getattr(options, name)
         if value is not None and not getattr(options, needed):
@@ -166,7 +168,7 @@ def _check_options(options: Namespace) -> None:
         if value is None and getattr(options, needed):
             setattr(options, name, default)
     if options.shots_file and options.shots == 0:
-        raise ValueError(f"--shots-file {options.shots_file} has no effect with --shots 0; leave out one of them.")
+        raise ValueError(f"--shots-file {options.shots_file} has no effect with --shots 0; drop one of them.")
 
 
 def _flag(name: str) -> str:
@@ -181,7 +183,7 @@ def _check_output(file: Path) -> None:
 
 
 def _base_model(model: str | None, adapters: list[str]) -> tuple[str, str]:
-    """The base model and its revision, after a look at the adapters' configurations."""
+    """The base model and its revision, from the option or the adapters' configurations."""
     named = set()
     for adapter in adapters:
         config = PeftConfig.from_pretrained(adapter)
@@ -252,7 +254,7 @@ def _ask(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: QuestionSe
 
 
 def _lm_eval(options: Namespace) -> LmEval:
-    """What runs the tasks, after a check of their names."""
+    """A function that runs the tasks, whose names are checked first."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -260,10 +262,10 @@ def _lm_eval(options: Namespace) -> LmEval:
     except ImportError as error:
         raise ImportError("--lm-eval needs lm-eval: pip install lm_eval[hf]") from error
     if options.include_path is not None and not options.include_path.is_dir():
-        raise NotADirectoryError(f"--include-path {options.include_path} is no folder.")
+        raise NotADirectoryError(f"--include-path {options.include_path} is not a folder.")
     manager = TaskManager(include_path=options.include_path and str(options.include_path))
     if unknown := [task for task in options.lm_eval if task not in manager.all_tasks]:
-        raise ValueError(f"--lm-eval: {unknown[0]} is no task of lm-eval (lm_eval ls tasks lists them).")
+        raise ValueError(f"--lm-eval: {unknown[0]} is not an lm-eval task (lm_eval ls tasks lists them).")
 
     def run(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
@@ -276,14 +278,14 @@ def _lm_eval(options: Namespace) -> LmEval:
             log_samples=False,
         )
         kept = {"results": evaluated["results"], "task_versions": evaluated["versions"], "shots": evaluated["n-shot"]}
-        # Some metrics are scalars of NumPy, and those of few samples may be no numbers: null.
+        # Some metrics are NumPy scalars, and metrics of few samples may be NaN, which becomes null.
         return json.loads(json.dumps(kept, default=float), parse_constant=lambda _: None)
 
     return run
 
 
 def _records(asked: QuestionSet, adapters: list[str], results: tuple[ClosedBookResult, ...]) -> dict[str, Any]:
-    """One set of questions in the report: the base model's answers first, then each adapter's, compared with them."""
+    """A question set in the report: the answers of the base model, and of each adapter with its comparison."""
     models = []
     for adapter, result in zip((None, *adapters), results):
         compared = None if adapter is None else dataclasses.asdict(compare_results(results[0], result))
@@ -310,7 +312,7 @@ def _versions(options: Namespace) -> dict[str, str]:
 
 
 def _recorded(options: Namespace) -> dict[str, Any]:
-    """The options as JSON."""
+    """The options as JSON values."""
     kept = {name: value for name, value in vars(options).items() if name not in ("command", "traceback", "json", "output")}
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 

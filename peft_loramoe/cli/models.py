@@ -1,4 +1,4 @@
-"""The model that an adapter belongs to, and texts from a file."""
+"""Load the model of a saved adapter, and read texts from a file."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ..interop.files import EXPERT_KEY, experts_by_module
 from ..interop.inspect import loramoe_config
 
 
-ADAPTER = "default"  # the name under which it is loaded
+ADAPTER = "default"  # name of the loaded adapter
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter's files, read and found to be a LoRAMoE adapter's, and the name of its base model."""
+    """The content of a LoRAMoE adapter's files and the name of its base model."""
 
     source: str
     config: LoRAMoEConfig
@@ -41,33 +41,33 @@ class SavedAdapter:
 
         Args:
             source: an adapter folder or Hub id.
-            base_model: folder or Hub id of the base model; None for the one that the adapter names.
+            base_model: folder or Hub id of the base model; None for the one in the adapter's configuration.
 
         Raises:
             FileNotFoundError: the adapter does not exist.
-            ValueError: it is no LoRAMoE adapter, or no base model is named.
+            ValueError: it is not a LoRAMoE adapter, or the base model is unknown.
         """
         options, tensors = read_adapter(source)
         config = loramoe_config(source, options)
         experts_by_module(tensors)
         base = base_model or config.base_model_name_or_path
         if not base:
-            raise ValueError(f"'{source}' does not say which base model it belongs to; name it with --base-model.")
+            raise ValueError(f"'{source}' does not name its base model; pass it as --base-model.")
         return cls(source, config, tensors, base)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer.
 
         Raises:
-            ValueError: the model is no causal language model, the only kind that commands run on texts.
+            ValueError: the model is not a causal language model, which the commands require for texts.
         """
         if self.config.task_type != "CAUSAL_LM":
             kind = f"'{self.source}' has task_type={self.config.task_type!r}"
-            raise ValueError(f"Only causal language models run on texts here; {kind}.")
+            raise ValueError(f"Texts need a causal language model; {kind}.")
         return AutoTokenizer.from_pretrained(self.base_model)
 
     def load(self, device: str | None) -> PeftModel:
-        """The base model with the adapter, in evaluation mode; `device` None for the GPU, if there is one."""
+        """Load the base model with the adapter in eval mode; `device` None is the GPU, if there is one."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded = self._auto_class.from_pretrained(self.base_model, dtype="auto", device_map={"": device})
         model = PeftModel.from_pretrained(loaded, self.source, ADAPTER)
@@ -75,7 +75,7 @@ class SavedAdapter:
         return model.eval()
 
     def load_without_base(self, device: str | None) -> PeftModel:
-        """The same without memory for the base model's weights; with them, if the adapter trains some of them."""
+        """Load without the base model's weights, unless the adapter trains some of them."""
         if not all(EXPERT_KEY.fullmatch(key) for key in self.tensors):
             return self.load(device)
         with torch.device("meta"):
@@ -92,14 +92,15 @@ class SavedAdapter:
 
 
 def read_batches(file: Path, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int) -> Iterator[dict[str, Any]]:
-    """Keyword arguments of the model, batch by batch, from a file with one JSON record a line; the whole file is checked first.
+    """Read batches of keyword arguments of the model from a JSON Lines file, which is checked completely first.
 
-    Padding is on the right, whatever the tokenizer does, since some models count positions from the left. A text that begins
-    with BOS gets no special tokens.
+    Padding is always on the right, since some models count positions from the left. Texts that begin with BOS get no
+    special tokens.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: a line is no JSON record with a `text`, its `task_type` is no integer or name, or there is no record.
+        ValueError: a line is not a JSON record with a `text`, a `task_type` is not an integer or name, or the file is
+            empty.
     """
     records = _read_records(file)
     typed = any("task_type" in record for record in records)
@@ -134,7 +135,7 @@ def _read_records(file: Path) -> list[dict[str, Any]]:
             raise ValueError(f'{where}: must be a record like {{"text": "...", "task_type": 0}}; text is missing.')
         task_type = record.get("task_type", -1)
         if isinstance(task_type, bool) or not isinstance(task_type, (int, str)):
-            raise ValueError(f"{where}: task_type={task_type!r} must be an index or a name; leave it out if unknown.")
+            raise ValueError(f"{where}: task_type={task_type!r} must be an index or a name; omit it if unknown.")
         records.append(record)
     if not records:
         raise ValueError(f"{file} has no record.")

@@ -1,4 +1,4 @@
-"""What the commands' parsers share: their class, options that several commands have, types of values."""
+"""Shared parts of the parsers: their class, common options and types of values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and whose option --config, if it has one, names a file with values of the others."""
+    """A parser with one-line errors; if it has an option --config, that names a YAML file with values of other options."""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Parse the flags, after those that a file named by --config stands for."""
@@ -70,7 +70,7 @@ Command = Callable[..., Parser]
 
 
 def command_adder(add: Callable[..., Parser]) -> Command:
-    """A function that adds a command: its name, what it calls, a line about it, more about it, and parsers of its options."""
+    """A function that adds a command: its name, function, summary, details, and parsers of shared options."""
 
     def command(name: str, function: Callable, summary: str, details: str, *options: Parser) -> Parser:
         description = f"{summary[0].upper()}{summary[1:]}. {details}"
@@ -82,29 +82,31 @@ def command_adder(add: Callable[..., Parser]) -> Command:
 
 
 def output_option() -> Parser:
-    """The folder that a command writes."""
+    """The option for the folder that a command creates."""
     parser = Parser(add_help=False)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write; must not exist")
     return parser
 
 
 def json_option() -> Parser:
-    """JSON instead of what people read."""
+    """The option to print JSON."""
     parser = Parser(add_help=False)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 
 def model_options() -> Parser:
-    """The base model, and where it runs."""
+    """The options for the base model and its device."""
     parser = Parser(add_help=False)
-    parser.add_argument("--base-model", metavar="MODEL", help="folder or Hub id (default: the one that the adapter names)")
-    parser.add_argument("--device", help="where the model runs, for example cpu or cuda:1 (default: the GPU, if any)")
+    parser.add_argument(
+        "--base-model", metavar="MODEL", help="folder or Hub id (default: the one in the adapter's configuration)"
+    )
+    parser.add_argument("--device", help="device, for example cpu or cuda:1 (default: the GPU, if any)")
     return parser
 
 
 def text_options(name: str, required: bool = False) -> Parser:
-    """The file with the texts that the model reads, under the command's name for it, and how they become batches."""
+    """The options for a file of texts, under the given name, and for batches of them."""
     parser = Parser(add_help=False)
     parser.add_argument(
         name,
@@ -112,15 +114,17 @@ def text_options(name: str, required: bool = False) -> Parser:
         required=required,
         type=Path,
         metavar="FILE",
-        help='texts to measure on, one a line: {"text": "...", "task_type": 0}; task_type, an index or a name, may be left out',
+        help='texts to measure on, one a line: {"text": "...", "task_type": 0}; task_type, an index or name, is optional',
     )
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="texts at a time (default: 8)")
-    parser.add_argument("--max-length", type=positive, default=512, metavar="N", help="tokens of a text (default: 512)")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="texts per batch (default: 8)")
+    parser.add_argument(
+        "--max-length", type=positive, default=512, metavar="N", help="maximum length of a text, in tokens (default: 512)"
+    )
     return parser
 
 
 def positive(text: str) -> int:
-    """An integer of at least 1."""
+    """Parse an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' must be an integer, at least 1")
     return int(text)
@@ -135,7 +139,7 @@ def json_value(text: str) -> Any:
 
 
 def rank(text: str) -> int | float:
-    """A rank, or the share of the squared singular values to keep."""
+    """Parse a rank, or the share of the squared singular values to keep."""
     try:
         return int(text) if text.isdecimal() else float(text)
     except ValueError:
@@ -143,5 +147,5 @@ def rank(text: str) -> int | float:
 
 
 def name_or_index(text: str) -> int | str:
-    """A task type or expert group."""
+    """Parse the name or index of a task type or expert group."""
     return int(text) if text.isdecimal() else text

@@ -1,4 +1,4 @@
-"""What the command line does with its arguments, and what becomes of errors."""
+"""Entry point of the command line: parse arguments, run the command, report errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .arguments import PROGRAM, build_parser
 from .run import find_program
 
 
-# What bad input raises, here and in the libraries below. Everything else is a defect, and shows its traceback.
+# Raised for bad input, here and in libraries. All other errors are bugs and show their traceback.
 ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError)
 
 
@@ -24,15 +24,16 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     """Run the command line.
 
     Args:
-        arguments: without the program's name; None for those of this process.
+        arguments: the arguments without the name of the program; None for those of this process.
 
     Returns:
-        The exit code: 0, or 2 after a message of one line about bad input; for `run`, what the program returned.
+        The exit code: 0, or 2 after a one-line message about bad input; for `run`, the value that the program
+        returned.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     runs = words[:1] == ["run"] and words[1:2] not in (["-h"], ["--help"])
     try:
-        if runs:  # argparse would take the program's options for its own
+        if runs:  # argparse would parse the options of the program
             program = find_program(words[2:] if words[1:2] == ["--"] else words[1:])
         else:
             options = build_parser().parse_args(words)
@@ -62,5 +63,5 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    if issubclass(category, UserWarning):  # not the deprecations of libraries
+    if issubclass(category, UserWarning):  # but no deprecation warnings of libraries
         print(f"{PROGRAM}: warning: {message}", file=sys.stderr)

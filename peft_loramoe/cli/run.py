@@ -1,4 +1,4 @@
-"""``run``: another Python program, in this process, where LORAMOE is registered."""
+"""Command `run`: run another Python program in this process with LORAMOE registered."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ STARTUP = Path(__file__).parent / "startup"
 
 
 def find_program(command: Sequence[str]) -> Callable[[], Any]:
-    """Find a Python program, and prepare this process for it as Python would.
+    """Find a Python program and prepare this process to run it.
 
-    Sets `sys.argv` and the first entry of `sys.path`, and PYTHONPATH, so that Python processes that the program starts register
-    LORAMOE too (see `startup.sitecustomize`).
+    Sets `sys.argv` and the first entry of `sys.path` as Python does, and PYTHONPATH, so that LORAMOE is also
+    registered in Python processes that the program starts (see `startup.sitecustomize`).
 
     Args:
-        command: its words: ``-m MODULE``, the path of a script, or the name of a console script of this environment; a leading
-            ``python`` is skipped.
+        command: the words of the command: ``-m MODULE``, the path of a script, or the name of a console script of this
+            environment; a leading ``python`` is skipped.
 
     Returns:
-        The function that runs it, as ``__main__`` if it is a module or a script, and returns what belongs into `sys.exit`. What
-        it raises is the program's.
+        A function that runs the program and returns the argument of `sys.exit`. Modules and scripts run as
+        ``__main__``. Exceptions of the program pass through.
 
     Raises:
-        ValueError: there is no such program, or it is not written in Python.
+        ValueError: the program does not exist or is not a Python program.
     """
     words = list(command)
     if words and re.fullmatch(r"python(3(\.\d+)?)?(\.exe)?", words[0]):
@@ -48,7 +48,7 @@ def find_program(command: Sequence[str]) -> Callable[[], Any]:
         program = _module(words[1])
         sys.argv = words[1:]
     elif name.startswith("-"):
-        raise ValueError(f"{name} is no program: run takes a script's path, -m MODULE, or the name of a console script.")
+        raise ValueError(f"{name} is not a program; run takes a script's path, -m MODULE, or the name of a console script.")
     elif scripts := tuple(entry_points(group="console_scripts", name=name)):
         program = _console_script(scripts[0])
         sys.argv = [shutil.which(name, path=sysconfig.get_path("scripts")) or name, *words[1:]]
@@ -90,14 +90,14 @@ def _console_script(script: EntryPoint) -> Callable[[], Any]:
 def _script(path: Path) -> Callable[[], Any]:
     if path.is_dir() or zipfile.is_zipfile(path):  # with a __main__.py inside; runpy puts it on sys.path
         if path.is_file() and "__main__.py" not in zipfile.ZipFile(path).namelist():
-            raise ValueError(f"'{path}' is no Python program: the archive has no __main__.py.")
+            raise ValueError(f"'{path}' is not a Python program: the archive has no __main__.py.")
         if not getattr(sys.flags, "safe_path", False):
             del sys.path[0]
     else:
         try:
             compile(path.read_bytes(), str(path), "exec")
         except (SyntaxError, ValueError) as error:
-            raise ValueError(f"'{path}' is no Python program: {error}.") from error
+            raise ValueError(f"'{path}' is not a Python program: {error}.") from error
         _set_first_path(str(path.resolve().parent))
 
     def run() -> None:
@@ -107,6 +107,6 @@ def _script(path: Path) -> Callable[[], Any]:
 
 
 def _set_first_path(folder: str) -> None:
-    """What Python puts first on `sys.path` depends on what it runs."""
+    """Set the first entry of `sys.path`, which depends on the kind of program."""
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = folder

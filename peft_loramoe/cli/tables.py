@@ -1,4 +1,4 @@
-"""What commands print for people."""
+"""Tables that commands print."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..interop.inspect import AdapterSummary, LayerSummary
 from ..training.retention import Retention
 
 
-# Options that have a line of their own, or that say how the file came about.
+# Options that are printed elsewhere, or that record how the file was made.
 ELSEWHERE = (
     *("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "peft_version", "peft_loramoe_version"),
     *("auto_mapping", "revision"),
@@ -27,12 +27,12 @@ ELSEWHERE = (
 
 
 def show_summary(summary: AdapterSummary) -> None:
-    """Print what `inspect_adapter` found."""
+    """Print the summary of an adapter."""
     console, config = _console(), summary.config
     layers, count = summary.layers, len(summary.experts)
     null = sum(expert.null for expert in summary.experts)
     console.print(
-        f"LoRAMoE adapter {summary.source}, for {config['base_model_name_or_path'] or 'a base model that it does not name'} "
+        f"LoRAMoE adapter {summary.source}, for {config['base_model_name_or_path'] or 'an unnamed base model'} "
         f"({config['task_type'] or 'no task type'})",
         f"{count} experts{f', {null} of them null,' if null else ''} in each of {len(layers)} linears; "
         f"{summary.parameters:,} parameters, {', '.join(summary.dtypes)}, {summary.bytes / 2**20:,.2f} MiB",
@@ -42,7 +42,7 @@ def show_summary(summary: AdapterSummary) -> None:
     if summary.other_tensors:
         console.print(f"{len(summary.other_tensors)} further tensors: {', '.join(summary.other_tensors[:5])} ...")
     if summary.norms is None:
-        console.print("The layers differ in their groups, so no expert is the same in all of them.")
+        console.print("The layers differ in their groups, so experts are not comparable across layers.")
     else:
         title = "Experts: norm of scaling * B A over all linears, and similarity (cosine)"
         table = _table(title, "expert", "group", "norm", *map(str, range(count)))
@@ -60,26 +60,26 @@ def show_summary(summary: AdapterSummary) -> None:
 
 
 def show_experts(records: Iterable[Mapping[str, Any]]) -> None:
-    """Print what `list_experts` returned, one line for each linear."""
+    """Print the records of `list_experts`, one line per linear."""
     layers: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:
         layers[record["layer"]].append(record)
     console = _console()
-    for alike in _same_experts(layers.values()):
-        first = alike[0]
+    for same_groups in _by_groups(layers.values()):
+        first = same_groups[0]
         headers = [f"{record['expert']}\ngroup {record['group']}{' (null)' if record['null'] else ''}" for record in first]
         table = _table("Experts and their load", "linear", *headers)
-        for experts in alike:
+        for experts in same_groups:
             table.add_row(experts[0]["layer"], *(_number(record["load"], ".3f") for record in experts))
         console.print(table)
     if names := {record["group"]: record["task_type"] for record in first if record["task_type"] is not None}:
         console.print("Task types: " + ", ".join(f"{name} (group {group})" for group, name in names.items()))
     if first[0]["load"] is None:
-        console.print("The load was not measured, for there is no --calibration.")
+        console.print("The load was not measured; pass --calibration to measure it.")
 
 
 def show_change(change: Surgery, measurable: bool) -> None:
-    """Print what an operation did to an adapter; `measurable`: whether calibration data would have measured it."""
+    """Print the effect of an operation; `measurable` says whether the command takes calibration data."""
     console, measured = _console(), change.relative_error is not None
     table = _table("Experts now", "linear", "groups", *(["relative change of the output"] if measured else []))
     for layer in change.layers:
@@ -89,11 +89,11 @@ def show_change(change: Surgery, measurable: bool) -> None:
     if measured:
         console.print(f"Relative change of the mixtures' outputs: {change.relative_error:.3g}.")
     elif measurable:
-        console.print("The change of the outputs was not measured, for there is no --calibration.")
+        console.print("The change of the outputs was not measured; pass --calibration to measure it.")
 
 
 def show_evaluation(report: Mapping[str, Any]) -> None:
-    """Print what `evaluate` measured: a table for each set of questions, and one for lm-eval's tasks."""
+    """Print the results of `evaluate`: a table per question set, and one for lm-eval tasks."""
     console = _console()
     columns = ("exact match", "F1", "loss", "lost", "gained", "difference", "95 % interval", "p (McNemar)")
     for asked in report["closed_book"]:
@@ -131,7 +131,7 @@ def show_evaluation(report: Mapping[str, Any]) -> None:
 def show_statistics(
     statistics: RouterStatistics, usage: Iterable[Mapping[str, Any]], similarity: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Print what `router_statistics`, `expert_usage` and `expert_similarity` found for one adapter."""
+    """Print the router statistics, expert usage and expert similarity of an adapter."""
     console = _console()
     ((_, names),) = statistics.task_type_names.items()
     layers: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
@@ -144,16 +144,16 @@ def show_statistics(
     groups = [group_name(group, names, null) for group in range(len(next(iter(weights.values()))))]
     console.print(_weights_table(layers, weights, groups, names))
     even = " or ".join(sorted({_number(math.log(record["num_experts"]), ".3f") for record in statistics.layers}))
-    console.print(f"Entropy of a router that treats all experts alike: {even} nats.")
+    console.print(f"Entropy of a uniform router: {even} nats.")
     usage = list(usage)
     for status in ("dead", "dominating"):
         found = [f"{record['layer']} {record['expert']}" for record in usage if record["status"] == status]
-        console.print(f"{status.capitalize()} experts: {len(found)} of {len(usage)}{_some(found)}")
+        console.print(f"{status.capitalize()} experts: {len(found)} of {len(usage)}{_first_names(found)}")
     console.print(_similarity_table(list(similarity)))
 
 
 def show_trace(trace: RouterTrace) -> None:
-    """Print the weight of each expert group for each token, the mean over all linears."""
+    """Print the weight of each expert group for each token, averaged over all linears."""
     weights: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for record in trace.records():
         weights[record["position"]][record["group"]] += record["weight"] / len(trace.layers)
@@ -207,17 +207,17 @@ def _similarity_table(pairs: list[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _some(names: list[str]) -> str:
-    """The first few of them."""
+def _first_names(names: list[str]) -> str:
+    """The first few names, for the end of a line."""
     return f": {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
 
 
-def _same_experts(layers: Iterable[list[Mapping[str, Any]]]) -> Iterable[list[list[Mapping[str, Any]]]]:
-    """Layers that have the same groups, together."""
-    alike: dict[tuple, list[list[Mapping[str, Any]]]] = defaultdict(list)
+def _by_groups(layers: Iterable[list[Mapping[str, Any]]]) -> Iterable[list[list[Mapping[str, Any]]]]:
+    """Collect the layers with the same groups."""
+    by_groups: dict[tuple, list[list[Mapping[str, Any]]]] = defaultdict(list)
     for experts in layers:
-        alike[tuple(record["group"] for record in experts)].append(experts)
-    return alike.values()
+        by_groups[tuple(record["group"] for record in experts)].append(experts)
+    return by_groups.values()
 
 
 def _changed_options(config: Mapping[str, Any]) -> str:
@@ -227,7 +227,7 @@ def _changed_options(config: Mapping[str, Any]) -> str:
 
 
 def _largest(layer: LayerSummary) -> float | None:
-    """The similarity of the two experts that are most alike."""
+    """The largest similarity of two experts."""
     pairs = [value for i, row in enumerate(layer.similarity) for value in row[:i] if value is not None]
     return max(pairs, default=None)
 

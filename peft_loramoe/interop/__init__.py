@@ -1,4 +1,4 @@
-"""Other people's checkpoints and plain LoRAs in and out; everything here works on adapter folders or loaded models."""
+"""Convert checkpoints of other programs, exchange experts with plain LoRAs, and edit the experts of an adapter."""
 
 from .convert import convert_checkpoint
 from .export import LoRAExport, export_lora, print_report

@@ -1,10 +1,11 @@
-"""Adapters of the LoRAMoE authors' repository (github.com/Ablustrund/LoRAMoE), in and out.
+"""Convert adapters from and to the layout of the LoRAMoE authors' repository (github.com/Ablustrund/LoRAMoE).
 
-What its code does (peft/tuners/lora.py there): `r` is the rank of one expert; every expert's contribution is weighed by the
-softmax (float32) of `lora_route(x)`, x undropped, and scaled by `lora_alpha / r`; experts draw dropout masks of their own,
-which share one here. `blc_alpha` is delta and `blc_weight` beta; the first half of the experts belongs to task type 1, the
-second to type 0, so types 1 and 0 there are types 0 and 1 here. Its balance term is that of ``balance_formula="cv_squared"``,
-``balance_target="paper"`` and ``balance_importance="sum"``, except that it counts padding as tokens.
+In their code (peft/tuners/lora.py), `r` is the rank of one expert. The experts' outputs are weighted by the float32
+softmax of `lora_route(x)`, without dropout on x, and scaled by `lora_alpha / r`. Each expert draws its own dropout
+mask; here, they share one. `blc_alpha` is delta and `blc_weight` beta. The first half of the experts belongs to task
+type 1 and the second half to type 0, so their types 1 and 0 are types 0 and 1 here. Its balance term is that of
+``balance_formula="cv_squared"``, ``balance_target="paper"`` and ``balance_importance="sum"``, except that it counts
+padding as tokens.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import Any
 from torch import Tensor
 
 from ..config import LoRAMoEConfig
-from .files import PREFIX, experts_by_module, some, stack_experts
+from .files import PREFIX, abbreviate, experts_by_module, stack_experts
 
 
 KEY = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<module>.+)\.lora_(?:(?P<part>[AB])(?P<expert>0|[1-9]\d*)|route)\.weight")
 LOOKED_FOR = "the authors' layout: peft_type 'LORA' with `lora_nums`, tensors <module>.lora_A0.weight, .lora_B0, .lora_route"
 REQUIRED = ("r", "lora_alpha", "lora_nums", "target_modules")
 
-# Options that the authors' layout holds, that are of no consequence after training, or that only matter in training.
+# Options that exist in the authors' layout, that have no effect after training, or that only matter in training.
 HELD = (
     *("r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "num_experts", "balance_delta", "balance_loss_weight"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -48,25 +49,26 @@ def is_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool
 
 
 def from_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoRAMoEConfig, dict[str, Tensor]]:
-    """Convert an adapter of the authors' layout; the tensors are stacked, not changed.
+    """Convert an adapter from the authors' layout; tensors are stacked, their values do not change.
 
     Args:
-        config: their ``adapter_config.json``.
-        tensors: for each linear ``lora_A{e}.weight`` (r, in), ``lora_B{e}.weight`` (out, r), ``lora_route.weight`` (N, in).
+        config: content of ``adapter_config.json``.
+        tensors: for each linear, ``lora_A{e}.weight`` (r, in), ``lora_B{e}.weight`` (out, r), ``lora_route.weight``
+            (N, in).
 
     Returns:
-        The configuration, with the switches that reproduce their training, and the tensors as PEFT names them.
+        The configuration, with the options that reproduce their training, and the tensors by their names in PEFT.
 
     Raises:
-        ValueError: an option or tensor is missing, has no counterpart here, or experts cannot be stacked.
+        ValueError: an option or tensor is missing or has no counterpart here, or the experts cannot be stacked.
     """
     if missing := [name for name in REQUIRED if config.get(name) is None]:
-        raise ValueError(f"The authors' adapter_config.json has no {', '.join(missing)}; it is incomplete.")
+        raise ValueError(f"The authors' adapter_config.json lacks {', '.join(missing)}; it is incomplete.")
     for name, plain in (("bias", "none"), ("modules_to_save", None), ("enable_lora", None)):
         if config.get(name) not in (plain, None):
-            raise ValueError(f"{name}={config[name]!r} has no counterpart here: only the experts and routers can be converted.")
+            raise ValueError(f"{name}={config[name]!r} has no counterpart here; only experts and routers can be converted.")
     if unknown := [key for key in tensors if not KEY.fullmatch(key)]:
-        raise ValueError(f"Tensors that belong to no expert or router cannot be converted: {some(unknown)}.")
+        raise ValueError(f"Only tensors of experts and routers can be converted, not: {abbreviate(unknown)}.")
 
     modules: dict[str, dict[str, Any]] = {}
     for key, tensor in tensors.items():
@@ -106,17 +108,17 @@ def from_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tu
 def to_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Convert an adapter of this package to the authors' layout.
 
-    Warns if their code would go on training with another balance term than the configuration's; outputs are the same.
+    Outputs stay the same. A warning tells if further training with their code would use another balance term.
 
     Args:
-        config: this package's ``adapter_config.json``.
-        tensors: the adapter's tensors.
+        config: content of ``adapter_config.json``.
+        tensors: the tensors of the adapter.
 
     Returns:
-        What belongs into ``adapter_config.json`` and ``adapter_model.bin``.
+        The contents of ``adapter_config.json`` and ``adapter_model.bin``.
 
     Raises:
-        ValueError: the adapter has options or tensors that the authors' code does not know.
+        ValueError: an option or tensor has no counterpart in the authors' code.
     """
     ours, default = LoRAMoEConfig.from_peft_type(**config), LoRAMoEConfig()
     changed = {f.name for f in dataclasses.fields(ours) if getattr(ours, f.name) != getattr(default, f.name)}
@@ -125,17 +127,17 @@ def to_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
     modules = experts_by_module(tensors)
     if len(tensors) > 3 * len(modules):
         rest = [key for key in tensors if ".loramoe_experts." not in key]
-        raise ValueError(f"The authors' code has no place for the tensors {some(rest)}.")
+        raise ValueError(f"The authors' code has no counterpart for the tensors {abbreviate(rest)}.")
     num_experts = ours.num_experts
     if ours.balance_loss_weight > 0:
         different = [f"{name}={getattr(ours, name)!r}" for name, value in TRAINING.items() if getattr(ours, name) != value]
         if num_experts % 2 == 0 and ours.groups_of().sizes != (num_experts // 2,) * 2:
             different.append(f"expert_groups={ours.expert_groups}")
         if different:
-            warnings.warn(f"The authors' code does not know {', '.join(different)} and would go on training with another "
-                          "balance term or router rate. The outputs are the same.")  # fmt: skip
+            warnings.warn(f"The authors' code does not support {', '.join(different)}; further training with it uses "
+                          "another balance term or router learning rate. The outputs are the same.")  # fmt: skip
 
-    named = ours.exclude_modules or ours.layers_to_transform is not None  # options that their code does not have
+    named = ours.exclude_modules or ours.layers_to_transform is not None  # unknown to their code
     targets = list(modules) if named or ours.target_modules is None else ours.target_modules
     converted = {
         "base_model_name_or_path": ours.base_model_name_or_path,
@@ -158,7 +160,7 @@ def to_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
     separate = {}
     for module, parts in modules.items():
         if (sizes := (parts["A"].shape[0], parts["B"].shape[1])) != (total := num_experts * ours.r,) * 2:
-            raise ValueError(f"'{module}' has A and B of rank {sizes}, not num_experts * r = {total}: the file is damaged.")
+            raise ValueError(f"'{module}' has A and B of rank {sizes}, not num_experts * r = {total}; the file is damaged.")
         for expert, (A, B) in enumerate(zip(parts["A"].split(ours.r), parts["B"].split(ours.r, dim=1))):
             separate[f"{PREFIX}{module}.lora_A{expert}.weight"] = A
             separate[f"{PREFIX}{module}.lora_B{expert}.weight"] = B.contiguous()
@@ -167,7 +169,7 @@ def to_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
 
 
 def _targets(targets: list[str] | str, modules: list[str]) -> list[str] | str:
-    """Their names match at the end of a module's name, even in the middle of a word; PEFT's match whole words."""
+    """Their targets match any suffix of a module's name; PEFT's match whole parts of it."""
     if isinstance(targets, str) or all(any(f".{module}".endswith(f".{name}") for name in targets) for module in modules):
         return targets
     return modules

@@ -1,4 +1,4 @@
-"""Calibration data: batches that are run through an adapted model, and what its adapted linears read in them."""
+"""Run calibration batches through an adapted model and observe the inputs of its adapted linears."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..ops.router import select_gates
 
 @dataclass(frozen=True)
 class Adapter:
-    """One LoRAMoE adapter of a model: its name, its configuration and the layers that have it, in the model's order."""
+    """A LoRAMoE adapter of a model: its name, its configuration and its layers, in the order of the model."""
 
     name: str
     config: LoRAMoEConfig
@@ -29,13 +29,13 @@ class Adapter:
 
 @dataclass(frozen=True)
 class CalibrationBatch:
-    """One batch, on the model's device.
+    """A batch on the device of the model.
 
     Attributes:
-        inputs: keyword arguments of the model; labels are the input ids where a causal language model was given none.
-        tokens: what the arguments say of the batch's tokens.
+        inputs: keyword arguments of the model; for causal language models, labels default to the input ids.
+        tokens: samples and padding of the batch.
         task_types: int64, shape (batch,) or (batch, seq), or None.
-        labels: number of label tokens that the model's loss counts; 0 if it computes none.
+        labels: number of label tokens in the loss; 0 without a loss.
     """
 
     inputs: dict[str, Any]
@@ -45,10 +45,10 @@ class CalibrationBatch:
 
 
 def find_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
-    """The LoRAMoE adapter of that name, or, for None, the only or the active one.
+    """Find a LoRAMoE adapter by name; None finds the only or the active one.
 
     Raises:
-        ValueError: the model has no such adapter, or several and none is named.
+        ValueError: the model has no such adapter, or the choice is ambiguous.
     """
     layers = [module for module in model.modules() if isinstance(module, LoRAMoELinear)]
     names = sorted({name for layer in layers for name in layer.loramoe_experts})
@@ -57,19 +57,20 @@ def find_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
     if adapter_name is None:
         active = [name for name in names if name in layers[0].active_adapters]
         if len(names) > 1 and len(active) != 1:
-            raise ValueError(f"The model has the LoRAMoE adapters {', '.join(names)}; say which with adapter_name.")
+            raise ValueError(f"The model has the LoRAMoE adapters {', '.join(names)}; choose one with adapter_name=...")
         adapter_name = names[0] if len(names) == 1 else active[0]
     if adapter_name not in names:
-        raise ValueError(f"adapter_name='{adapter_name}' is no LoRAMoE adapter of this model; it has {', '.join(names)}.")
+        raise ValueError(f"adapter_name='{adapter_name}' is not a LoRAMoE adapter of this model; it has {', '.join(names)}.")
     config = model.peft_config[adapter_name]
     return Adapter(adapter_name, config, [layer for layer in layers if adapter_name in layer.loramoe_experts])
 
 
 def prepare(model: nn.Module, adapter: Adapter, calibration: Iterable[Mapping[str, Any]] | None) -> list[CalibrationBatch]:
-    """Read the calibration data: keyword arguments of the model, and `task_types` as the model takes them.
+    """Prepare batches of keyword arguments of the model, including `task_types`.
 
     Raises:
-        ValueError: there is no batch, or the adapter is not the only active one, so that its inputs would not be its own.
+        ValueError: there are no batches, or the adapter is not the only active one, so that others would affect its
+            inputs.
     """
     if calibration is None:
         return []
@@ -77,13 +78,13 @@ def prepare(model: nn.Module, adapter: Adapter, calibration: Iterable[Mapping[st
         if layer.disable_adapters or layer.active_adapters != [adapter.name]:
             active = "none (disabled)" if layer.disable_adapters else ", ".join(layer.active_adapters)
             raise ValueError(
-                f"Measuring adapter '{adapter.name}' needs it to be the only active one; active: {active}. Call "
+                f"Adapter '{adapter.name}' must be the only active one to be measured; active: {active}. Call "
                 f"model.set_adapter('{adapter.name}') first."
             )
     device = next(model.parameters()).device
     batches = [_prepare_batch(model, adapter.config, batch, device) for batch in calibration]
     if not batches:
-        raise ValueError("calibration holds no batch; pass at least one, or None to go without measurement.")
+        raise ValueError("calibration contains no batch; pass at least one, or None to skip the measurement.")
     return batches
 
 
@@ -109,26 +110,26 @@ def visit_inputs(
     visit: Callable[[LoRAMoELinear, Tensor, Tensor], None],
     description: str | None = None,
 ) -> None:
-    """Run the model over batches and show what each adapted linear reads; padding is left out.
+    """Run the model over batches and call a function with the input of each adapted linear, without padding.
 
     Args:
         model: the adapted model.
-        adapter: whose layers are watched.
-        batches: what `prepare` returned.
-        visit: called with the layer, its input of T real tokens, shape (T, in_features), at least float32, and the task type
-            of each token, shape (T,), int64, -1 for unknown.
+        adapter: the adapter whose layers are visited.
+        batches: result of `prepare`.
+        visit: called with the layer, its input of T real tokens, shape (T, in_features), at least float32, and the
+            task type of each token, shape (T,), int64, -1 for unknown.
         description: title of a progress bar; None for no bar.
     """
     running: list[CalibrationBatch] = []
 
-    def look(layer: LoRAMoELinear, args: tuple, kwargs: dict[str, Any]) -> None:
+    def call_visit(layer: LoRAMoELinear, args: tuple, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["x"]
         batch = running[0]
         samples = batch.tokens.samples(tuple(x.shape[:-1]), layer.name, batch.task_types, x.device)
         x = x.flatten(0, -2)[samples.real]
         visit(layer, x.to(torch.promote_types(x.dtype, torch.float32)), samples.task_types[samples.ids[samples.real]])
 
-    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in adapter.layers]
+    handles = [layer.register_forward_pre_hook(call_visit, with_kwargs=True) for layer in adapter.layers]
     try:
         with evaluation_mode(model):
             for batch in tqdm(batches, desc=description, disable=description is None):
@@ -146,20 +147,20 @@ def mean_gates(
     task_type: int | None = None,
     description: str | None = None,
 ) -> dict[str, Tensor]:
-    """The mean gates of each layer over the real tokens (of one task type), after top-k selection.
+    """Mean gates of each layer over the real tokens, after top-k selection.
 
     Args:
         model: the adapted model.
-        adapter: which of its adapters.
-        batches: what `prepare` returned.
-        task_type: -1 for the tokens of unknown type; None for all.
+        adapter: the adapter.
+        batches: result of `prepare`.
+        task_type: average over tokens of this type only, -1 for unknown; None averages over all tokens.
         description: title of a progress bar; None for no bar.
 
     Returns:
         Layer name -> gates of all router outputs, shape (N,), float32, on the CPU.
 
     Raises:
-        ValueError: no token of that type reaches some layer.
+        ValueError: a layer receives no token of this type.
     """
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys((layer.name for layer in adapter.layers), 0)
@@ -175,12 +176,12 @@ def mean_gates(
     for name, count in counts.items():
         if not count:
             of_type = "" if task_type is None else f" of task type {task_type}"
-            raise ValueError(f"calibration has no real token{of_type} that reaches layer '{name}'.")
+            raise ValueError(f"calibration has no real token{of_type} for layer '{name}'.")
     return {name: (total / counts[name]).float() for name, total in sums.items()}
 
 
 class OutputError:
-    """Relative error of outputs, by layer: the root of the summed squares of the differences over those of the outputs."""
+    """Relative error of outputs by layer: norm of the differences divided by the norm of the outputs."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, float]] = {}
@@ -192,7 +193,7 @@ class OutputError:
         self._sums[layer] = error, size + output.double().square().sum().item()
 
     def of(self, layer: str | None = None) -> float | None:
-        """The error of one layer, or of all together; None if nothing was compared. A zero output has error 0 or infinity."""
+        """The error of a layer, or over all layers; None if nothing was compared. For zero outputs, it is 0 or infinity."""
         sums = list(self._sums.values()) if layer is None else [self._sums[layer]] if layer in self._sums else []
         error, size = sum(error for error, _ in sums), sum(size for _, size in sums)
         if not sums:

@@ -1,4 +1,4 @@
-"""`convert_checkpoint`: from another program's adapter folder to this package's, and back to the authors'."""
+"""Convert adapter folders between the layouts of this package, the LoRAMoE authors and MoE-PEFT."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from .authors import LOOKED_FOR as AUTHORS
 from .authors import from_authors, is_authors, to_authors
-from .files import CONFIG, PICKLE, new_folder, read_adapter, some, write_adapter
+from .files import CONFIG, PICKLE, abbreviate, new_folder, read_adapter, write_adapter
 from .moe_peft import LOOKED_FOR as MOE_PEFT
 from .moe_peft import from_moe_peft, is_moe_peft
 
@@ -19,15 +19,15 @@ TARGETS = ("loramoe", "authors")
 
 
 def convert_checkpoint(source: str | Path, output: str | Path, to: str = "loramoe") -> Path:
-    """Convert an adapter of the authors' repository or of MoE-PEFT to this package's format, or one of this package to theirs.
+    """Convert an adapter of the LoRAMoE authors or of MoE-PEFT to this package's layout, or back to the authors'.
 
-    The layout of the source is recognised by its configuration and the names of its tensors. Tensors are stacked or split,
-    never changed, so the authors' layout survives the way here and back bit by bit.
+    The layout of the source is detected from its options and tensor names. Tensors are stacked or split without
+    changing their values, so that a round trip through this package restores the authors' layout bit by bit.
 
     Args:
-        source: an adapter folder or the id of a Hub repository.
-        output: the folder to write; it must not exist.
-        to: "loramoe" for this package's format, "authors" for that of the authors' repository.
+        source: adapter folder or Hub id.
+        output: folder to create.
+        to: "loramoe" for this package's layout, "authors" for the authors'.
 
     Returns:
         The path of the new folder.
@@ -35,8 +35,13 @@ def convert_checkpoint(source: str | Path, output: str | Path, to: str = "loramo
     Raises:
         FileExistsError: `output` exists.
         FileNotFoundError: `source` or a file in it does not exist.
-        ValueError: `to` is unknown, a file is damaged, the layout is not recognised, or something in it has no counterpart.
-            Nothing is written then.
+        ValueError: `to` is unknown, a file is damaged, the layout is unknown, or part of it has no counterpart.
+            Nothing is written in this case.
+
+    Example:
+        >>> tiny_model(balance_loss_weight=0.0).save_pretrained("adapter")
+        >>> convert_checkpoint("adapter", "for-the-authors-code", to="authors").name
+        'for-the-authors-code'
     """
     if to not in TARGETS:
         raise ValueError(f"to={to!r} is not one of {', '.join(map(repr, TARGETS))}.")
@@ -50,7 +55,7 @@ def convert_checkpoint(source: str | Path, output: str | Path, to: str = "loramo
             (folder / CONFIG).write_text(json.dumps(converted, indent=2, sort_keys=True), encoding="utf-8")
             torch.save(separate, folder / PICKLE)
         elif ours:
-            raise ValueError(f"'{source}' has this package's format already; PeftModel.from_pretrained loads it.")
+            raise ValueError(f"'{source}' already has this package's layout; load it with PeftModel.from_pretrained.")
         else:
             for recognised, convert in LAYOUTS:
                 if recognised(config, tensors):
@@ -58,12 +63,13 @@ def convert_checkpoint(source: str | Path, output: str | Path, to: str = "loramo
                     break
             else:
                 hint = (
-                    " A plain LoRA becomes experts with peft_loramoe.interop.upcycle."
+                    " To turn plain LoRAs into experts, use peft_loramoe.interop.upcycle."
                     if config.get("peft_type") == "LORA"
                     else ""
                 )
                 raise ValueError(
-                    f"The layout of '{source}' is not recognised. Looked for {AUTHORS}; and for {MOE_PEFT}. Found "
-                    f"peft_type={config.get('peft_type')!r}, the options {some(config, 40)}, the tensors {some(tensors)}.{hint}"
+                    f"The layout of '{source}' is unknown. Expected {AUTHORS}; or {MOE_PEFT}. Found "
+                    f"peft_type={config.get('peft_type')!r}, the options {abbreviate(config, 40)}, "
+                    f"the tensors {abbreviate(tensors)}.{hint}"
                 )
     return Path(output)

@@ -1,4 +1,4 @@
-"""What is in a saved adapter: its experts, their size and how alike they are, from its files alone."""
+"""Summarize a saved adapter from its files: its experts, their norms and their similarity."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .files import EXPERT_KEY, experts_by_module, read_adapter
 
 @dataclass(frozen=True)
 class ExpertSummary:
-    """One router output, in the layers whose number of experts `num_experts` gives.
+    """An expert of the layers that have the default number of experts.
 
     Attributes:
         group: index of its group.
-        task_type: the group's name, if the groups have names.
-        null: whether it has no parameters.
+        task_type: name of its group, if groups have names.
+        null: whether it is a null expert.
     """
 
     group: int
@@ -34,15 +34,15 @@ class ExpertSummary:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """The experts of one linear.
+    """The experts of a linear.
 
     Attributes:
-        layer: its name inside the base model.
+        layer: name inside the base model.
         expert_groups: sizes of the groups.
         r: rank of each expert.
-        scaling: factor on the experts' sum.
-        norms: Frobenius norm of ``scaling * B_i A_i`` of each router output; None for a null expert.
-        similarity: cosine of ``B_i A_i`` and ``B_j A_j`` as vectors; None where one of them is null or zero.
+        scaling: scaling of the experts' output.
+        norms: Frobenius norm of ``scaling * B_i A_i`` of each expert; None for null experts.
+        similarity: cosine of ``B_i A_i`` and ``B_j A_j`` as vectors; None if either is null or zero.
     """
 
     layer: str
@@ -55,20 +55,20 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What `inspect_adapter` found.
+    """Result of `inspect_adapter`.
 
     Attributes:
-        source: the folder or Hub id.
-        config: the options, by name.
-        parameters: number of parameters, all tensors together.
-        bytes: their size.
-        dtypes: the dtypes that occur.
-        experts: the router outputs.
+        source: folder or Hub id.
+        config: the options by name.
+        parameters: number of parameters in all tensors.
+        bytes: size of all tensors.
+        dtypes: dtypes of the tensors.
+        experts: the experts.
         layers: the adapted linears.
-        norms: as in `LayerSummary`, with the matrices of all layers taken as one vector; None if the layers differ in their
+        norms: as in `LayerSummary`, over the concatenated matrices of all layers; None if the layers differ in their
             groups.
-        similarity: the same.
-        other_tensors: tensors that belong to no expert (`modules_to_save`, trained tokens, biases).
+        similarity: as in `LayerSummary`, likewise.
+        other_tensors: tensors outside of the experts (`modules_to_save`, trained tokens, biases).
     """
 
     source: str
@@ -83,21 +83,26 @@ class AdapterSummary:
     other_tensors: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain dictionaries and lists, ready for JSON."""
+        """The summary as plain dictionaries and lists, ready for JSON."""
         return dataclasses.asdict(self)
 
 
 def inspect_adapter(source: str | Path) -> AdapterSummary:
-    """Read a LoRAMoE adapter and measure its experts. No base model is needed.
-
-    No matrix of a linear's own size is built.
+    """Summarize a LoRAMoE adapter from its files, without the base model and without building full-size matrices.
 
     Args:
-        source: an adapter folder or the id of a Hub repository.
+        source: adapter folder or Hub id.
 
     Raises:
         FileNotFoundError: `source` or a file in it does not exist.
-        ValueError: it is no LoRAMoE adapter of this package, a file is damaged, or a tensor does not fit the configuration.
+        ValueError: the adapter is not one of this package, a file is damaged, or a tensor does not fit the
+            configuration.
+
+    Example:
+        >>> tiny_model(num_experts=4).save_pretrained("adapter")
+        >>> summary = inspect_adapter("adapter")
+        >>> len(summary.layers), len(summary.experts), summary.layers[0].r
+        (6, 4, 2)
     """
     options, tensors = read_adapter(source)
     config = loramoe_config(source, options)
@@ -125,21 +130,19 @@ def inspect_adapter(source: str | Path) -> AdapterSummary:
 
 
 def loramoe_config(source: str | Path, options: dict[str, Any]) -> LoRAMoEConfig:
-    """The configuration of an adapter of this package, from what `read_adapter` returned.
+    """The LoRAMoEConfig of an adapter from the options in its file.
 
     Raises:
-        ValueError: it is another program's or another method's.
+        ValueError: the adapter belongs to another method or program.
     """
     if (peft_type := options.get("peft_type")) != "LORAMOE":
-        fix = (
-            " (an adapter of the authors' repository is converted with `convert`, a plain LoRA becomes experts with `upcycle`)"
-        )
+        fix = " (use `convert` for adapters of the LoRAMoE authors, and `upcycle` to turn plain LoRAs into experts)"
         raise ValueError(f"'{source}' has peft_type={peft_type!r}, not 'LORAMOE'{fix if peft_type == 'LORA' else ''}.")
     return LoRAMoEConfig.from_peft_type(**options)
 
 
 def _layer(config: LoRAMoEConfig, module: str, parts: dict[str, Tensor]) -> tuple[LayerSummary, Tensor]:
-    """The summary of one linear, and the inner products of its scaled matrices, shape (E, E)."""
+    """The summary of a linear, and the inner products of its scaled matrices, shape (E, E)."""
     groups, r, scaling = config.groups_of(module), config.rank_of(module), config.mixture_options(module).scaling
     lora_channels = len(groups.lora_experts) * r
     A, B, router = (parts[name].double() for name in ("A", "B", "router"))
@@ -150,7 +153,7 @@ def _layer(config: LoRAMoEConfig, module: str, parts: dict[str, Tensor]) -> tupl
     ):
         if found != wanted:
             raise ValueError(
-                f"'{module}' has {found} {name}, but {wanted} follow from adapter_config.json (groups {list(groups.sizes)}, "
+                f"'{module}' has {found} {name}, but adapter_config.json implies {wanted} (groups {list(groups.sizes)}, "
                 f"null_groups={config.null_groups}, r={r}): the files do not belong together."
             )
     if not all(tensor.isfinite().all() for tensor in (A, B, router)):
@@ -160,7 +163,7 @@ def _layer(config: LoRAMoEConfig, module: str, parts: dict[str, Tensor]) -> tupl
 
 
 def _norms_and_cosines(inner: Tensor, groups: ExpertGroups) -> tuple[list[float | None], list[list[float | None]]]:
-    """Norms and cosines from inner products, shape (E, E), with a place for each router output."""
+    """Norms and cosines of all experts, null ones included, from the inner products of the LoRA experts, shape (E, E)."""
     norms, similarity = inner.diagonal().clamp(min=0).sqrt(), cosines(inner)
     place = {expert: i for i, expert in enumerate(groups.lora_experts)}
     place = [place.get(expert) for expert in range(groups.num_experts)]

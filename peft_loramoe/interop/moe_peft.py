@@ -1,9 +1,9 @@
-"""Adapters that MoE-PEFT (github.com/TUDB-Labs/MoE-PEFT) trained with its routing strategy "loramoe".
+"""Convert adapters of MoE-PEFT (github.com/TUDB-Labs/MoE-PEFT) with its routing strategy "loramoe".
 
-What its code does: the feed-forward linears among `target_modules` become mixtures, `r` being the rank of one expert; the
-gate sees x undropped, in float32, and its softmax weighs the experts, which are scaled by `lora_alpha / r` (or its square
-root); there is no balance term. Attention linears among `target_modules` get a plain LoRA. Here that becomes two experts
-with equal weights and a router of zeros, whose mean is that LoRA, and which stay equal in training.
+In its code, feed-forward linears among `target_modules` become mixtures with experts of rank `r`. The experts' outputs
+are weighted by the softmax of a float32 gate, without dropout on its input, and scaled by `lora_alpha / r` (or its
+square root). There is no balance term. Attention linears among `target_modules` get a plain LoRA, which is converted
+to two identical experts with a router of zeros: their mean is the LoRA, and they stay identical in training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import LoRAMoEConfig
-from .files import some, stack_experts
+from .files import abbreviate, stack_experts
 
 
 KEY = re.compile(
@@ -39,25 +39,25 @@ def is_moe_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> boo
 
 
 def from_moe_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoRAMoEConfig, dict[str, Tensor]]:
-    """Convert an adapter of MoE-PEFT's layout; the tensors are stacked, not changed.
+    """Convert an adapter from MoE-PEFT's layout; tensors are stacked, their values do not change.
 
-    The module names become those of transformers' decoders, ``model.layers...`` (Llama, Mistral, Gemma, Qwen, Phi).
+    Module names become those of transformers' decoders, ``model.layers...`` (Llama, Mistral, Gemma, Qwen, Phi).
 
     Args:
-        config: its ``adapter_config.json``.
-        tensors: for each linear ``moe_gate.weight`` (N, in) and, for each expert, ``lora_A.weight`` (r, in) and
+        config: content of ``adapter_config.json``.
+        tensors: for each linear, ``moe_gate.weight`` (N, in) and, for each expert, ``lora_A.weight`` (r, in) and
             ``lora_B.weight`` (out, r).
 
     Returns:
-        The configuration, without balancing, and the tensors as PEFT names them.
+        The configuration, without a balance term, and the tensors by their names in PEFT.
 
     Raises:
-        ValueError: an option or tensor is missing, has no counterpart here, or experts cannot be stacked.
+        ValueError: an option or tensor is missing or has no counterpart here, or the experts cannot be stacked.
     """
     if missing := [name for name in REQUIRED if config.get(name) is None]:
-        raise ValueError(f"MoE-PEFT's adapter_config.json has no {', '.join(missing)}; it is incomplete.")
+        raise ValueError(f"MoE-PEFT's adapter_config.json lacks {', '.join(missing)}; it is incomplete.")
     if unknown := [key for key in tensors if not KEY.fullmatch(key)]:
-        raise ValueError(f"Tensors that belong to no expert or gate cannot be converted: {some(unknown)}.")
+        raise ValueError(f"Only tensors of experts and gates can be converted, not: {abbreviate(unknown)}.")
 
     modules: dict[str, dict[str, Any]] = {}
     for key, tensor in tensors.items():
@@ -70,13 +70,15 @@ def from_moe_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> t
         else:
             parts["gate"] = tensor
     if foreign := [module for module in modules if "4h" in module]:
-        raise ValueError(f"ChatGLM's modules have other names in transformers; {some(foreign)} cannot be converted.")
+        raise ValueError(f"ChatGLM's modules have other names in transformers; cannot convert {abbreviate(foreign)}.")
     plain = {_name(module) for module, parts in modules.items() if parts["plain"]}
     mixtures = {_name(module) for module, parts in modules.items() if parts["A"] or parts["B"] or parts["gate"] is not None}
     if both := plain & mixtures:
-        raise ValueError(f"The linears {some(both)} have experts in some layers and a plain LoRA in others.")
-    if plain and config.get("use_dora"):  # in mixtures MoE-PEFT ignores it
-        raise ValueError(f"use_dora=True has no counterpart here; it is in effect for the plain LoRA of {some(plain)}.")
+        raise ValueError(f"The linears {abbreviate(both)} have experts in some layers and a plain LoRA in others.")
+    if plain and config.get("use_dora"):  # MoE-PEFT ignores it in mixtures
+        raise ValueError(
+            f"use_dora=True has no counterpart here; MoE-PEFT applies it to the plain LoRA of {abbreviate(plain)}."
+        )
 
     try:
         converted = LoRAMoEConfig(
@@ -89,7 +91,7 @@ def from_moe_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> t
             expert_groups=[config["num_experts"]],
             num_experts_pattern={name: [COPIES] for name in sorted(plain)},
             balance_loss_weight=0.0,
-            router_lr_multiplier=1.0,  # MoE-PEFT has one learning rate
+            router_lr_multiplier=1.0,  # MoE-PEFT has a single learning rate
             base_model_name_or_path=config.get("base_model_name_or_path"),
             task_type=config.get("task_type"),
         )

@@ -1,4 +1,4 @@
-"""The experts of an adapter as lists, and lists as the experts of an adapter: what every operation of `surgery` shares."""
+"""Turn the experts of an adapter into lists and back: the basis of all operations in `surgery`."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ..peft_api import get_pattern_key
 from .calibration import Adapter, CalibrationBatch, OutputError, visit_inputs
 
 
-# How strongly least squares keeps the factors at 1, relative to the experts' mean square: decides only where the data does not.
+# Ridge penalty that pulls the least-squares factors to 1, relative to the experts' mean square.
 RIDGE = 1e-4
 
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert outside of its layer; a null expert has neither A nor B.
+    """An expert outside of its layer; null experts have neither A nor B.
 
     Attributes:
-        group: index of its group before the operation; a new group has a new one.
-        router: its row, shape (in_features,).
+        group: index of its group before the operation, or a new index for a new group.
+        router: its row of the router, shape (in_features,).
         A: shape (r, in_features).
         B: shape (out_features, r).
     """
@@ -41,19 +41,19 @@ class Expert:
     B: Tensor | None = None
 
     def scaled(self, factor: float) -> Expert:
-        """The expert with its output multiplied."""
+        """The expert with its output multiplied by a factor."""
         return self if self.B is None else dataclasses.replace(self, B=self.B * factor)
 
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What an operation did to one linear.
+    """Effect of an operation on a linear.
 
     Attributes:
-        layer: its name inside the base model.
-        expert_groups: the sizes of its groups now.
-        relative_error: norm of the change of the mixture's output over its norm before, all real tokens of the calibration data
-            together; None without calibration data.
+        layer: name inside the base model.
+        expert_groups: new sizes of its groups.
+        relative_error: norm of the change of the mixture's output divided by the norm of the old output, over all real
+            tokens of the calibration data; None without calibration data.
     """
 
     layer: str
@@ -63,12 +63,18 @@ class LayerChange:
 
 @dataclass(frozen=True)
 class Surgery:
-    """What an operation did to an adapter.
+    """Effect of an operation on an adapter.
 
     Attributes:
-        adapter: its name.
-        layers: its linears.
-        relative_error: as in `LayerChange`, over all layers together.
+        adapter: name of the adapter.
+        layers: effect on each linear.
+        relative_error: as in `LayerChange`, over all layers.
+
+    Example:
+        >>> from peft_loramoe.interop import remove_experts
+        >>> surgery = remove_experts(tiny_model(num_experts=4), [1])
+        >>> surgery.layers[0].expert_groups, surgery.relative_error
+        ([1, 2], None)
     """
 
     adapter: str
@@ -76,12 +82,12 @@ class Surgery:
     relative_error: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain dictionaries and lists, ready for JSON."""
+        """The effect as plain dictionaries and lists, ready for JSON."""
         return dataclasses.asdict(self)
 
 
 def read_experts(experts: LoRAExperts) -> list[Expert]:
-    """The experts of one layer in their order, detached."""
+    """The detached experts of a layer, in their order."""
     A, B = iter(experts.A.detach().split(experts.r)), iter(experts.B.detach().split(experts.r, dim=1))
     return [
         Expert(group, row) if group in experts.groups.null else Expert(group, row, next(A), next(B))
@@ -90,11 +96,11 @@ def read_experts(experts: LoRAExperts) -> list[Expert]:
 
 
 def merged(first: Expert, second: Expert, share: float) -> Expert:
-    """One expert of the same rank for two: the closest one to their weighted mean; `share` is the weight of the first."""
+    """Merge two experts into the expert of the same rank closest to their weighted mean; `share` weights the first."""
     rank, dtype = first.A.shape[0], first.A.dtype
     A = torch.cat([first.A, second.A]).double()
     B = torch.cat([share * first.B.double(), (1 - share) * second.B.double()], dim=1)
-    # The singular value decomposition of B A, through factors no larger than 2r x 2r.
+    # Singular value decomposition of B A from factors of at most 2r x 2r.
     (left, R_left), (right, R_right) = torch.linalg.qr(B), torch.linalg.qr(A.T)
     U, S, Vh = torch.linalg.svd(R_left @ R_right.T)
     kept = min(rank, len(S))
@@ -116,19 +122,20 @@ def restructure(
     new_names: dict[int, str] | None = None,
     fit: bool = False,
 ) -> Surgery:
-    """Give each layer the experts of its list; first everything is built, checked and measured, then the model is changed.
+    """Replace the experts of each layer. The model changes only after everything has been built, checked and measured.
 
     Args:
         model: the adapted model.
-        adapter: which of its adapters.
-        layers: the new experts of each layer, in their order.
-        batches: on which the change of the output is measured; may be empty.
-        top_k: the new one; None keeps it, or lowers it to the number of experts, with a warning.
-        new_names: task types of new groups, by the index that `Expert.group` gives them.
-        fit: rescale the B of each expert by the factor with which the output is closest to the old one on `batches`.
+        adapter: the adapter.
+        layers: the new experts of each layer, in order.
+        batches: calibration data for the change of the output; may be empty.
+        top_k: new value of `top_k`; None keeps it, or lowers it to the number of experts with a warning.
+        new_names: task types of new groups, by `Expert.group`.
+        fit: rescale the B of each expert to minimize the change of the output on `batches`.
 
     Raises:
-        ValueError: a layer would have fewer than two experts, a group be torn apart, or the layers differ in their groups.
+        ValueError: a layer would have fewer than two experts, a group would be split, or the layers would differ in
+            their groups.
     """
     config = _new_config(adapter, layers, top_k, new_names or {})
     built = {
@@ -153,7 +160,7 @@ def restructure(
 
 
 def _sizes(experts: list[Expert]) -> dict[int, int]:
-    """Number of experts of each group, in the order in which the groups come."""
+    """Number of experts of each group, in the order of the groups."""
     sizes: dict[int, int] = defaultdict(int)
     for expert in experts:
         sizes[expert.group] += 1
@@ -163,22 +170,22 @@ def _sizes(experts: list[Expert]) -> dict[int, int]:
 def _new_config(
     adapter: Adapter, layers: dict[LoRAMoELinear, list[Expert]], top_k: int | None, new_names: dict[int, str]
 ) -> LoRAMoEConfig:
-    """The adapter's configuration with the layout of these experts; validated, the old one is left alone."""
+    """A validated copy of the adapter's configuration with the layout of these experts."""
     old, order = adapter.config, list(_sizes(next(iter(layers.values()))))
     default, pattern = None, {}
     for layer, experts in layers.items():
         sizes = _sizes(experts)
         if len(experts) < 2:
-            raise ValueError(f"Layer '{layer.name}' would have {len(experts)} expert; the router needs at least 2.")
+            raise ValueError(f"Layer '{layer.name}' would have {len(experts)} expert; a router needs at least 2.")
         if [e.group for e in experts] != [group for group, size in sizes.items() for _ in range(size)]:
             raise ValueError(
-                f"The groups of layer '{layer.name}' would be torn apart: its experts would be of the groups "
-                f"{[e.group for e in experts]}, in this order. Keep those of a group side by side."
+                f"The groups of layer '{layer.name}' would be split: the groups of its experts would be "
+                f"{[e.group for e in experts]}, in this order. Keep the experts of a group side by side."
             )
         if list(sizes) != order:
             raise ValueError(
-                f"The layers would differ in their groups: '{layer.name}' would have the groups {list(sizes)}, "
-                f"'{next(iter(layers)).name}' {order}. Every layer must keep an expert of each group, or none must."
+                f"The layers would differ in their groups: '{layer.name}' would have the groups {list(sizes)}, but "
+                f"'{next(iter(layers)).name}' {order}. Keep an expert of the group in every layer, or in none."
             )
         key = get_pattern_key(old.num_experts_pattern, layer.name)
         if key in old.num_experts_pattern:
@@ -188,7 +195,7 @@ def _new_config(
     default = default or next(iter(pattern.values()))  # every layer is in the pattern
     smallest = min(len(experts) for experts in layers.values())
     if top_k is None and old.top_k is not None and old.top_k > smallest:
-        warnings.warn(f"top_k={old.top_k} is lowered to {smallest}, the number of experts that are left.")
+        warnings.warn(f"top_k={old.top_k} is lowered to {smallest}, the number of remaining experts.")
         top_k = smallest
     null = {e.group for experts in layers.values() for e in experts if e.A is None}
     names = old.task_type_names and {**dict(enumerate(old.task_type_names)), **new_names}
@@ -204,7 +211,7 @@ def _new_config(
 
 
 def _build(old: LoRAExperts, experts: list[Expert], groups: ExpertGroups, top_k: int | None) -> LoRAExperts:
-    """The mixture of these experts; everything else is as in the old one."""
+    """A mixture of these experts that otherwise equals the old one."""
     options = old.options._replace(experts=groups.lora_experts, scaling=old.initial_scaling, top_k=top_k)
     new = LoRAExperts(old.A.shape[1], old.B.shape[0], r=old.r, groups=groups, options=options, frozen=old.frozen)
     new.scaling = old.scaling
@@ -220,7 +227,7 @@ def _build(old: LoRAExperts, experts: list[Expert], groups: ExpertGroups, top_k:
 
 
 def _fit(model: nn.Module, adapter: Adapter, batches: list[CalibrationBatch], built: dict[LoRAMoELinear, LoRAExperts]) -> None:
-    """Multiply the B of each new expert by its factor in the least-squares fit of the old outputs, layer by layer."""
+    """Scale the B of each new expert by a factor that fits the old outputs by least squares, layer by layer."""
     moments: dict[LoRAMoELinear, Tensor] = {}
 
     def visit(layer: LoRAMoELinear, x: Tensor, task_types: Tensor) -> None:
@@ -230,7 +237,7 @@ def _fit(model: nn.Module, adapter: Adapter, batches: list[CalibrationBatch], bu
     visit_inputs(model, adapter, batches, visit)
     for layer, experts in built.items():
         B, old_B = experts.B.detach().double(), layer.loramoe_experts[adapter.name].B.detach().double()
-        # Inner products of the outputs of the new experts' rank channels, with each other and with the old mixture's output.
+        # Inner products of the new rank channels' outputs with each other and with the old mixture's output.
         channels = B.T @ torch.cat([B, old_B], dim=1) * moments[layer][: B.shape[1]]
         by_expert = channels.unflatten(0, (-1, experts.r)).sum(1)
         products = by_expert[:, : B.shape[1]].unflatten(1, (-1, experts.r)).sum(2)
@@ -243,6 +250,6 @@ def _fit(model: nn.Module, adapter: Adapter, batches: list[CalibrationBatch], bu
 
 
 def _gated(experts: LoRAExperts, x: Tensor) -> Tensor:
-    """The gated rank channels of the experts, shape (T, E*r), float64: what the mixture multiplies by B."""
+    """The gated rank channels, shape (T, E*r), float64, which the mixture multiplies by B."""
     gates = select_gates(experts(x)[1], experts.options.experts, experts.options.top_k) * experts.scaling
     return (x @ experts.A.to(x.dtype).T).double() * gates.double().repeat_interleave(experts.r, dim=1)

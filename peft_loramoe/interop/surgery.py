@@ -1,7 +1,7 @@
-"""Experts of a trained adapter are added, removed, reordered, merged and listed.
+"""List, add, remove, reorder and merge the experts of a trained adapter.
 
-Every operation changes all layers of the adapter and its configuration together, or nothing. It works on a loaded model; a
-saved adapter is loaded, changed and saved. Optimizers made before hold parameters that are no longer used: make new ones.
+Every operation changes all layers of the adapter and its configuration, or nothing. Operations work on a loaded model;
+save it afterwards to change a saved adapter. Optimizers must be created anew, since the parameters are replaced.
 """
 
 from __future__ import annotations
@@ -21,26 +21,32 @@ from .restructure import Expert, Surgery, merged, read_experts, restructure
 
 
 STARTS = ("exact", "nearest")
-NULL_NAME = "null"  # task type of the null experts that fill up, where the groups have names
+NULL_NAME = "null"  # task type of a new null group
 
 
 def list_experts(
     model: nn.Module, calibration: Iterable[Mapping[str, Any]] | None = None, adapter_name: str | None = None
 ) -> list[dict[str, Any]]:
-    """List the experts of each layer, with their load.
+    """List the experts of each layer and their load.
 
     Args:
         model: the adapted model.
-        calibration: batches of keyword arguments of the model, for example a DataLoader; None for no load.
-        adapter_name: None for the only or the active one.
+        calibration: batches of keyword arguments of the model, for example a DataLoader; None does not measure the
+            load.
+        adapter_name: which adapter; None for the only or the active one.
 
     Returns:
-        One record for each layer and expert: `layer` (str), `expert` (int, as the other functions here take it), `group` (int),
-        `task_type` (str or None, the group's name), `null` (bool) and `load` (float or None: its mean router probability over
-        the real tokens; they sum to 1 over a layer's experts).
+        One record per layer and expert: `layer` (str), `expert` (int, the index that the other functions take),
+        `group` (int), `task_type` (name of the group, or None), `null` (bool) and `load` (mean router probability over
+        the real tokens, or None). Loads sum to 1 over a layer's experts.
 
     Raises:
-        ValueError: there is no such adapter, or it is not the only active one, with calibration data.
+        ValueError: there is no such adapter, or the load is to be measured and it is not the only active one.
+
+    Example:
+        >>> records = list_experts(tiny_model(num_experts=4), [{"input_ids": torch.tensor([[3, 4, 5]])}])
+        >>> len(records), records[3]["layer"], records[3]["expert"], records[3]["group"]
+        (24, 'model.layers.0.mlp.gate_proj', 3, 1)
     """
     adapter = find_adapter(model, adapter_name)
     sums: dict[str, Tensor] = {}
@@ -78,35 +84,44 @@ def add_experts(
     calibration: Iterable[Mapping[str, Any]] | None = None,
     adapter_name: str | None = None,
 ) -> Surgery:
-    """Add LoRA experts that contribute nothing yet (B is zero) and leave the mixture's output as it is, or nearly.
+    """Add LoRA experts with B = 0, while preserving the output of the mixture exactly or approximately.
 
-    A new router output takes gate from all others, for its logit is finite. That the output stays the same for every input
-    means that ``sum_i exp(l_i) f_i / sum_i exp(l_i)`` is the same function of x as before, with logits l_i and expert outputs
-    f_i linear in x. Two such fractions are equal only if the new denominator is the old one times a sum of exponentials with
-    whole coefficients (in general position, where the old numerator and denominator have no common factor). At x = 0 the
-    denominator counts the router outputs: so their number must become a multiple of what it was. Hence two starts:
+    New router outputs take weight from the others, since their logits are finite. The output is preserved for every
+    input if ``sum_i exp(l_i) f_i / sum_i exp(l_i)``, with logits l_i and expert outputs f_i linear in x, remains the
+    same function of x. In general position, where the old numerator and denominator have no common factor, this
+    requires that the new denominator is the old one times a sum of exponentials with integer coefficients. At x = 0,
+    the denominator is the number of router outputs, which must therefore become a multiple of the old number. Hence
+    there are two starts:
 
-    - "exact": as many outputs are added as there were, or a multiple of that; each new row repeats an old one. With k rows in
-      place of one, the old gates are divided by k, and the B of the old experts are multiplied by k (`top_k` too): the output
-      is the same to rounding. A smaller `count` is filled up with null experts (`fill_with_null`), which cost a router row
-      each. If all router rows are equal (an untrained router of zeros) and there is no `top_k`, any `count` is exact.
-    - "nearest": exactly `count` experts. Their rows are the mean of the old ones, whose logit follows the logarithm of the old
-      denominator to first order around equal logits, so that the new gates vary little; the B of the old experts are rescaled,
-      each by a factor, by least squares on the calibration data. The error that is left is returned.
+    - "exact": repeat every router row k times in total, divide the old gates by k implicitly, and multiply the B of
+      the old experts and `top_k` by k. The output is the same up to rounding. The number of new experts must be a
+      multiple of the number of router outputs; `fill_with_null` fills up a smaller `count` with null experts, which
+      cost a router row each. If all router rows are equal (an untrained router of zeros) and there is no `top_k`,
+      every `count` is exact.
+    - "nearest": add exactly `count` experts. Their router rows are the mean of the old rows, which keeps their gates
+      nearly constant around equal logits. The B of each old expert is rescaled by least squares on the calibration
+      data. The remaining error is returned.
 
     Args:
         model: the adapted model.
         count: number of LoRA experts; None for as many as each layer has router outputs ("exact" only).
-        group: index of the group that they join; None for a new group, the last one.
-        name: the new group's task type, where the config has `task_type_names`.
+        group: index of the group that they join; None appends a new group.
+        name: task type of the new group, if the configuration has `task_type_names`.
         start: "exact" or "nearest".
-        fill_with_null: allow "exact" to add null experts: to the last null group, or to a new one (its name, where there are
-            names, is "null").
-        calibration: batches of keyword arguments of the model; needed for "nearest", otherwise it measures the error.
-        adapter_name: None for the only or the active one.
+        fill_with_null: let "exact" add null experts to the last null group, or to a new one named "null".
+        calibration: batches of keyword arguments of the model; required for "nearest", otherwise used to measure the
+            error.
+        adapter_name: which adapter; None for the only or the active one.
 
     Raises:
-        ValueError: options that do not fit each other or the adapter; the message says how many experts can be added exactly.
+        ValueError: options do not fit each other or the adapter; the message says how many experts can be added
+            exactly.
+
+    Example:
+        >>> model = tiny_model(num_experts=4)
+        >>> surgery = add_experts(model, calibration=[{"input_ids": torch.tensor([[3, 4, 5]])}])
+        >>> surgery.layers[0].expert_groups, surgery.relative_error < 1e-4
+        ([2, 2, 4], True)
     """
     adapter = find_adapter(model, adapter_name)
     _check_addition(adapter, count, group, name, start, calibration is not None)
@@ -125,9 +140,9 @@ def add_experts(
             fill = 0 if any_count else -wanted % len(old)
             if fill and not fill_with_null:
                 raise ValueError(
-                    f"count={count} experts cannot be added to the {len(old)} of layer '{layer.name}' without a change of its "
-                    f"output: their number must become a multiple of {len(old)}. Add {wanted + fill}; or set "
-                    f"fill_with_null=True, which adds {fill} null experts; or start='nearest', which is not exact."
+                    f"count={count} experts cannot be added to the {len(old)} of layer '{layer.name}' without changing its "
+                    f"output: the total must be a multiple of {len(old)}. Add {wanted + fill}; or set fill_with_null=True, "
+                    f"which adds {fill} null experts; or set start='nearest', which is approximate."
                 )
             new_rows = rows.repeat(-(-(wanted + fill) // len(old)), 1)
             factors.add(factor := (len(old) + wanted + fill) / len(old))
@@ -140,8 +155,8 @@ def add_experts(
     if top_k is not None and start == "exact":
         if len(factors) > 1:
             raise ValueError(
-                f"count={count} with top_k={top_k}: the layers differ in their number of experts, so the same count would need "
-                "another top_k in each. Set count=None."
+                f"count={count} with top_k={top_k}: the layers differ in their number of experts, so each would need another "
+                "top_k. Set count=None."
             )
         top_k *= int(factors.pop())
     batches = prepare(model, adapter, calibration)
@@ -156,52 +171,62 @@ def remove_experts(
     calibration: Iterable[Mapping[str, Any]] | None = None,
     adapter_name: str | None = None,
 ) -> Surgery:
-    """Remove experts from every layer; the softmax over the others' logits renormalises their gates.
+    """Remove experts from every layer; the softmax renormalizes the gates of the others.
 
-    A group that loses all its experts disappears, and the later groups (and task types) move down. A `top_k` that is more than
-    what is left is lowered, with a warning.
+    A group without experts disappears, and the indices of later groups and task types decrease. A `top_k` larger than
+    the number of remaining experts is lowered with a warning.
 
     Args:
         model: the adapted model.
-        experts: indices as `list_experts` gives them, null experts included.
-        calibration: batches of keyword arguments of the model, on which the change of the output is measured.
-        adapter_name: None for the only or the active one.
+        experts: indices from `list_experts`, null experts included.
+        calibration: batches of keyword arguments of the model to measure the change of the output.
+        adapter_name: which adapter; None for the only or the active one.
 
     Raises:
-        ValueError: there is no such expert in some layer; no LoRA expert or fewer than two experts would be left; a group would
+        ValueError: a layer has no such expert, fewer than two experts or no LoRA expert would remain, or a group would
             disappear from some layers only.
+
+    Example:
+        >>> surgery = remove_experts(tiny_model(num_experts=4), [0])
+        >>> surgery.layers[0].expert_groups
+        [1, 2]
     """
     adapter = find_adapter(model, adapter_name)
     if not experts:
-        raise ValueError("experts is empty: name at least one expert to remove.")
+        raise ValueError("experts is empty; pass the index of at least one expert to remove.")
     layers = {}
     for layer in adapter.layers:
         old = read_experts(layer.loramoe_experts[adapter.name])
         _check_known(experts, old, layer)
         layers[layer] = [expert for i, expert in enumerate(old) if i not in experts]
         if all(expert.A is None for expert in layers[layer]):
-            raise ValueError(f"experts={list(experts)} are all the LoRA experts of layer '{layer.name}'; leave at least one.")
+            raise ValueError(f"experts={list(experts)} are all LoRA experts of layer '{layer.name}'; keep at least one.")
     return restructure(model, adapter, layers, prepare(model, adapter, calibration))
 
 
 def reorder_experts(model: nn.Module, order: Sequence[int], *, adapter_name: str | None = None) -> Surgery:
-    """Number the experts of every layer anew; outputs do not change.
+    """Reorder the experts of every layer; outputs do not change.
 
     Args:
         model: the adapted model.
-        order: the old index of each new expert. Groups stay together, but may change places: their names and null groups move
-            with them, and the task types of the data change accordingly.
-        adapter_name: None for the only or the active one.
+        order: the old index of each new expert. Groups must stay together but may be reordered; their names move with
+            them, and the task type indices of the data change accordingly.
+        adapter_name: which adapter; None for the only or the active one.
 
     Raises:
-        ValueError: `order` does not name every expert of each layer once, or tears a group apart.
+        ValueError: `order` is not a permutation of each layer's experts, or splits a group.
+
+    Example:
+        >>> surgery = reorder_experts(tiny_model(num_experts=4, expert_groups=[1, 3]), [1, 2, 3, 0])
+        >>> surgery.layers[0].expert_groups
+        [3, 1]
     """
     adapter = find_adapter(model, adapter_name)
     layers = {}
     for layer in adapter.layers:
         old = read_experts(layer.loramoe_experts[adapter.name])
         if sorted(order) != list(range(len(old))):
-            raise ValueError(f"order={list(order)} must name each of the experts 0 to {len(old) - 1} of '{layer.name}' once.")
+            raise ValueError(f"order={list(order)} must contain each expert of '{layer.name}', 0 to {len(old) - 1}, once.")
         layers[layer] = [old[i] for i in order]
     return restructure(model, adapter, layers, [])
 
@@ -214,38 +239,44 @@ def merge_experts(
     calibration: Iterable[Mapping[str, Any]] | None = None,
     adapter_name: str | None = None,
 ) -> Surgery:
-    """Merge two experts of a group into one, in the place of the first.
+    """Merge two experts of a group into one that takes the place of the first.
 
-    Its weight is the closest one of rank r to the weighted mean of theirs, its router row the weighted mean of their rows;
-    weighted by their loads on the calibration data, or equally without. No row has the gate of both (that would be the
-    logarithm of a sum), so the B are rescaled: each by a factor, by least squares on the calibration data; without, by what is
-    right for equal gates (with `top_k`: not at all). Exact only where all gates are equal and the mean has rank r.
+    The merged matrix is the best rank-r approximation of the weighted mean of both, and the merged router row is the
+    weighted mean of their rows. The weights are their loads on the calibration data, or equal without data. Since no
+    single row reproduces the sum of both gates, the B of every expert is rescaled: by least squares on the calibration
+    data, or without data by the factors that are right for equal gates (not at all with `top_k`). The merge is exact
+    only if all gates are equal and the mean has rank r.
 
     Args:
         model: the adapted model.
-        first: index as `list_experts` gives it.
-        second: the other one.
-        calibration: batches of keyword arguments of the model, on which the change of the output is measured too.
-        adapter_name: None for the only or the active one.
+        first: index from `list_experts`.
+        second: index of the other expert.
+        calibration: batches of keyword arguments of the model, also used to measure the change of the output.
+        adapter_name: which adapter; None for the only or the active one.
 
     Raises:
-        ValueError: there is no such expert in some layer, they are the same, null, or of different groups; fewer than two
-            experts would be left.
+        ValueError: a layer has no such expert, the experts are the same, null, or in different groups, or fewer than
+            two experts would remain.
+
+    Example:
+        >>> surgery = merge_experts(tiny_model(num_experts=4), 2, 3)
+        >>> surgery.layers[0].expert_groups
+        [2, 1]
     """
     adapter = find_adapter(model, adapter_name)
     batches = prepare(model, adapter, calibration)
     if first == second:
-        raise ValueError(f"first={first} and second={second} are the same expert; name two.")
+        raise ValueError(f"first={first} and second={second} are the same expert; choose two.")
     for layer in adapter.layers:
         old = read_experts(layer.loramoe_experts[adapter.name])
         _check_known([first, second], old, layer)
         for i in (first, second):
             if old[i].A is None:
-                raise ValueError(f"Expert {i} of layer '{layer.name}' is null: it has nothing to merge. Remove it instead.")
+                raise ValueError(f"Expert {i} of layer '{layer.name}' is null and cannot be merged; remove it instead.")
         if old[first].group != old[second].group:
             raise ValueError(
-                f"Experts {first} and {second} of layer '{layer.name}' are of different groups, {old[first].group} and "
-                f"{old[second].group}; only experts of one group can be merged."
+                f"Experts {first} and {second} of layer '{layer.name}' belong to different groups, {old[first].group} "
+                f"and {old[second].group}; only experts of the same group can be merged."
             )
     loads = mean_gates(model, adapter, batches) if batches else {}
     layers = {}
@@ -255,8 +286,8 @@ def merge_experts(
         share = float(pair[0] / pair.sum()) if pair.sum() else 0.5
         uniform = not batches and adapter.config.top_k is None
         others = (len(old) - 1) / len(old) if uniform else 1.0
-        one = merged(old[first], old[second], share).scaled(2 * others if uniform else 1.0)
-        layers[layer] = [one if i == first else expert.scaled(others) for i, expert in enumerate(old) if i != second]
+        expert_of_both = merged(old[first], old[second], share).scaled(2 * others if uniform else 1.0)
+        layers[layer] = [expert_of_both if i == first else expert.scaled(others) for i, expert in enumerate(old) if i != second]
     return restructure(model, adapter, layers, batches, fit=bool(batches))
 
 
@@ -268,28 +299,30 @@ def _check_addition(
     if start == "nearest" and count is None:
         raise ValueError("start='nearest' needs count, the number of experts to add.")
     if start == "nearest" and not calibrated:
-        raise ValueError("start='nearest' needs calibration data, to rescale the old experts and to measure the error.")
+        raise ValueError("start='nearest' needs calibration data to rescale the old experts and measure the error.")
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise ValueError(f"count={count!r} must be a positive integer.")
     config = adapter.config
     lora_groups = [g for g in range(config.num_groups) if g not in config.groups_of().null]
     if group is not None and group not in lora_groups:
-        raise ValueError(f"group={group} is no group of LoRA experts of adapter '{adapter.name}'; those are {lora_groups}.")
+        raise ValueError(
+            f"group={group} is not a group of LoRA experts of adapter '{adapter.name}'; choose one of {lora_groups}."
+        )
     if (name is not None) != (group is None and config.task_type_names is not None):
         raise ValueError(
-            f"name={name!r} with group={group} and task_type_names={config.task_type_names}: a new group needs a name where "
-            "the groups have names, and only there."
+            f"name={name!r} with group={group} and task_type_names={config.task_type_names}: a new group needs a name "
+            "if and only if the groups have names."
         )
 
 
 def _check_known(indices: Sequence[int], experts: list[Expert], layer: LoRAMoELinear) -> None:
     for index in indices:
         if index not in range(len(experts)):
-            raise ValueError(f"Expert {index!r} is unknown: layer '{layer.name}' has the experts 0 to {len(experts) - 1}.")
+            raise ValueError(f"Expert {index!r} is unknown; layer '{layer.name}' has the experts 0 to {len(experts) - 1}.")
 
 
 def _fresh_A(experts: LoRAExperts, count: int) -> tuple[Tensor, ...]:
-    """The A of new experts, initialised as PEFT's LoRA does."""
+    """A of new experts, initialized as in PEFT's LoRA."""
     A = torch.empty(count * experts.r, experts.A.shape[1], dtype=torch.float32, device=experts.A.device)
     nn.init.kaiming_uniform_(A, a=5**0.5)
     return A.to(experts.A.dtype).split(experts.r)

@@ -1,4 +1,4 @@
-"""Plain LoRA adapters become the experts of a mixture."""
+"""Upcycle plain LoRA adapters to the experts of a mixture."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from ..config import LoRAMoEConfig
 from ..groups import ExpertGroups
 from ..peft_api import get_pattern_key
-from .files import PREFIX, expert_keys, new_folder, read_adapter, some, write_adapter
+from .files import PREFIX, abbreviate, expert_keys, new_folder, read_adapter, write_adapter
 
 
 METHODS = ("replicate", "split")
 LAYER_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# Options of a LoRA that are taken over, or do not change what it computes; every other one has to be at its default.
+# Options of a LoRA that are carried over or do not affect its output; all others must have their default.
 UNDERSTOOD = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "fan_in_fan_out", *LAYER_OPTIONS),
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
     *("megatron_core", "qalora_group_size", "ensure_weight_tying", "eva_config", "init_lora_weights", "runtime_config"),
 }
-# The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, ...) change the base model's weights too.
+# Other initializations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, ...) change the weights of the base model.
 HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 DECIDED = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "num_experts", "num_experts_pattern", *LAYER_OPTIONS),
@@ -40,7 +40,7 @@ ROUTERS = {
 
 
 class Lora(NamedTuple):
-    """A plain LoRA: its name for messages, its configuration and, for each linear, A (r, in) and B (out, r), scaled."""
+    """A plain LoRA: its name for messages, its configuration, and A (r, in) and scaled B (out, r) of each linear."""
 
     name: str
     config: dict[str, Any]
@@ -56,40 +56,48 @@ def upcycle(
     method: str = "replicate",
     **options: Any,
 ) -> LoRAMoEConfig:
-    """Write a LoRAMoE adapter whose experts are plain LoRA adapters of PEFT.
+    """Turn plain LoRA adapters into the experts of a LoRAMoE adapter.
 
-    *Several sources*: one expert each, in their order. A router that picks one expert gives exactly that LoRA. The routers
-    start at zero (`router_init="zeros"`), so every gate is 1/N and the start is the mean of the LoRAs, not their sum: each
-    has 1/N of its effect until the routers are trained. `router_init="kaiming_uniform"` or `"normal"` start with random
-    gates around that.
+    *Several sources* become one expert each, in order. The routers start at zero (`router_init="zeros"`), so every
+    gate is 1/N and the mixture starts as the mean of the LoRAs, not their sum. `router_init="kaiming_uniform"` or
+    `"normal"` starts with random gates around 1/N.
 
-    *One source and `num_experts`*: the start is exactly that LoRA. `method="replicate"` gives every expert a copy; any gates
-    will do, so the routers start at random ("kaiming_uniform") - between equal experts a router of zeros would get no
-    gradient, and the copies would stay equal for ever. `method="split"` gives every expert a block of the LoRA's rank channels,
-    multiplied by the number of experts to make up for gates of 1/N; its routers start at zero.
+    *One source with `num_experts`*: the mixture starts exactly as this LoRA. `method="replicate"` copies it to every
+    expert; the routers start at random ("kaiming_uniform"), since identical experts and a zero router would get no
+    gradient to diverge. `method="split"` divides its rank channels among the experts and multiplies them by the number
+    of experts, to compensate for gates of 1/N; the routers start at zero.
 
-    The mixture has one rank and one scaling for each layer, and LoRAs have their own. So each LoRA's scaling is multiplied into
-    its B, `lora_alpha` equals `r` (scaling 1), and smaller ranks are filled up with zero columns of B, which add nothing, and
-    rows of A that are initialised like those of a new LoRA, so that they can learn. Tensors are float32.
+    All experts of a layer have the same rank and scaling. Therefore, the scaling of each LoRA is multiplied into its
+    B, `lora_alpha` equals `r`, and lower ranks are padded by zero columns of B and randomly initialized rows of A,
+    which do not change the output but can be trained. Tensors are float32.
 
     Args:
-        sources: folders or Hub ids; with `model`, names of adapters on it. One or several.
-        output: the folder to write; it must not exist.
+        sources: one or several folders or Hub ids, or, with `model`, names of its adapters.
+        output: folder to create.
         model: a model with the adapters loaded.
-        num_experts: number of experts, null ones left out. Needed for one source; for several it is their number.
-        method: what to do with one source, "replicate" or "split".
-        **options: options of LoRAMoEConfig that the sources do not decide, for example `expert_groups` (default: one group),
-            `null_groups` (their experts come in addition), `freeze_experts`, `router_init`, `balance_loss_weight`.
-            `lora_dropout`, `task_type` and `base_model_name_or_path` are taken from the sources unless they differ.
+        num_experts: number of LoRA experts. Required for one source; for several, it must be their number.
+        method: how to distribute one source, "replicate" or "split".
+        **options: other options of LoRAMoEConfig, such as `expert_groups` (default: one group), `null_groups` (whose
+            experts are additional), `freeze_experts`, `router_init` and `balance_loss_weight`. By default,
+            `lora_dropout`, `task_type` and `base_model_name_or_path` come from the sources, which must agree.
 
     Returns:
-        The configuration that was written.
+        The configuration of the new adapter.
 
     Raises:
-        FileExistsError, FileNotFoundError: see `read_adapter` and `new_folder`.
-        TypeError: an option is unknown or decided by the sources.
-        ValueError: a source is no plain LoRA or has something that the experts cannot represent; sources have different target
-            modules or options that must agree; or the options do not fit together. Nothing is written then.
+        FileExistsError: `output` exists.
+        FileNotFoundError: a source or a file in it does not exist.
+        TypeError: an option is unknown or determined by the sources.
+        ValueError: a source is not a plain LoRA or cannot be represented by experts, the sources disagree in target
+            modules or options, or the options are inconsistent. Nothing is written in this case.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> lora = get_peft_model(tiny_model().unload(), LoraConfig(r=8, target_modules=["up_proj"]))
+        >>> lora.save_pretrained("lora")
+        >>> config = upcycle("lora", "mixture", num_experts=4, method="split")
+        >>> config.num_experts, config.r
+        (4, 2)
     """
     names = [sources] if isinstance(sources, (str, Path)) else list(sources)
     _check_options(names, num_experts, method, options)
@@ -105,7 +113,7 @@ def upcycle(
         for module in loras[0].weights:
             experts = [lora.weights[module] for lora in loras]
             if len(loras) == 1:
-                experts = _of_one(module, *experts[0], count, total, method)
+                experts = _distribute(module, *experts[0], count, total, method)
             router = ROUTERS[config.router_init](torch.empty(total, experts[0][0].shape[1]))
             tensors |= expert_keys(module, *_stack(experts), router)
         _set_ranks(
@@ -117,51 +125,49 @@ def upcycle(
 
 def _check_options(names: list[str | Path], num_experts: int | None, method: str, options: Mapping[str, Any]) -> None:
     if not names:
-        raise ValueError("sources is empty; name at least one LoRA adapter.")
+        raise ValueError("sources is empty; pass at least one LoRA adapter.")
     known = {field.name for field in dataclasses.fields(LoRAMoEConfig)}
     for name in options:
         if name in DECIDED:
-            raise TypeError(f"{name} cannot be given: it follows from the sources.")
+            raise TypeError(f"{name} cannot be set; the sources determine it.")
         if name not in known:
-            raise TypeError(f"{name} is no option of LoRAMoEConfig.")
+            raise TypeError(f"{name} is not an option of LoRAMoEConfig.")
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}.")
     if len(names) > 1:
         if num_experts not in (None, len(names)):
-            raise ValueError(f"num_experts={num_experts}, but there are {len(names)} sources, and each becomes one expert.")
+            raise ValueError(f"num_experts={num_experts}, but there are {len(names)} sources, which become one expert each.")
         return
     if num_experts is None:
-        raise ValueError("One source needs num_experts: into how many experts is it to be replicated or split?")
+        raise ValueError("One source needs num_experts, the number of experts to replicate or split it into.")
     if not isinstance(num_experts, int) or num_experts < 2:
         raise ValueError(f"num_experts={num_experts!r} must be an integer, at least 2.")
     router = options.get("router_init")
     if method == "split" and (router not in (None, "zeros") or options.get("top_k") is not None):
-        raise ValueError(
-            "method='split' starts as the LoRA only if all experts have the same gate: leave router_init and top_k out."
-        )
+        raise ValueError("method='split' starts as the LoRA only if all gates are equal: do not set router_init or top_k.")
     if method == "replicate" and router == "zeros":
-        raise ValueError("method='replicate' with router_init='zeros' gives experts that would stay equal for ever, and "
-                         "routers without gradient: choose another router_init, or method='split'.")  # fmt: skip
+        raise ValueError("method='replicate' with router_init='zeros' gives routers without gradient and experts that stay "
+                         "identical: choose another router_init, or method='split'.")  # fmt: skip
     if method == "replicate" and options.get("null_groups"):
-        raise ValueError("method='replicate' with null_groups does not start as the LoRA, since the null experts' gates are "
-                         "not known in advance: use method='split', or leave null_groups out.")  # fmt: skip
+        raise ValueError("method='replicate' with null_groups does not start as the LoRA, since the null experts take an "
+                         "unknown share of the gates: use method='split', or do not set null_groups.")  # fmt: skip
 
 
 def _lora_of_model(model: PeftModel, name: str) -> Lora:
     if not isinstance(model, PeftModel):
         raise TypeError(f"model must be a PeftModel, not {type(model).__name__}.")
     if name not in model.peft_config:
-        raise ValueError(f"The model has no adapter '{name}'; it has {some(model.peft_config)}.")
+        raise ValueError(f"The model has no adapter '{name}'; it has {abbreviate(model.peft_config)}.")
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return _lora(name, model.peft_config[name].to_dict(), tensors)
 
 
 def _lora(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Lora:
-    """Check that an adapter is nothing but A and B matrices of linears, and multiply the scaling into B."""
+    """Check that an adapter consists of A and B matrices of linears only, and multiply the scaling into B."""
     peft_type = config.get("peft_type")
     if peft_type != "LORA" or "lora_nums" in config:
         what = "the layout of the LoRAMoE authors" if peft_type == "LORA" else f"peft_type={peft_type!r}"
-        raise ValueError(f"'{name}' is no plain LoRA: it has {what}.")
+        raise ValueError(f"'{name}' is not a plain LoRA: it has {what}.")
     _check_understood(name, config)
     parts: dict[str, dict[str, Tensor]] = {}
     unknown = []
@@ -173,15 +179,16 @@ def _lora(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> L
             unknown.append(key)
     if unknown:
         raise ValueError(
-            f"'{name}' has tensors that experts cannot represent: {some(unknown)}. Experts are A and B matrices of linears."
+            f"'{name}' has tensors that experts cannot represent: {abbreviate(unknown)}. Experts consist of A and B "
+            "matrices of linears."
         )
     if not parts:
-        raise ValueError(f"'{name}' has no tensor at all.")
+        raise ValueError(f"'{name}' has no tensors.")
     weights = {}
     for module, part in parts.items():
         if part.keys() != {"A", "B"} or part["A"].shape[0] != part["B"].shape[1]:
             shapes = {key: tuple(tensor.shape) for key, tensor in part.items()}
-            raise ValueError(f"'{name}' has no A and B of the same rank for '{module}': {shapes}.")
+            raise ValueError(f"'{name}' needs A and B of the same rank for '{module}', but has {shapes}.")
         weights[module] = part["A"], part["B"] * _scaling(name, config, module, part["A"].shape[0])
     return Lora(name, config, dict(sorted(weights.items())))
 
@@ -193,8 +200,8 @@ def _check_understood(name: str, config: Mapping[str, Any]) -> None:
             raise ValueError(f"'{name}' has {option}={value!r}, which experts cannot represent.")
     if (init := config.get("init_lora_weights")) not in HARMLESS_INITS:
         raise ValueError(
-            f"'{name}' has init_lora_weights={init!r}, for which PEFT changes the base model's weights, too. Save it with "
-            "path_initial_model_for_weight_conversion first; that makes it a plain LoRA for the unchanged base model."
+            f"'{name}' has init_lora_weights={init!r}, with which PEFT changes the weights of the base model. Save it with "
+            "path_initial_model_for_weight_conversion first, to get a plain LoRA for the original base model."
         )
 
 
@@ -216,9 +223,9 @@ def _check_same_modules(loras: list[Lora]) -> None:
     for lora in loras[1:]:
         if lora.weights.keys() != first.weights.keys():
             raise ValueError(
-                "The LoRAs have different target modules, so they cannot be experts of the same layers: only "
-                f"'{first.name}' has {some(first.weights.keys() - lora.weights.keys())}; only '{lora.name}' has "
-                f"{some(lora.weights.keys() - first.weights.keys())}."
+                "The LoRAs have different target modules and cannot be experts of the same layers: only "
+                f"'{first.name}' has {abbreviate(first.weights.keys() - lora.weights.keys())}; only '{lora.name}' has "
+                f"{abbreviate(lora.weights.keys() - first.weights.keys())}."
             )
         for module, (A, B) in lora.weights.items():
             here, there = (A.shape[1], B.shape[0]), (first.weights[module][0].shape[1], first.weights[module][1].shape[0])
@@ -230,39 +237,37 @@ def _check_same_modules(loras: list[Lora]) -> None:
 
 
 def _config(loras: list[Lora], num_experts: int | None, method: str, options: dict[str, Any]) -> LoRAMoEConfig:
-    one = len(loras) == 1
-    experts = num_experts if one else len(loras)
+    is_single = len(loras) == 1
+    experts = num_experts if is_single else len(loras)
     groups, null = options.get("expert_groups") or [experts], options.get("null_groups") or []
     if (found := len(ExpertGroups(groups, null).lora_experts)) != experts:
-        raise ValueError(
-            f"expert_groups={groups} with null_groups={null} has {found} experts that are not null, not {experts}."
-        )
+        raise ValueError(f"expert_groups={groups} with null_groups={null} has {found} LoRA experts, not {experts}.")
     common = {}
     for option in ("lora_dropout", "task_type", "base_model_name_or_path", "fan_in_fan_out"):
         values = {lora.name: lora.config.get(option) for lora in loras}
         if option not in options and len(set(values.values())) > 1:
-            raise ValueError(f"The LoRAs differ in {option}: {values}. Say which is meant: {option}=...")
+            raise ValueError(f"The LoRAs differ in {option}: {values}. Choose one with {option}=...")
         if (value := next(iter(values.values()))) is not None:
             common[option] = value
-    router = "kaiming_uniform" if one and method == "replicate" else "zeros"
+    router = "kaiming_uniform" if is_single and method == "replicate" else "zeros"
     decided = {"num_experts": sum(groups), "expert_groups": groups, **_targets(loras)}
     return LoRAMoEConfig(**{"router_init": router, **common, **options, **decided})
 
 
 def _targets(loras: list[Lora]) -> dict[str, Any]:
-    """The sources' own options where they agree, since a list of all modules is long."""
+    """The sources' target options where they agree, otherwise the list of all modules."""
     options = [
         {name: sorted(v) if isinstance(v := lora.config.get(name), (set, list, tuple)) else v for name in LAYER_OPTIONS}
         for lora in loras
     ]
     first = options[0]
-    if all(one == first for one in options) and first["target_modules"] not in (None, "all-linear"):
+    if all(others == first for others in options) and first["target_modules"] not in (None, "all-linear"):
         return first
     return {"target_modules": list(loras[0].weights)}
 
 
-def _of_one(module: str, A: Tensor, B: Tensor, count: int, total: int, method: str) -> list[tuple[Tensor, Tensor]]:
-    """One LoRA as `count` experts that add up to it with all `total` gates equal."""
+def _distribute(module: str, A: Tensor, B: Tensor, count: int, total: int, method: str) -> list[tuple[Tensor, Tensor]]:
+    """Distribute a LoRA over `count` experts, so that they sum to it if all `total` gates are equal."""
     if method == "replicate":
         return [(A, B)] * count
     if A.shape[0] < count:
@@ -271,7 +276,7 @@ def _of_one(module: str, A: Tensor, B: Tensor, count: int, total: int, method: s
 
 
 def _stack(experts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Stack experts after filling them up to the same rank."""
+    """Pad experts to the same rank and stack them."""
     r = max(A.shape[0] for A, _ in experts)
     stacked_A = torch.empty(len(experts), r, experts[0][0].shape[1])
     stacked_B = torch.zeros(experts[0][1].shape[0], len(experts), r)
@@ -283,7 +288,7 @@ def _stack(experts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _set_ranks(config: LoRAMoEConfig, ranks: dict[str, int]) -> None:
-    """Give every module its rank, and the lora_alpha that makes its scaling one."""
+    """Set the rank of every module, and lora_alpha such that its scaling is 1."""
     config.r = config.lora_alpha = max(ranks.values())
     config.rank_pattern = {module: r for module, r in ranks.items() if r != config.r}
     config.alpha_pattern = dict(config.rank_pattern)

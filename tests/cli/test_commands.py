@@ -168,7 +168,7 @@ def changed_copy(source, folder, change):
 
 def test_convert_to_the_authors_layout_and_back(tmp_path, base, adapter, capsys):
     call("convert", adapter, "--to", "authors", "-o", tmp_path / "authors")
-    assert "peft-loramoe: warning: The authors' code does not know" in capsys.readouterr().err
+    assert "peft-loramoe: warning: The authors' code does not support" in capsys.readouterr().err
     assert json.loads((tmp_path / "authors" / "adapter_config.json").read_text())["lora_nums"] == 4
     call("convert", tmp_path / "authors", "-o", tmp_path / "back")
     before, after = load_file(adapter / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
@@ -323,7 +323,7 @@ def test_analyze_prints_weights_entropy_usage_and_similarity(adapter, calibratio
         "mean over 6 linears",
         "2 facts",
         "group skills",
-        "alike: 1.386 nats",
+        "uniform router: 1.386 nats",
         "Dead experts: 0 of 24",
         "one group",
     ):
@@ -448,8 +448,8 @@ BAD = {
     "no operation": ("surgery", "arguments are required: OPERATION"),
     "unknown command": ("train", "invalid choice: 'train'"),
     "no output": ("convert {adapter}", "arguments are required: -o/--output"),
-    "no adapter": ("inspect {nowhere}", "is neither a folder here nor a repository on the Hub"),
-    "an empty folder": ("inspect {empty}", "has no adapter_config.json, so it is no saved adapter"),
+    "no adapter": ("inspect {nowhere}", "is neither a local folder nor a Hub repository"),
+    "an empty folder": ("inspect {empty}", "has no adapter_config.json, so it is not an adapter folder"),
     "a LoRA": ("inspect {lora}", "has peft_type='LORA', not 'LORAMOE' (an adapter of the authors' repository"),
     "another rank": ("inspect {wrong}", "the files do not belong together"),
     "half a file": ("inspect {half}", "the file is incomplete or damaged"),
@@ -459,7 +459,7 @@ BAD = {
     "an unknown format": ("convert {adapter} -o {out} --to qlora", "invalid choice: 'qlora'"),
     "one LoRA alone": ("upcycle {lora} -o {out}", "One source needs num_experts"),
     "no value": ("upcycle {lora} -o {out} --set top_k", "--set top_k: must be OPTION=VALUE"),
-    "an unknown option": ("upcycle {lora} -o {out} --num-experts 2 --set speed=3", "speed is no option of LoRAMoEConfig"),
+    "an unknown option": ("upcycle {lora} -o {out} --num-experts 2 --set speed=3", "speed is not an option of LoRAMoEConfig"),
     "a wrong type": ("upcycle {lora} -o {out} --num-experts 2 --set top_k=two", "top_k='two' must be an integer"),
     "a name for a number": ("upcycle {lora} -o {out} --num-experts two", "invalid int value: 'two'"),
     "no base model": ("export-lora {homeless} -o {out}", "name it with --base-model"),
@@ -478,7 +478,7 @@ BAD = {
     "batches of none": ("surgery list {adapter} --calibration {texts} --batch-size 0", "'0' must be an integer, at least 1"),
     "texts for a classifier": (
         "surgery list {classifier} --calibration {texts}",
-        "Only causal language models run on texts here",
+        "Texts need a causal language model",
     ),
     "an unknown expert": ("surgery remove {adapter} -o {out} --experts 7", "Expert 7 is unknown"),
     "groups torn apart": ("surgery reorder {adapter} -o {out} --order 0 2 1 3", "would be torn apart"),
@@ -492,7 +492,7 @@ BAD = {
     "statistics without a folder": ("analyze {adapter} --data {texts} -o {out}/s.json", "does not exist; make it first"),
     "no text to trace": ("trace {adapter}", "arguments are required: --text"),
     "an empty text": ("trace {adapter} --text=", "text='' has no tokens"),
-    "a classifier's trace": ("trace {classifier} --text w3", "Only causal language models run on texts here"),
+    "a classifier's trace": ("trace {classifier} --text w3", "Texts need a causal language model"),
     "a trace without a folder": ("trace {adapter} --text w3 -o {out}/t.json", "does not exist; make it first"),
     "no kind of figure": ("plot", "arguments are required: KIND"),
     "no figure": ("plot load {nothing}", "arguments are required: -o/--output"),
@@ -507,12 +507,12 @@ BAD = {
     "run in the second place": ("--traceback run", "run: error: must be the first argument"),
     "nothing to run": ("run --", "run needs a program"),
     "an unknown program": ("run -- no_such_program", "is neither a file, nor a console script"),
-    "an option to run": ("run -- --model hf", "--model is no program"),
+    "an option to run": ("run -- --model hf", "--model is not a program"),
     "no module": ("run -- -m", "run -m needs the name of a module"),
     "an unknown module": ("run -- -m no_such_module", "there is no such module"),
     "an unknown parent": ("run -- -m no_such.module", "No module named 'no_such'"),
     "a folder of modules": ("run -- -m peft", "a package without __main__"),
-    "no Python": ("run -- {config}", "is no Python program"),
+    "no Python": ("run -- {config}", "is not a Python program"),
 }
 
 
@@ -559,7 +559,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(words, message, paths, capsys,
 
 
 def test_the_traceback_is_shown_on_demand(paths):
-    with pytest.raises(FileNotFoundError, match="is neither a folder"):
+    with pytest.raises(FileNotFoundError, match="is neither a local folder"):
         main(["--traceback", "inspect", str(paths["nowhere"])])
 
 

@@ -291,7 +291,7 @@ def test_tasks_of_lm_eval(base, adapters, tmp_path, capsys, monkeypatch):
         assert measured["adapter"] == (adapter and str(adapter))
         assert measured["results"][NAME]["word_perplexity,none"] == pytest.approx(expected, rel=1e-5)
         assert f"{expected:.4g}" in table
-    with pytest.raises(ValueError, match="--lm-eval: tiny_preplexity is no task of lm-eval"):
+    with pytest.raises(ValueError, match="--lm-eval: tiny_preplexity is not an lm-eval task"):
         main(["--traceback", "evaluate", "--model", str(base), "--lm-eval", "tiny_preplexity"])
 
 
@@ -333,7 +333,7 @@ def test_tasks_need_lm_eval(base, capsys, monkeypatch):
 
 # (words, part of the message); {base}, {questions} and so on are replaced by paths.
 BAD = {
-    "nothing to do": ("--model {base}", "There is nothing to evaluate: name --questions or --lm-eval tasks"),
+    "nothing to do": ("--model {base}", "There is nothing to evaluate: pass --questions or --lm-eval tasks"),
     "no model": ("--questions {questions}", "Name the base model with --model: no adapter names one"),
     "an adapter without a base model": ("--adapter {homeless} --questions {questions}", "no adapter names one"),
     "two base models": (
@@ -388,7 +388,7 @@ BAD = {
         "--model {base} --questions {questions} --shots 0 --shots-file {two}",
         "--shots-file {two} has no effect with --shots 0",
     ),
-    "no folder of tasks": ("--model {base} --lm-eval x --include-path {two}", "--include-path {two} is no folder"),
+    "no folder of tasks": ("--model {base} --lm-eval x --include-path {two}", "--include-path {two} is not a folder"),
 }
 
 

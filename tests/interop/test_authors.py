@@ -135,7 +135,7 @@ def test_targets_that_match_in_the_middle_of_a_word(tmp_path):
 def test_a_balance_term_that_the_authors_code_does_not_have(tmp_path):
     loramoe(num_experts=4, expert_groups=[1, 3]).save_pretrained(tmp_path / "ours")
     unknown = "balance_target='corrected', balance_importance='mean', balance_detach=True, router_lr_multiplier=10.0, expert"
-    with pytest.warns(UserWarning, match=f"does not know {unknown}.*another balance term or router rate"):
+    with pytest.warns(UserWarning, match=f"does not support {unknown}.*another balance term or router learning rate"):
         convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="authors")
 
 
@@ -163,7 +163,7 @@ def test_tensors_without_counterpart_in_the_authors_code(tmp_path):
     _, tensors = read_adapter(tmp_path / "ours")
     (tmp_path / "ours" / "adapter_model.safetensors").unlink()
     torch.save({**tensors, "base_model.model.lm_head.weight": torch.ones(1)}, tmp_path / "ours" / "adapter_model.bin")
-    with pytest.raises(ValueError, match=r"has no place for the tensors 'base_model\.model\.lm_head\.weight'"):
+    with pytest.raises(ValueError, match=r"has no counterpart for the tensors 'base_model\.model\.lm_head\.weight'"):
         convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="authors")
 
 
@@ -171,7 +171,7 @@ def test_ranks_that_are_not_those_of_the_configuration(tmp_path):
     loramoe(r=2, balance_loss_weight=0.0).save_pretrained(tmp_path / "ours")
     path = tmp_path / "ours" / "adapter_config.json"
     path.write_text(path.read_text().replace('"r": 2', '"r": 4'))
-    with pytest.raises(ValueError, match=r"has A and B of rank \(12, 12\), not num_experts \* r = 24: the file is damaged"):
+    with pytest.raises(ValueError, match=r"has A and B of rank \(12, 12\), not num_experts \* r = 24; the file is damaged"):
         convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="authors")
 
 
@@ -188,22 +188,22 @@ def with_(key, *shape):
     [
         (
             without(f"{FIRST}.lora_A2.weight"),
-            r"no A matrix of expert 2, of 4 experts: the experts have different target modules",
+            r"lacks A of expert 2, with 4 experts: the experts have different target modules",
         ),
-        (without(f"{FIRST}.lora_B0.weight", f"{FIRST}.lora_B3.weight"), r"no B matrix of expert 0, 3, of 4 experts"),
+        (without(f"{FIRST}.lora_B0.weight", f"{FIRST}.lora_B3.weight"), r"lacks B of expert 0, 3, with 4 experts"),
         (without(f"{FIRST}.lora_route.weight"), r"has experts but no router"),
-        (with_(f"{FIRST}.lora_A4.weight", 2, 32), r"has a A matrix of expert 4, but there are 4 experts"),
+        (with_(f"{FIRST}.lora_A4.weight", 2, 32), r"has A of expert 4, but there are 4 experts"),
         (with_(f"{FIRST}.lora_A1.weight", 8, 32), r"cannot be stacked: r=2, but the ranks of A are expert 0: 2, expert 1: 8, "),
         (with_(f"{FIRST}.lora_B1.weight", 48, 8), r"cannot be stacked: r=2, but the ranks of B are expert 0: 2, expert 1: 8, "),
-        (with_(f"{FIRST}.lora_A1.weight", 2, 33), r"cannot be stacked: their A have the widths \[32, 33\]"),
+        (with_(f"{FIRST}.lora_A1.weight", 2, 33), r"cannot be stacked: the widths of A are \[32, 33\]"),
         (
             with_(f"{FIRST}.lora_A1.weight", 0),
-            r"A of expert 1 .* has the shape \(0,\), not that of a matrix. \(Saved in ZeRO-3",
+            r"A of expert 1 .* has shape \(0,\), not that of a matrix. \(ZeRO-3",
         ),
-        (with_(f"{FIRST}.lora_route.weight", 5, 32), r"router of .* has the shape \(5, 32\), not \(4, 32\)"),
+        (with_(f"{FIRST}.lora_route.weight", 5, 32), r"router of .* has shape \(5, 32\), not \(4, 32\)"),
         (
             with_("base_model.model.lm_head.weight", 4, 4),
-            r"belong to no expert or router .*: 'base_model.model.lm_head.weight'",
+            r"Only tensors of experts and routers can be converted, not: 'base_model.model.lm_head.weight'",
         ),
     ],
 )
@@ -218,7 +218,7 @@ def test_tensors_that_cannot_be_converted(tmp_path, change, message):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"r": None}, "has no r; it is incomplete"),
+        ({"r": None}, "lacks r; it is incomplete"),
         ({"lora_nums": 1}, r"num_experts=1 must be at least 2.*\(lora_nums is num_experts here"),
         ({"blc_alpha": 1.0}, r"balance_delta=1\.0 must be in \[0, 1\).*blc_alpha balance_delta"),
         ({"bias": "all"}, "bias='all' has no counterpart here"),
@@ -237,5 +237,5 @@ def test_two_spellings_of_one_expert_are_refused(tmp_path):
     tensors = authors_tensors()
     tensors[f"{FIRST}.lora_A00.weight"] = tensors[f"{FIRST}.lora_A0.weight"] + 1
     source = authors_adapter(tmp_path / "source", tensors)
-    with pytest.raises(ValueError, match="belong to no expert or router cannot be converted: '.*lora_A00.weight'"):
+    with pytest.raises(ValueError, match="Only tensors of experts and routers can be converted, not: '.*lora_A00.weight'"):
         convert_checkpoint(source, tmp_path / "output")

@@ -21,21 +21,25 @@ def folder_with(folder, config, tensors):
     [
         ({"peft_type": "MIXLORA", "routing_strategy": "mixlora"}, ["mixlora.layers.0.mlp.moe_gate.weight"], "'MIXLORA'"),
         ({"peft_type": "LORA", "lora_nums": 4}, ["m.q_proj.lora_A.weight"], "'lora_nums', 'peft_type', the tensors 'm.q_proj"),
-        ({"peft_type": "LORA"}, ["m.q_proj.lora_A0.weight"], "A plain LoRA becomes experts with peft_loramoe.interop.upcycle"),
+        (
+            {"peft_type": "LORA"},
+            ["m.q_proj.lora_A0.weight"],
+            "To turn plain LoRAs into experts, use .*interop.upcycle",
+        ),
         ({"peft_type": "LORAMOE", "routing_strategy": "loramoe"}, ["a"], "peft_type='LORAMOE'"),
         ({}, [], "peft_type=None, the options none, the tensors none"),
     ],
 )
 def test_unrecognised_layout_says_what_was_looked_for_and_found(tmp_path, config, tensors, found):
-    looked_for = r"Looked for the authors' layout: .*lora_A0.*and for MoE-PEFT's layout: .*moe_gate"
-    with pytest.raises(ValueError, match=rf"is not recognised\. {looked_for}.* Found .*{found}"):
+    looked_for = r"Expected the authors' layout: .*lora_A0.*or MoE-PEFT's layout: .*moe_gate"
+    with pytest.raises(ValueError, match=rf"is unknown\. {looked_for}.* Found .*{found}"):
         convert_checkpoint(folder_with(tmp_path / "theirs", config, tensors), tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
 def test_an_adapter_of_this_package_needs_no_conversion(tmp_path):
     loramoe().save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match="has this package's format already"):
+    with pytest.raises(ValueError, match="already has this package's layout"):
         convert_checkpoint(tmp_path / "ours", tmp_path / "new")
 
 

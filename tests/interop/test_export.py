@@ -485,14 +485,14 @@ CALIBRATION = [token_batch()]
         (dict(gates="groups", weights=[0, 0]), "not all zero"),
         (dict(gates="groups", weights=[float("nan"), 1]), "must be finite"),
         (dict(gates="mean"), "gates='mean' needs calibration data"),
-        (dict(gates="mean", calibration=[]), "calibration holds no batch"),
+        (dict(gates="mean", calibration=[]), "calibration contains no batch"),
         (dict(task_type=1), "task_type=1 has no effect with gates='uniform'"),
         (dict(gates="mean", task_type=4, calibration=CALIBRATION), "contains 4, but the adapter has 2 expert groups"),
         (dict(gates="mean", task_type=1, calibration=CALIBRATION), "no real token of task type 1"),
         (dict(rank=0), "rank=0 must be at least 1"),
         (dict(rank=8), "less than the exact rank, 8"),
         (dict(rank=1.5), "rank=1.5: a float is the share"),
-        (dict(adapter_name="absent"), "adapter_name='absent' is no LoRAMoE adapter of this model; it has default"),
+        (dict(adapter_name="absent"), "adapter_name='absent' is not a LoRAMoE adapter of this model; it has default"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path, options, match):
@@ -547,7 +547,7 @@ def test_measuring_needs_the_adapter_to_be_active(tmp_path):
     model = strong()
     model.add_adapter("other", LoRAMoEConfig(r=2, init_weights=False))
     with pytest.raises(
-        ValueError, match=r"'other' needs it to be the only active one; active: default.*set_adapter\('other'\)"
+        ValueError, match=r"'other' must be the only active one to be measured; active: default.*set_adapter\('other'\)"
     ):
         export_lora(model, tmp_path / "lora", adapter_name="other", calibration=[token_batch()], show=False)
 
@@ -556,7 +556,7 @@ def test_the_adapter_must_be_named_where_several_are_active(tmp_path):
     model = strong()
     model.add_adapter("other", LoRAMoEConfig(r=2, init_weights=False))
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match="has the LoRAMoE adapters default, other; say which"):
+    with pytest.raises(ValueError, match="has the LoRAMoE adapters default, other; choose one"):
         export_lora(model, tmp_path / "lora", show=False)
 
 

@@ -70,7 +70,7 @@ def test_hub_repositories_are_read(tmp_path, monkeypatch):
 
 def test_neither_folder_nor_repository(tmp_path):
     for source in ("no/such-adapter", tmp_path / "nothing here"):
-        with pytest.raises(FileNotFoundError, match=r"is neither a folder here nor a repository on the Hub from which adapter"):
+        with pytest.raises(FileNotFoundError, match=r"is neither a local folder nor a Hub repository from which adapter"):
             read_adapter(source)
 
 
@@ -87,7 +87,7 @@ def test_missing_file(tmp_path, name):
     "text, message",
     [
         ('{"peft_type": ', "adapter_config.json' is not valid JSON"),
-        ("[1]", "holds a JSON list, not an object of options"),
+        ("[1]", "contains a JSON list, not an object of options"),
     ],
 )
 def test_broken_config(tmp_path, text, message):
@@ -132,8 +132,8 @@ def test_pickle_with_code_in_it(tmp_path, monkeypatch, zipped):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ([1, 2], "holds no dictionary of tensors but a list"),
-        ({"step": 3}, "holds no dictionary of tensors but a dictionary with 'step: int'"),
+        ([1, 2], "must hold a dictionary of tensors, not a list"),
+        ({"step": 3}, "must hold a dictionary of tensors, not a dictionary with 'step: int'"),
     ],
 )
 def test_pickle_of_something_else(tmp_path, content, message):
@@ -164,7 +164,7 @@ def test_existing_output_is_refused(tmp_path, kind):
     output = tmp_path / "adapter"
     {"folder": output.mkdir, "file": output.touch, "dangling link": lambda: output.symlink_to("nowhere")}[kind]()
     with (
-        pytest.raises(FileExistsError, match=r"adapter' exists already\. Remove it, or choose another one"),
+        pytest.raises(FileExistsError, match=r"adapter' exists already; remove it or choose another one"),
         new_folder(output),
     ):
         raise AssertionError("not reached")
@@ -224,7 +224,7 @@ def test_tensors_of_another_method():
 def test_a_missing_tensor_of_a_module():
     tensors = get_peft_model_state_dict(loramoe())
     del tensors["base_model.model.model.layers.1.mlp.up_proj.loramoe_experts.router"]
-    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.up_proj' has no tensor loramoe_experts\.router"):
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.up_proj' lacks the tensor loramoe_experts\.router"):
         experts_by_module(tensors)
 
 

@@ -115,22 +115,22 @@ def test_pefts_own_reader_says_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     "change, options, message",
     [
-        ({f"{FIRST}.experts.1.lora_A.weight": None}, {}, r"'model\.layers\.0\.mlp\.gate_proj' has no A matrix of expert 1"),
+        ({f"{FIRST}.experts.1.lora_A.weight": None}, {}, r"'model\.layers\.0\.mlp\.gate_proj' lacks A of expert 1"),
         ({f"{FIRST}.moe_gate.weight": None}, {}, "has experts but no router"),
         ({f"{FIRST}.experts.1.lora_B.weight": torch.ones(48, 5)}, {}, r"r=2, but the ranks of B are expert 0: 2, expert 1: 5"),
         (
             {"loramoe.layers.0.self_attn.q_proj.lora_A.weight": None},
             {},
-            r"'model\.layers\.0\.self_attn\.q_proj' has no A matrix",
+            r"'model\.layers\.0\.self_attn\.q_proj' lacks A of expert",
         ),
         (
             {f"{FIRST}.lora_A.weight": torch.ones(2, 32)},
             {},
             "'gate_proj' have experts in some layers and a plain LoRA in others",
         ),
-        ({"classifier": torch.ones(2, 32)}, {}, "belong to no expert or gate cannot be converted: 'classifier'"),
-        ({}, {"use_dora": True}, "use_dora=True has no counterpart here; it is in effect for .* 'q_proj', 'v_proj'"),
-        ({}, {"r": None}, "has no r; it is incomplete"),
+        ({"classifier": torch.ones(2, 32)}, {}, "Only tensors of experts and gates can be converted, not: 'classifier'"),
+        ({}, {"use_dora": True}, "use_dora=True has no counterpart here; MoE-PEFT applies it to .* 'q_proj', 'v_proj'"),
+        ({}, {"r": None}, "lacks r; it is incomplete"),
         ({}, {"num_experts": 1}, "num_experts=1 must be at least 2"),
         ({"loramoe.layers.0.mlp.dense_4h_to_h.lora_A.weight": torch.ones(2, 3)}, {}, r"ChatGLM's modules have other names"),
     ],

@@ -183,7 +183,7 @@ def test_the_same_modules_by_other_names(tmp_path):
         ({"bias": "all"}, "bias='all', which experts cannot represent"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\], which experts cannot represent"),
         ({"trainable_token_indices": [3]}, r"trainable_token_indices=\[3\], which experts cannot represent"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights='olora', for which PEFT changes the base model's weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora', with which PEFT changes the weights of the base model"),
         (
             {"target_modules": ["q_proj", "embed_tokens"]},
             r"has tensors that experts cannot represent: .*embed_tokens\.lora_embed",
@@ -193,7 +193,7 @@ def test_the_same_modules_by_other_names(tmp_path):
             r"different target modules.*only '.*good' has .*down_proj.*bad' has .*o_proj",
         ),
         ({"layers_to_transform": [0]}, r"different target modules.*layers\.1\.mlp\.down_proj.*bad' has none"),
-        ({"task_type": None}, r"The LoRAs differ in task_type: .*\. Say which is meant: task_type=\.\.\."),
+        ({"task_type": None}, r"The LoRAs differ in task_type: .*\. Choose one with task_type=\.\.\."),
         ({"lora_dropout": 0.2}, r"The LoRAs differ in lora_dropout"),
     ],
 )
@@ -216,20 +216,23 @@ def test_base_models_of_another_size(tmp_path):
 
 def test_adapters_of_another_method(tmp_path):
     loramoe().save_pretrained(tmp_path / "bad")
-    with pytest.raises(ValueError, match="'.*bad' is no plain LoRA: it has peft_type='LORAMOE'"):
+    with pytest.raises(ValueError, match="'.*bad' is not a plain LoRA: it has peft_type='LORAMOE'"):
         upcycle(tmp_path / "bad", tmp_path / "moe", num_experts=2)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t, key: t.pop(key), r"has no A and B of the same rank for '.*q_proj': \{'B': \(32, 8\)\}"),
-        (lambda t, key: t.update({key: torch.ones(3, 32)}), r"same rank for '.*q_proj': \{'A': \(3, 32\), 'B': \(32, 8\)\}"),
+        (lambda t, key: t.pop(key), r"needs A and B of the same rank for '.*q_proj', but has \{'B': \(32, 8\)\}"),
+        (
+            lambda t, key: t.update({key: torch.ones(3, 32)}),
+            r"same rank for '.*q_proj', but has \{'A': \(3, 32\)",
+        ),
         (
             lambda t, key: t.update({key: torch.ones(3, 32), key.replace("_A", "_B"): torch.ones(32, 3)}),
             r"has tensors of rank 3 for '.*q_proj', but its configuration says r=8",
         ),
-        (lambda t, key: t.clear(), "has no tensor at all"),
+        (lambda t, key: t.clear(), "has no tensors"),
     ],
 )
 def test_tensors_that_do_not_fit_together(tmp_path, change, message):
@@ -249,13 +252,13 @@ def test_tensors_that_do_not_fit_together(tmp_path, change, message):
         ({"num_experts": 1}, ValueError, "num_experts=1 must be an integer, at least 2"),
         ({"num_experts": 9, "method": "split"}, ValueError, r"LoRA of '.*' has rank 8 and cannot be split into 9 experts"),
         ({"num_experts": 2, "method": "clone"}, ValueError, "method='clone' is not one of 'replicate', 'split'"),
-        ({"num_experts": 2, "router_init": "zeros"}, ValueError, "would stay equal for ever"),
-        ({"num_experts": 2, "method": "split", "router_init": "normal"}, ValueError, "leave router_init and top_k out"),
-        ({"num_experts": 2, "method": "split", "top_k": 1}, ValueError, "leave router_init and top_k out"),
+        ({"num_experts": 2, "router_init": "zeros"}, ValueError, "experts that stay identical"),
+        ({"num_experts": 2, "method": "split", "router_init": "normal"}, ValueError, "do not set router_init or top_k"),
+        ({"num_experts": 2, "method": "split", "top_k": 1}, ValueError, "do not set router_init or top_k"),
         ({"num_experts": 2, "expert_groups": [1, 2], "null_groups": [0]}, ValueError, "with null_groups does not start as the"),
-        ({"num_experts": 4, "expert_groups": [1, 2]}, ValueError, r"expert_groups=\[1, 2\] .* has 3 experts .*, not 4"),
-        ({"num_experts": 2, "r": 4}, TypeError, "r cannot be given: it follows from the sources"),
-        ({"num_experts": 2, "lora_rank": 4}, TypeError, "lora_rank is no option of LoRAMoEConfig"),
+        ({"num_experts": 4, "expert_groups": [1, 2]}, ValueError, r"expert_groups=\[1, 2\] .* has 3 LoRA experts, not 4"),
+        ({"num_experts": 2, "r": 4}, TypeError, "r cannot be set; the sources determine it"),
+        ({"num_experts": 2, "lora_rank": 4}, TypeError, "lora_rank is not an option of LoRAMoEConfig"),
         ({"num_experts": 2, "balance_delta": 2}, ValueError, r"balance_delta=2 must be in \[0, 1\)"),
     ],
 )
