@@ -47,6 +47,7 @@ def test_loss_and_gradients_of_the_authors_code_are_reproduced(seed):
         init_weights=False,
         balance_loss_weight=BLC_WEIGHT,
         balance_delta=BLC_ALPHA,
+        balance_detach=False,
         balance_target="paper",
         balance_formula="cv_squared",
         balance_importance="sum",

@@ -209,7 +209,7 @@ BAD_VALUES = [
     (dict(balance_delta=1.0), r"balance_delta=1.0 must be in \[0, 1\)"),
     (dict(balance_delta=-0.1), "balance_delta=-0.1"),
     (dict(balance_formula="cv"), "balance_formula='cv' is not one of"),
-    (dict(balance_target="paper"), "balance_target='paper' is not one of"),
+    (dict(balance_target="target"), "balance_target='target' is not one of"),
     (dict(balance_importance="max"), "balance_importance='max' is not one of"),
     (dict(target_modules=5), "target_modules=5 must be a list of module names"),
     (dict(exclude_modules=["up", 1]), r"exclude_modules\[1\]=1 must be a string"),

@@ -446,7 +446,7 @@ def test_every_command_has_a_help_text(capsys):
 BAD = {
     "no command": ("", "arguments are required: COMMAND"),
     "no operation": ("surgery", "arguments are required: OPERATION"),
-    "unknown command": ("train", "invalid choice: 'train'"),
+    "unknown command": ("tune", "invalid choice: 'tune'"),
     "no output": ("convert {adapter}", "arguments are required: -o/--output"),
     "no adapter": ("inspect {nowhere}", "is neither a local folder nor a Hub repository"),
     "an empty folder": ("inspect {empty}", "has no adapter_config.json, so it is not an adapter folder"),
