@@ -181,7 +181,8 @@ class Batch:
         real = self._real_tokens(tokens, layer).to(device)
         rows, width = real.shape
         types = torch.full((rows,), -1, device=device) if task_types is None else task_types.to(device)
-        if types.shape not in ((rows,), (rows, width)):
+        # Dimension by dimension: torch.compile does not compare symbolic sizes inside of tuples.
+        if types.shape[0] != rows or (types.dim() == 2 and types.shape[1] != width):
             raise ValueError(
                 f"task_types has shape {tuple(types.shape)}; for this batch pass one type per sample, shape ({rows},), or per "
                 f"token, shape ({rows}, {width})."
