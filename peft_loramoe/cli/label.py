@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..analysis.answer_scores import AnswerScore, score_answers
+from ..config import LoRAMoEConfig
+from ..training.records import PLAIN_PROMPT, Record, check_records
 from ..writing import write_whole
 from .anchors import base_options, load_base
 from .options import Command, positive
@@ -54,14 +55,25 @@ def label(options: argparse.Namespace) -> None:
     if not options.max_loss >= 0:
         raise ValueError(f"--max-loss {options.max_loss} must be zero or more.")
     records = _read(options.data)
+    placed = [(f"{options.data}, record {i}", record) for i, record in enumerate(records, start=1)]
+    checked = check_records(placed, str(options.data), LoRAMoEConfig())
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    places = [f"{options.data}, record {i}" for i in range(1, len(records) + 1)]
-    pairs = [_question(record, place, tokenizer) for record, place in zip(records, places)]
-    conversations = any(not isinstance(record.get("prompt"), str) for record in records) and bool(tokenizer.chat_template)
-    prompts, answers = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    scores = score_answers(
-        load_base(options), tokenizer, prompts, answers, options.batch_size, add_special_tokens=not conversations
-    )
+    pairs = [_question(record, tokenizer) for record in checked]
+    model = load_base(options)
+    scores: dict[int, AnswerScore] = {}
+    for rendered in (False, True):  # a chat template writes the special tokens itself
+        rows = [
+            i for i, r in enumerate(checked) if (not isinstance(r.prompt, str) and bool(tokenizer.chat_template)) is rendered
+        ]
+        prompts, answers = [pairs[i][0] for i in rows], [pairs[i][1] for i in rows]
+        found = score_answers(model, tokenizer, prompts, answers, options.batch_size, add_special_tokens=not rendered)
+        scores.update(zip(rows, found))
+    _write_and_show(records, pairs, [scores[i] for i in range(len(records))], options)
+
+
+def _write_and_show(
+    records: list[dict[str, Any]], pairs: list[tuple[str, str]], scores: list[AnswerScore], options: argparse.Namespace
+) -> None:
     types = [0 if score.correct or score.loss <= options.max_loss else 1 for score in scores]
     lines = [json.dumps({**record, "task_type": kind}, ensure_ascii=False) for record, kind in zip(records, types)]
     write_whole(options.output, "".join(f"{line}\n" for line in lines))
@@ -84,28 +96,18 @@ def _read(path: Path) -> list[dict[str, Any]]:
         records.append(record)
     if not records:
         raise ValueError(f"{path} has no record.")
-    kinds = {isinstance(record.get("prompt"), str) for record in records}
-    if len(kinds) > 1:
-        raise ValueError(f"{path} mixes texts and conversations; label them in files of their own.")
     return records
 
 
-def _question(record: Mapping[str, Any], place: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _question(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What the model reads, and the answer."""
-    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-        return record["prompt"], record["completion"]
-    turns = record.get("messages")
-    if turns is None and isinstance(record.get("output"), str):
-        asked = "\n".join(text for text in (record.get("instruction"), record.get("input")) if text)
-        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
-    if not isinstance(turns, list) or len(turns) < 2 or turns[-1].get("role") != "assistant":
-        raise ValueError(
-            f"{place}: has no question and answer (found: {', '.join(record)}); write messages that end with the assistant's, "
-            "prompt and completion, or instruction and output."
-        )
+    if not record.prompt:
+        raise ValueError(f"{record.place}: a text has no answer to label; leave texts out, or use them as anchors.")
+    if isinstance(record.prompt, str):
+        return record.prompt, record.completion
+    turns = [*record.prompt, *record.completion]
     if not tokenizer.chat_template:
-        before = "\n".join(turn["content"] for turn in turns[:-1])
-        return f"### Instruction:\n{before}\n\n### Response:\n", turns[-1]["content"]
+        return PLAIN_PROMPT.format("\n".join(turn["content"] for turn in turns[:-1])), turns[-1]["content"]
     return tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True), turns[-1]["content"]
 
 

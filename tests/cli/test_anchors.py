@@ -111,8 +111,9 @@ def test_label_knows_what_the_model_answers(base, tmp_path, capsys):
 
 
 def test_label_takes_a_low_loss_for_known(base, tmp_path):
-    data = write(tmp_path / "data.jsonl", [{"instruction": "w20", "output": "w40"}, {"messages": [
-        {"role": "user", "content": "w20"}, {"role": "assistant", "content": "w41"}]}])  # fmt: skip
+    turns = [{"role": "user", "content": "w20"}, {"role": "assistant", "content": "w41"}]
+    records = [{"prompt": "w20", "completion": "w42"}, {"instruction": "w20", "output": "w40"}, {"messages": turns}]
+    data = write(tmp_path / "data.jsonl", records)
     command = [
         "label",
         data,
@@ -127,16 +128,13 @@ def test_label_takes_a_low_loss_for_known(base, tmp_path):
     ]
     assert main(command) == 0
     typed = [json.loads(line)["task_type"] for line in (tmp_path / "typed.jsonl").read_text().splitlines()]
-    assert typed == [0, 0]
+    assert typed == [0, 0, 0]
 
 
 BAD_DATA = {
     "typed": ([{"prompt": "w20", "completion": "w21", "task_type": 1}], "has a task_type already"),
-    "text": ([{"text": "w20 w21"}], "has no question and answer"),
-    "mixed": (
-        [{"prompt": "w20", "completion": "w21"}, {"instruction": "w20", "output": "w40"}],
-        "mixes texts and conv",
-    ),
+    "text": ([{"text": "w20 w21"}], "record 1: a text has no answer to label"),
+    "no answer": ([{"prompt": "w20", "completion": "w21"}, {"prompt": "w20"}], "record 2: the column 'completion' is missing"),
     "empty": ([], "has no record"),
 }
 
