@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -112,10 +111,10 @@ def _question(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
 
 
 def _show(pairs: list[tuple[str, str]], scores: list[AnswerScore], types: list[int], options: argparse.Namespace) -> None:
-    console, known = Console(highlight=False), types.count(0)
+    known = types.count(0)
     right = sum(score.correct for score in scores)
-    console.print(
-        f"Wrote {escape(str(options.output))}: {known} of {len(types)} records are of type 0, {right} of them answered right, "
+    print(
+        f"Wrote {options.output}: {known} of {len(types)} records are of type 0, {right} of them answered right, "
         f"and {len(types) - known} of type 1."
     )
     table = Table(title="loss of the answers, nats per token")
@@ -127,12 +126,12 @@ def _show(pairs: list[tuple[str, str]], scores: list[AnswerScore], types: list[i
         bar = "#" * round(40 * len(inside) / len(scores))
         table.add_row(f"{upper:g}", str(len(inside)), str(sum(s.correct for s in inside)), bar)
         lower = upper
-    console.print(table)
+    Console(highlight=False).print(table)
     unsure = sorted((i for i, s in enumerate(scores) if not s.correct), key=lambda i: scores[i].loss)
     below = [i for i in unsure if types[i] == 0][-options.examples :]
     above = [i for i in unsure if types[i] == 1][: options.examples]
     if below or above:
-        console.print(f"At the border ({options.max_loss:g} nats per token):")
+        print(f"At the border ({options.max_loss:g} nats per token):")
     for i in (*below, *above):
         question, answer = (" ".join(text.split()) for text in pairs[i])
-        console.print(escape(f"  type {types[i]}  {scores[i].loss:.2f}  ...{question[-60:]!r} -> {answer[:60]!r}"))
+        print(f"  type {types[i]}  {scores[i].loss:.2f}  ...{question[-60:]!r} -> {answer[:60]!r}")
