@@ -2,8 +2,8 @@
 
     .venv/bin/python .ci/newest.py [-- PYTEST_ARGUMENTS]
 
-The newest versions, and what they need newer, go to build/newest, in front of the environment that runs this; the environment
-stays as it is. The last line says which versions were tried and how it went; so does the exit status.
+The newest versions, and what they need newer, go to build/newest, in front of the environment that runs this; the
+environment stays as it is. The last line says which versions were tried and how it went; so does the exit status.
 """
 
 import json
@@ -22,7 +22,9 @@ PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version
 
 def newer_versions() -> list[str]:
     """Requirements, "name==version", of what `pip install --upgrade` would install."""
-    done = subprocess.run([*PIP, "--dry-run", "--report", "-", "--upgrade", *PACKAGES], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [*PIP, "--dry-run", "--report", "-", "--upgrade", *PACKAGES], check=True, stdout=subprocess.PIPE
+    )
     found = [item["metadata"] for item in json.loads(done.stdout)["install"]]
     return sorted(f"{metadata['name']}=={metadata['version']}" for metadata in found)
 

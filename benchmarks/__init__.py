@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks cpu` or `gpu` measures, `python -m benchmarks.report` prints tables, bars and figures."""
+"""Benchmarks: `python -m benchmarks cpu|gpu` measures, `python -m benchmarks.report` reports."""

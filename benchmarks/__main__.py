@@ -1,10 +1,12 @@
-"""Run a set of benchmarks: `python -m benchmarks cpu` (under five minutes on two cores) or `gpu` (under ten on one H100).
+"""Run a set of benchmarks: `python -m benchmarks cpu` (under five minutes on two cores) or `gpu` (under ten on one
+H100).
 
-Writes benchmarks/results/<set>.json, one row for each variant of each case; `python -m benchmarks.report` reads it. The released
-peers moe_peft and mixlora take part if they are importable, from build/peers for example:
+Writes benchmarks/results/<set>.json, one row for each variant of each case; `python -m benchmarks.report` reads it.
+The released peers moe_peft and mixlora take part if they are importable, from build/peers for example:
 
-    pip install --no-deps --target build/peers moe_peft mixlora evaluate scikit-learn scipy joblib threadpoolctl tiktoken sentencepiece
-"""  # noqa: E501
+    pip install --no-deps --target build/peers moe_peft mixlora evaluate scikit-learn scipy joblib threadpoolctl
+    tiktoken sentencepiece
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,8 @@ def run_case(case: Case, device: torch.device, timer: Timer, repeat: bool = True
     """Measure the variants of a case; with `repeat`, short steps are repeated until they can be timed.
 
     Returns:
-        A row for each variant: group, kind, full config; the times of every round and their quantiles in seconds, CPU seconds,
-        peak bytes and saved bytes; or, where the variant does not run here, "skipped" with the reason.
+        A row for each variant: group, kind, full config; the times of every round and their quantiles in seconds, CPU
+        seconds, peak bytes and saved bytes; or, where the variant does not run here, "skipped" with the reason.
     """
     kind, rows, steps, shortest = KINDS[case.kind], [], {}, float("inf")
     torch.manual_seed(0)
@@ -115,9 +117,13 @@ def main(arguments: list[str] | None = None) -> Path:
     """Run a set and write its file; returns the file's path."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("set", choices=SETS)
-    parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups of cases to run, for example layer decoding")
+    parser.add_argument(
+        "--only", nargs="+", metavar="GROUP", help="groups of cases to run, for example layer decoding"
+    )
     parser.add_argument("--rounds", type=int, help="rounds of every case, instead of each case's own number")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes and two rounds on any device, to try the code out")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny shapes and two rounds on any device, to try the code out"
+    )
     parser.add_argument("--peers", type=Path, default=ROOT / "build" / "peers", help="folder with the released peers")
     parser.add_argument("--output", type=Path, help="file to write; default benchmarks/results/<set>.json")
     options = parser.parse_args(arguments)
@@ -129,7 +135,9 @@ def main(arguments: list[str] | None = None) -> Path:
         cases = [replace(case, rounds=options.rounds) for case in cases]
     if not cases:
         groups = sorted({case.group for case in SETS[options.set]})
-        parser.error(f"--only {' '.join(options.only)} names no group of the {options.set} set; there are {', '.join(groups)}.")
+        parser.error(
+            f"--only {' '.join(options.only)} names no group of the {options.set} set; there are {', '.join(groups)}."
+        )
     cuda = options.set == "gpu" and torch.cuda.is_available()
     if options.set == "gpu" and not cuda and not options.smoke:
         parser.exit(

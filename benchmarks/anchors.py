@@ -2,9 +2,9 @@
 
     python benchmarks/anchors.py benchmarks/results/anchors.json
 
-A Llama of SmolLM2-135M's shape with random weights, feed-forward linears adapted as `LoRAMoEConfig.retain` does, one thread,
-float32. Micro-batches with and without anchors take turns; the time is that of the processor, so that other programs matter
-little.
+A Llama of SmolLM2-135M's shape with random weights, feed-forward linears adapted as `LoRAMoEConfig.retain` does, one
+thread, float32. Micro-batches with and without anchors take turns; the time is that of the processor, so that other
+programs matter little.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def build_trainer(model: torch.nn.Module, folder: str, anchor_length: int | None
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     anchors = (
-        [" ".join(f"w{(i * 7 + k) % 999 + 1}" for k in range(anchor_length)) for i in range(50)] if anchor_length else None
+        [" ".join(f"w{(i * 7 + k) % 999 + 1}" for k in range(anchor_length)) for i in range(50)]
+        if anchor_length
+        else None
     )
     args = TrainingArguments(folder, per_device_train_batch_size=ROWS, report_to="none", use_cpu=True, bf16=False)
     rows = Dataset.from_dict({"input_ids": [[1]]})

@@ -1,7 +1,7 @@
 """Where each form of the balance term puts the router's weight: `python benchmarks/balance_minimum.py`.
 
-Optimises free router logits, one row of logits per sample, under the balance term alone and reports the mean weight of an
-expert of the matched group against that of the other experts. Takes under a minute on one CPU core. Writes
+Optimises free router logits, one row of logits per sample, under the balance term alone and reports the mean weight of
+an expert of the matched group against that of the other experts. Takes under a minute on one CPU core. Writes
 benchmarks/results/balance_minimum.json.
 """
 
@@ -53,7 +53,9 @@ def main() -> None:
     """Run every combination, print a table and write the rows."""
     torch.set_num_threads(1)
     rows = []
-    print(f"{'lengths':15} {'formula':17} {'target':10} {'importance':10}  matched/other, type 0  matched/other, type 1")
+    print(
+        f"{'lengths':15} {'formula':17} {'target':10} {'importance':10}  matched/other, type 0  matched/other, type 1"
+    )
     for (name, lengths), formula, target, importance in itertools.product(
         LENGTHS.items(), ("cv_squared", "variance_to_mean"), ("corrected", "paper"), ("mean", "sum")
     ):

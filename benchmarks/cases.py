@@ -1,4 +1,7 @@
-"""What is measured: a case is a row of a table, a kind of case one `setup(config, base) -> (module, inputs)` and a step."""
+"""What is measured.
+
+A case is a row of a table. A kind of case is one `setup(config, base) -> (module, inputs)` and a step.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,8 @@ class Kind:
     Args:
         base: (config, device) -> the frozen model, which all variants of a case share.
         setup: (config, base) -> the adapted module and its inputs.
-        forward: (module, inputs) -> output with a graph, for the bytes saved for backward; None where there is no backward.
+        forward: (module, inputs) -> output with a graph, for the bytes saved for backward; None where there is no
+            backward.
         step: (module, inputs, config) -> the call that is timed.
     """
 
@@ -38,7 +42,8 @@ class Kind:
     step: Callable[[nn.Module, dict[str, Tensor], Config], Callable[..., Any]]
 
 
-# --- one linear layer: forward and backward, with a gradient for the input ------------------------------------------------
+# --- one linear layer: forward and backward, with a gradient for the input
+# ------------------------------------------------
 
 
 def linear_base(config: Config, device: torch.device) -> nn.Module:
@@ -77,7 +82,9 @@ def linear_step(module: nn.Module, inputs: dict[str, Tensor], config: Config) ->
     gradient = torch.randn(len(x), config["out_features"], dtype=x.dtype, device=x.device)
 
     def step(fresh: bool = False) -> None:
-        activation = x * 1 if fresh else x  # fresh: nobody but the layer keeps it, as within a network; for the peak memory
+        activation = (
+            x * 1 if fresh else x
+        )  # fresh: nobody but the layer keeps it, as within a network; for the peak memory
         output = module(activation)
         del activation
         torch.autograd.grad(output, [x, *parameters], gradient)
@@ -85,14 +92,17 @@ def linear_step(module: nn.Module, inputs: dict[str, Tensor], config: Config) ->
     return step
 
 
-# --- a Llama with random weights ----------------------------------------------------------------------------------------
+# --- a Llama with random weights
+# ----------------------------------------------------------------------------------------
 
 
 def llama_base(config: Config, device: torch.device) -> nn.Module:
     """A Llama that never ends a text early."""
     sizes = {name: config[name] for name in ("vocab_size", "hidden_size", "intermediate_size")}
     heads = {"num_hidden_layers": config["layers"], "num_attention_heads": config["heads"]}
-    llama = LlamaConfig(**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=None, max_position_embeddings=4096)
+    llama = LlamaConfig(
+        **sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=None, max_position_embeddings=4096
+    )
     with torch.device(device):
         model = LlamaForCausalLM._from_config(llama, dtype=getattr(torch, config["dtype"]))
     model.generation_config.eos_token_id = None
@@ -114,7 +124,8 @@ def adapted_llama(config: Config, base: nn.Module) -> nn.Module:
 def setup_train(config: Config, base: nn.Module) -> Setup:
     """The adapted model and a batch. LoRAMoE gets task types; the balance term is part of its loss.
 
-    The frozen base gets embeddings that require a gradient, so that there is a backward pass, through all of its layers.
+    The frozen base gets embeddings that require a gradient, so that there is a backward pass, through all of its
+    layers.
     """
     ids = torch.randint(1, config["vocab_size"], (config["rows"], config["width"]), device=base.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
@@ -177,7 +188,8 @@ KINDS = {
 }
 
 
-# --- the tables ---------------------------------------------------------------------------------------------------------
+# --- the tables
+# ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -212,7 +224,9 @@ MODEL = [BASE, *both("lora"), ("loop", "bfloat16"), *both("loramoe"), *((peer, "
 ACCELERATED = [BASE, *both("lora", "loramoe")]
 
 
-def layers(group: str, variants: Sequence[Variant], rounds: int, base: Mapping[str, Any], changes: list[dict]) -> list[Case]:
+def layers(
+    group: str, variants: Sequence[Variant], rounds: int, base: Mapping[str, Any], changes: list[dict]
+) -> list[Case]:
     """Cases of one layer: `base` with each of `changes`."""
     return [Case(group, "layer", {**base, **change}, variants, rounds) for change in changes]
 
@@ -221,7 +235,15 @@ MIXTURE = {"experts": 6, "r": 4, "dropout": 0.05, "dtype": "bfloat16"}
 CPU_LAYER = {**MIXTURE, "in_features": 1024, "out_features": 2752, "tokens": 1024, "quantization": None}
 GPU_LAYER = {**MIXTURE, "in_features": 4096, "out_features": 11008, "tokens": 8192, "quantization": None}
 LLAMA = {"compile": None, "liger": False}
-CPU_LLAMA = {**MIXTURE, **LLAMA, "hidden_size": 512, "intermediate_size": 1376, "layers": 2, "heads": 8, "vocab_size": 2048}
+CPU_LLAMA = {
+    **MIXTURE,
+    **LLAMA,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "layers": 2,
+    "heads": 8,
+    "vocab_size": 2048,
+}
 GPU_LLAMA = {
     **MIXTURE,
     **LLAMA,

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 class ExpertLoop(nn.Module):
     """``base_layer(x) + s * sum_i p_i(x) * B_i A_i drop_i(x)``, with N separate pairs of linears and N dropout masks.
 
-    The order of operations is that of the authors' code (Dou et al. 2024): softmax in float32, gates in the dtype of the
-    experts, every expert's whole output weighted and added. As in PEFT's LoRA, the input is cast to the adapters' dtype and the
-    sum back to the base layer's.
+    The order of operations is that of the authors' code (Dou et al. 2024): softmax in float32, gates in the dtype of
+    the experts, every expert's whole output weighted and added. As in PEFT's LoRA, the input is cast to the adapters'
+    dtype and the sum back to the base layer's.
 
     Args:
         base_layer: the frozen linear layer.

@@ -63,8 +63,8 @@ class Timer:
 def interleave(steps: Mapping[str, Callable[[], Any]], timer: Timer, rounds: int, shortest: float) -> dict[str, Times]:
     """Time every step once in every round, in an order that is drawn anew for each round.
 
-    What disturbs the machine disturbs the steps of a round alike, so the median over the rounds of the ratio of two steps is
-    steady where their times are not.
+    What disturbs the machine disturbs the steps of a round alike, so the median over the rounds of the ratio of two
+    steps is steady where their times are not.
 
     Args:
         steps: name -> what to time, warmed up.
@@ -125,8 +125,8 @@ def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> int
 def peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
     """The most bytes that were allocated at one time during `step`, over what was allocated before it.
 
-    On CUDA the caching allocator's own count. On the CPU the sum of what PyTorch's allocator reports to the profiler; scratch
-    memory that the matrix libraries allocate themselves is not in it.
+    On CUDA the caching allocator's own count. On the CPU the sum of what PyTorch's allocator reports to the profiler;
+    scratch memory that the matrix libraries allocate themselves is not in it.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()

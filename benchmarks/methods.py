@@ -51,7 +51,12 @@ def lora(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
 
 def loramoe(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
     """This package."""
-    options = {"r": config["r"], "lora_alpha": LORA_ALPHA, "lora_dropout": config["dropout"], "num_experts": config["experts"]}
+    options = {
+        "r": config["r"],
+        "lora_alpha": LORA_ALPHA,
+        "lora_dropout": config["dropout"],
+        "num_experts": config["experts"],
+    }
     return get_peft_model(model, LoRAMoEConfig(**options, target_modules=targets, task_type=_task_type(model)))
 
 
@@ -83,7 +88,12 @@ def moe_peft(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
     from moe_peft.adapters import adapter_factory, moe_layer_factory
     from moe_peft.common import Linear, LLMBatchConfig, LLMModelInput
 
-    options = {"r": config["r"], "lora_alpha": LORA_ALPHA, "lora_dropout": config["dropout"], "num_experts": config["experts"]}
+    options = {
+        "r": config["r"],
+        "lora_alpha": LORA_ALPHA,
+        "lora_dropout": config["dropout"],
+        "num_experts": config["experts"],
+    }
     adapter = adapter_factory("LORAMOE", "adapter", **options, target_modules=targets, routing_strategy="loramoe")
 
     class Layer(nn.Module):
@@ -104,12 +114,20 @@ def moe_peft(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
 
 
 def mixlora(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
-    """The released package mixlora: another method (whole feed-forward experts, two of N for each token), same sizes."""
+    """The released package mixlora.
+
+    Another method (whole feed-forward experts, two of N for each token), same sizes.
+    """
     _need("mixlora")
     from mixlora import MixLoraConfig, inject_adapter_in_model
 
     names = {"base_model_name_or_path": "random", "task_type": "CAUSAL_LM", "peft_type": "MIXLORA"}
-    options = {"r": config["r"], "lora_alpha": LORA_ALPHA, "lora_dropout": config["dropout"], "num_experts": config["experts"]}
+    options = {
+        "r": config["r"],
+        "lora_alpha": LORA_ALPHA,
+        "lora_dropout": config["dropout"],
+        "num_experts": config["experts"],
+    }
     adapter = MixLoraConfig.from_config(
         {**names, **options, "target_modules": targets, "top_k": 2, "routing_strategy": "mixlora", "act_fn": "silu"}
     )
@@ -118,7 +136,9 @@ def mixlora(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
     weights = {}
     for i, layer in enumerate(model.model.layers):
         prefix, device = f"mixlora.layers.{i}.mlp", layer.mlp.gate_proj.weight.device
-        weights[f"{prefix}.moe_gate.weight"] = 0.02 * torch.randn(config["experts"], model.config.hidden_size, device=device)
+        weights[f"{prefix}.moe_gate.weight"] = 0.02 * torch.randn(
+            config["experts"], model.config.hidden_size, device=device
+        )
         for name in targets:
             linear = getattr(layer.mlp, name)
             for expert in range(config["experts"]):

@@ -1,8 +1,8 @@
 """Tables, bars and figures from the benchmarks' result files: `python -m benchmarks.report`.
 
-Prints a Markdown table for each group of cases; `--check` prints every bar of the project, the measured value and whether it is
-met; `--plots` draws docs/images/performance-*.png. A ratio is the median over the rounds of the ratios within a round, with the
-20 and 80 % quantiles in brackets.
+Prints a Markdown table for each group of cases; `--check` prints every bar of the project, the measured value and
+whether it is met; `--plots` draws docs/images/performance-*.png. A ratio is the median over the rounds of the ratios
+within a round, with the 20 and 80 % quantiles in brackets.
 """
 
 from __future__ import annotations
@@ -87,7 +87,10 @@ def partner(row: Row, case: Sequence[Row], method: str, dtype: str | None) -> Ro
     """The variant of the same case that `row` is compared with; None if the case has none that ran."""
     wanted = row["config"]["adapter_dtype"] if dtype == SAME else dtype
     for other in case:
-        if (other["config"]["method"], other["config"]["adapter_dtype"]) == (method, wanted) and "skipped" not in other:
+        if (other["config"]["method"], other["config"]["adapter_dtype"]) == (
+            method,
+            wanted,
+        ) and "skipped" not in other:
             return other
     return None
 
@@ -125,12 +128,17 @@ def _measured(bar: Bar, cases: Sequence[Sequence[Row]]) -> Iterator[tuple[str, f
             fits = all(config[key] == value for key, value in bar.where.items())
             other = partner(row, case, *bar.other)
             if config["method"] == "loramoe" and fits and "skipped" not in row and other is not None:
-                yield f"{label}; {SHORT[config['adapter_dtype']]} adapters".strip("; "), ratio(row, other, bar.quantity)[1]
+                yield (
+                    f"{label}; {SHORT[config['adapter_dtype']]} adapters".strip("; "),
+                    ratio(row, other, bar.quantity)[1],
+                )
 
 
 def _name(method: str, dtype: str | None) -> str:
     name = NAMES.get(method, method)
-    return {None: name, SAME: f"{name} with the same adapter dtype"}.get(dtype, f"{name} with {SHORT.get(dtype)} adapters")
+    return {None: name, SAME: f"{name} with the same adapter dtype"}.get(
+        dtype, f"{name} with {SHORT.get(dtype)} adapters"
+    )
 
 
 def _labels(cases: Sequence[Sequence[Row]]) -> list[str]:
@@ -138,7 +146,9 @@ def _labels(cases: Sequence[Sequence[Row]]) -> list[str]:
     configs = [case[0]["config"] for case in cases]
     if not configs:
         return []
-    varying = [key for key in configs[0] if key not in ("method", "adapter_dtype") and len({str(c[key]) for c in configs}) > 1]
+    varying = [
+        key for key in configs[0] if key not in ("method", "adapter_dtype") and len({str(c[key]) for c in configs}) > 1
+    ]
     if {"in_features", "out_features"} <= set(varying):
         configs = [{**c, "in_features": f"{c['in_features']}->{c['out_features']}"} for c in configs]
         varying.remove("out_features")
@@ -211,13 +221,15 @@ def heading(result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     commit = about["commit"][:7] + about["commit"][40:]
     return (
-        f"{about['device']}, {about['threads']} threads of {about['cores']} cores, load {about['load_at_start']:.1f} to "
+        f"{about['device']}, {about['threads']} threads of {about['cores']} cores, load {about['load_at_start']:.1f} "
+        "to "
         f"{about['load_at_end']:.1f}, {about['date']}, commit {commit}, Python {about['python']}, "
         f"{versions}{', CUDA ' + about['cuda'] if about['cuda'] else ''}; {about['minutes']} minutes."
     )
 
 
-# --- figures ------------------------------------------------------------------------------------------------------------
+# --- figures
+# ------------------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers and hatches do too.
 STYLE = {
@@ -260,7 +272,8 @@ def plot_steps(cases: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> None
             axis.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color="black", capsize=2, linewidth=1)
         axis.axvline(1, color="black", linestyle=":", linewidth=1)
         names = [
-            f"{NAMES.get(r['config']['method'], r['config']['method'])}, {SHORT[r['config']['adapter_dtype']]}" for r in rows
+            f"{NAMES.get(r['config']['method'], r['config']['method'])}, {SHORT[r['config']['adapter_dtype']]}"
+            for r in rows
         ]
         axis.set_yticks(range(len(rows)), names, fontsize="small")
         axis.invert_yaxis()

@@ -3,8 +3,9 @@
     python docs/make_compatibility.py --run      run the tests below in this environment, then write the tables
     python docs/make_compatibility.py            write the tables from what is in docs/results
 
-A run is docs/results/compatibility-PEFT_VERSION.json, a report of PEFT's own tests docs/results/conformance-PEFT_VERSION.txt.
-`make compatibility` makes those that are committed, in the environments of the two constraints files.
+A run is docs/results/compatibility-PEFT_VERSION.json, a report of PEFT's own tests
+docs/results/conformance-PEFT_VERSION.txt. `make compatibility` makes those that are committed, in the environments of
+the two constraints files.
 """
 
 import argparse
@@ -106,7 +107,9 @@ def cell(cases: list[tuple[str, str, str]]) -> str:
     parts = []
     for (outcome_, reason), parameters in groups.items():
         named = [parameter for parameter in parameters if parameter and "<" not in parameter]
-        shown = ", ".join(named[:CASES_SHOWN]) + (f" and {len(named) - CASES_SHOWN} more" if len(named) > CASES_SHOWN else "")
+        shown = ", ".join(named[:CASES_SHOWN]) + (
+            f" and {len(named) - CASES_SHOWN} more" if len(named) > CASES_SHOWN else ""
+        )
         parts.append(outcome_ + (f" ({reason})" if reason else "") + (f": {shown}" if shown else ""))
     return "; ".join(parts).replace("|", "\\|") or "-"
 

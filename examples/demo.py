@@ -2,10 +2,10 @@
 
     python -m examples.demo
 
-builds the model and the data (research/toy/countries.py), fine-tunes as `peft-loramoe train` does, and measures what was
-learned and what was forgotten. Half of the facts are replayed as questions of task type 0; the other half is never shown in
-fine-tuning. In the end the adapter is loaded in a new process, which checks that it gives the same logits bit by bit. Options
-that are not listed here are those of `train`.
+builds the model and the data (research/toy/countries.py), fine-tunes as `peft-loramoe train` does, and measures what
+was learned and what was forgotten. Half of the facts are replayed as questions of task type 0; the other half is never
+shown in fine-tuning. In the end the adapter is loaded in a new process, which checks that it gives the same logits bit
+by bit. Options that are not listed here are those of `train`.
 """
 
 import argparse
@@ -59,12 +59,16 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("loramoe-demo"), help="For everything. Default: %(default)s.")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("loramoe-demo"), help="For everything. Default: %(default)s."
+    )
     parser.add_argument("--seed", type=int, default=0, help="Default: %(default)s.")
     parser.add_argument("--countries", type=int, default=120, help="Countries of the toy world. Default: %(default)s.")
     parser.add_argument("--pretrain-steps", type=int, default=220, help="Default: %(default)s.")
     parser.add_argument("--exercises", type=int, default=1800, help="Exercises to learn from. Default: %(default)s.")
-    parser.add_argument("--threads", type=int, default=1, help="Two that share cores are slower. Default: %(default)s.")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="Two that share cores are slower. Default: %(default)s."
+    )
     parser.add_argument("--verify", action="store_true", help=argparse.SUPPRESS)  # what the script calls itself with
     return parser.parse_known_args(argv)
 
@@ -91,7 +95,8 @@ def build_world(args: argparse.Namespace) -> list[str]:
     return ["--model", str(model), "--train-file", train, "--eval-file", *held_back, "--output-dir", adapter]
 
 
-# --- measurements -----------------------------------------------------------------------------------------------------
+# --- measurements
+# -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -124,7 +129,9 @@ def save_check(trainer: LoRAMoESFTTrainer, args: argparse.Namespace, train_args:
     batch = next(batches(trainer, "exercises"))
     loading = {"name": train_args.model, "load_in_4bit": train_args.load_in_4bit, "bf16": train_args.bf16}
     logits = logits_of(trainer.model.eval(), batch)
-    torch.save({"loading": loading, "threads": args.threads, "batch": batch, "logits": logits}, args.output_dir / "verify.pt")
+    torch.save(
+        {"loading": loading, "threads": args.threads, "batch": batch, "logits": logits}, args.output_dir / "verify.pt"
+    )
 
 
 @torch.no_grad()
@@ -141,7 +148,8 @@ def verify(output_dir: Path) -> int:
     return 1
 
 
-# --- report -----------------------------------------------------------------------------------------------------------
+# --- report
+# -----------------------------------------------------------------------------------------------------------
 
 
 def accuracy_table(sizes: dict[str, int], before: dict[str, float], after: dict[str, float]) -> Table:
@@ -210,7 +218,10 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.1%})")
     print(f"adapter: {args.output_dir / 'adapter'}, router plot: {args.output_dir / 'router.png'}")
     if check.returncode:
-        print(f"error: the adapter was loaded in a new process to compare its logits:\n{check.stderr.strip()}", file=sys.stderr)
+        print(
+            f"error: the adapter was loaded in a new process to compare its logits:\n{check.stderr.strip()}",
+            file=sys.stderr,
+        )
         return 1
     print(f"adapter loaded in a new process: {check.stdout.strip()}")
     seconds = round(time.perf_counter() - started)
@@ -225,7 +236,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         trainable_parameters=trainable,
         parameters=total,
     )
-    print(f"time: {seconds} s\n\nTo load the adapter:\n\n{loading_snippet(str(train_args.output_dir), config.to_dict())}")
+    print(
+        f"time: {seconds} s\n\nTo load the adapter:\n\n{loading_snippet(str(train_args.output_dir), config.to_dict())}"
+    )
     return 0
 
 

@@ -2,8 +2,8 @@
 
     python examples/dpo.py --model Qwen/Qwen3-0.6B --train-file preferences.jsonl
 
-Each line of the file is a preference with the type of its prompt: 0 for what the model knows already and is to keep, 1 for what
-it is to learn. Prompts and answers may be conversations, too.
+Each line of the file is a preference with the type of its prompt: 0 for what the model knows already and is to keep, 1
+for what it is to learn. Prompts and answers may be conversations, too.
 
     {"prompt": "The capital of France is", "chosen": " Paris.", "rejected": " Lyon.", "task_type": 0}
 """

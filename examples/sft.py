@@ -6,8 +6,8 @@ train.jsonl holds the tasks to learn in a format of TRL's, one record a line, fo
 
     {"prompt": [{"role": "user", "content": "3 7"}], "completion": [{"role": "assistant", "content": "three seven"}]}
 
-anchors.jsonl holds texts that stand for what the model knows, {"text": "..."}; `peft-loramoe anchors` samples them from the
-model. `peft-loramoe train` does the same with more options.
+anchors.jsonl holds texts that stand for what the model knows, {"text": "..."}; `peft-loramoe anchors` samples them
+from the model. `peft-loramoe train` does the same with more options.
 """
 
 import argparse

@@ -56,11 +56,12 @@ def loading_snippet(adapter: str, options: Mapping[str, Any]) -> str:
         options: the adapter's configuration by name, as in ``adapter_config.json``.
     """
     auto_class = AUTO_CLASSES.get(options.get("task_type"), "AutoModel")
+    base_model = options.get("base_model_name_or_path") or "BASE_MODEL"
     return (
         "import peft_loramoe  # registers LORAMOE with PEFT\n"
         "from peft import PeftModel\n"
         f"from transformers import {auto_class}\n\n"
-        f"base_model = {auto_class}.from_pretrained({_literal(options.get('base_model_name_or_path') or 'BASE_MODEL')})\n"
+        f"base_model = {auto_class}.from_pretrained({_literal(base_model)})\n"
         f"model = PeftModel.from_pretrained(base_model, {_literal(adapter)})"
     )
 
@@ -106,9 +107,9 @@ def write_card(path: str, options: Mapping[str, Any]) -> None:
     options = {key: sorted(value) if isinstance(value, set) else value for key, value in options.items()}
     text = TEXT.format(
         snippet=loading_snippet("ADAPTER", options),
-        config=json.dumps({key: value for key, value in options.items() if value not in (None, {}, [])}, indent=2).replace(
-            "<", r"\u003c"
-        ),
+        config=json.dumps(
+            {key: value for key, value in options.items() if value not in (None, {}, [])}, indent=2
+        ).replace("<", r"\u003c"),
     )
     block = f"{BEGIN}\n{text}{END}\n"
     rest = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}\n?", "", card.text, flags=re.DOTALL)

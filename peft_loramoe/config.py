@@ -60,7 +60,9 @@ EXPERTS = integer(2, MAX_EXPERTS, ": each expert is a row of every layer's route
 GROUP_SIZE = integer(1, MAX_EXPERTS, ": each expert is a row of every layer's router")
 INDEX = integer(0, 2**31 - 1)
 ALPHA = number(-1e9, 1e9)
-MODULES = by_type("a list of module names or a string", string=expression(), list=list_of(text, "module names", container=set))
+MODULES = by_type(
+    "a list of module names or a string", string=expression(), list=list_of(text, "module names", container=set)
+)
 PATTERN = expression(AT_THE_END)
 
 
@@ -68,7 +70,9 @@ def _group_sizes(name: str, value: Any) -> list[int]:
     """The kind of a list of group sizes."""
     sizes = list_of(GROUP_SIZE, "group sizes, for example [3, 3]", empty=False)(name, value)
     if sum(sizes) < 2:
-        raise ValueError(f"{name}={sizes} has one expert; the router needs at least 2 (with one it has no gradient: a LoRA).")
+        raise ValueError(
+            f"{name}={sizes} has one expert; the router needs at least 2 (with one it has no gradient: a LoRA)."
+        )
     if sum(sizes) > MAX_EXPERTS:
         raise ValueError(f"{name}={shown(sizes)} has {sum(sizes)} experts; at most {MAX_EXPERTS} are possible.")
     return sizes
@@ -116,7 +120,8 @@ class LoRAMoEConfig(PeftConfig):
     r: int = _option(RANK, "Rank of each expert.", 8)
     lora_alpha: float = _option(
         ALPHA,
-        "The mixture is scaled by lora_alpha / r. Null experts take router weight without adding anything, so with them "
+        "The mixture is scaled by lora_alpha / r. Null experts take router weight without adding anything, so with "
+        "them "
         "the LoRA experts start with a smaller sum of gates; LoRAMoEConfig.retain makes up for it.",
         8,
     )
@@ -131,7 +136,9 @@ class LoRAMoEConfig(PeftConfig):
         "Linear layers to adapt: names (matched at the end of the module's name), a regular expression for the whole "
         "name, or 'all-linear'. None: the feed-forward linears of known architectures, as in the paper.",
     )
-    exclude_modules: list[str] | str | None = _option(optional(MODULES), "Names or regular expression of modules not to adapt.")
+    exclude_modules: list[str] | str | None = _option(
+        optional(MODULES), "Names or regular expression of modules not to adapt."
+    )
     layers_to_transform: list[int] | int | None = _option(
         optional(by_type("an index of a layer or a list of indices", integer=INDEX, list=list_of(INDEX, "indices"))),
         "Indices of the transformer layers to adapt; None for all.",
@@ -173,11 +180,14 @@ class LoRAMoEConfig(PeftConfig):
     )
     init_weights: bool | str = _option(
         choice(*INIT_WEIGHTS),
-        "True: the adapter starts as the identity (B zero); 'gaussian': the same with a normal A; False: random B too.",
+        "True: the adapter starts as the identity (B zero); 'gaussian': the same with a normal A; False: random B "
+        "too.",
         True,
     )
 
-    num_experts: int = _option(_num_experts, "Number of experts (router outputs) of each adapted linear, at least 2.", 6)
+    num_experts: int = _option(
+        _num_experts, "Number of experts (router outputs) of each adapted linear, at least 2.", 6
+    )
     num_experts_pattern: dict[str, int | list[int]] = _option(
         mapping(
             PATTERN,
@@ -193,7 +203,8 @@ class LoRAMoEConfig(PeftConfig):
     )
     null_groups: list[int] | None = _option(
         optional(list_of(INDEX, "indices of expert groups")),
-        "Groups whose experts are null: a router output without parameters or contribution. Their samples are routed to "
+        "Groups whose experts are null: a router output without parameters or contribution. Their samples are routed "
+        "to "
         "the untouched backbone.",
     )
     task_type_names: list[str] | None = _option(
@@ -201,18 +212,23 @@ class LoRAMoEConfig(PeftConfig):
     )
     router_temperature: float = _option(number(1e-6, 1e6), "The router's logits are divided by it.", 1.0)
     router_dtype: str = _option(_router_dtype, f"dtype of the router's logits, one of {ROUTER_DTYPES}.", "float32")
-    router_init: str = _option(choice(*ROUTER_INIT), f"Initialisation of the router, one of {ROUTER_INIT}.", "kaiming_uniform")
+    router_init: str = _option(
+        choice(*ROUTER_INIT), f"Initialisation of the router, one of {ROUTER_INIT}.", "kaiming_uniform"
+    )
     top_k: int | None = _option(
-        optional(integer(1, MAX_EXPERTS)), "Experts that each token uses, their gates renormalised to one; None: all (dense)."
+        optional(integer(1, MAX_EXPERTS)),
+        "Experts that each token uses, their gates renormalised to one; None: all (dense).",
     )
     router_lr_multiplier: float | None = _option(
         number(0, 1e6, open_minimum=True, why="; with 1, routers learn at the rate of the experts"),
-        "The router's learning rate is this many times that of the experts; LoRAMoETrainerMixin and optimizer_groups apply it. "
+        "The router's learning rate is this many times that of the experts; LoRAMoETrainerMixin and optimizer_groups "
+        "apply it. "
         "None: 10, or 1 for a file written before the option existed.",
     )
     freeze_experts: bool = _option(
         boolean,
-        "Train the routers only; A and B stay as they are, through switching, saving and loading. For experts that were "
+        "Train the routers only; A and B stay as they are, through switching, saving and loading. For experts that "
+        "were "
         "trained before, for example by upcycling. FSDP1 needs use_orig_params=True for it.",
         False,
     )
@@ -229,24 +245,28 @@ class LoRAMoEConfig(PeftConfig):
     )
     balance_formula: str = _option(
         choice(*BALANCE_FORMULAS),
-        "'cv_squared': var(Z) / mean(Z)^2, as in the authors' code; 'variance_to_mean': var(Z) / mean(Z), as in the paper.",
+        "'cv_squared': var(Z) / mean(Z)^2, as in the authors' code; 'variance_to_mean': var(Z) / mean(Z), as in the "
+        "paper.",
         "cv_squared",
     )
     balance_target: str = _option(
         choice(*BALANCE_TARGETS),
-        "'corrected': importance is divided by its target, so the matched group gets the larger weight; 'paper': it is "
+        "'corrected': importance is divided by its target, so the matched group gets the larger weight; 'paper': it "
+        "is "
         "multiplied by it, as printed there, which gives the matched group the smaller one.",
         "corrected",
     )
     balance_importance: str = _option(
         choice(*BALANCE_IMPORTANCE),
-        "Importance of an expert for a sample: 'mean' of the router probabilities over its tokens, or their 'sum' as in "
+        "Importance of an expert for a sample: 'mean' of the router probabilities over its tokens, or their 'sum' as "
+        "in "
         "the paper, with which long samples outweigh short ones.",
         "mean",
     )
     balance_detach: bool = _option(
         boolean,
-        "The balance term trains the router only, not the layers below it. Without it the terms of all adapted linears push "
+        "The balance term trains the router only, not the layers below it. Without it the terms of all adapted "
+        "linears push "
         "on the hidden states, which makes a language model forget.",
         True,
     )
@@ -270,16 +290,20 @@ class LoRAMoEConfig(PeftConfig):
         for option, values in RENAMED.items():
             if (value := getattr(self, option)) in values:
                 setattr(self, option, values[value])
-                warnings.warn(f"{option}={value!r} is called {values[value]!r} now; save the adapter again to have it renamed.")
+                warnings.warn(
+                    f"{option}={value!r} is called {values[value]!r} now; save the adapter again to have it renamed."
+                )
         self.check()
         if Version(self.peft_loramoe_version) > Version(__version__):
             warnings.warn(
                 f"The configuration was written by peft_loramoe {self.peft_loramoe_version}, newer than the installed "
-                f"{__version__}; options that it does not know are ignored. Upgrade with `pip install -U peft_loramoe`."
+                f"{__version__}; options that it does not know are ignored. Upgrade with `pip install -U "
+                "peft_loramoe`."
             )
 
     def check(self) -> None:
-        """Check every option by its kind, and then those that depend on each other; called when an adapter is attached, too.
+        """Check every option by its kind, and then those that depend on each other; called when an adapter is
+        attached, too.
 
         Raises:
             ValueError: an option has a value outside its range; the message names the option, the value and the fix.
@@ -296,13 +320,14 @@ class LoRAMoEConfig(PeftConfig):
     def retain(cls, **overrides: Any) -> LoRAMoEConfig:
         """Learn new tasks and keep what the model knew: the configuration to start with.
 
-        Group 0 has null experts: samples of task type 0, which stand for what the model knows already, are routed to the
-        untouched backbone. Group 1 has the LoRA experts, for samples of type 1. The balance term trains the routers only, at
-        ten times the experts' learning rate, without which they hardly learn to tell the types apart.
+        Group 0 has null experts: samples of task type 0, which stand for what the model knows already, are routed to
+        the untouched backbone. Group 1 has the LoRA experts, for samples of type 1. The balance term trains the
+        routers only, at ten times the experts' learning rate, without which they hardly learn to tell the types apart.
 
-        An expert starts with a gate of 1 / num_experts, and null experts add nothing: with half of them null, the gates
-        of the others sum to one half. `lora_alpha` makes up for it: unless it is given, it is chosen so that gate times
-        scale is 4/3 at the start, whatever `r`, `num_experts` and `use_rslora` are. With 12 experts that is lora_alpha = 16 r.
+        An expert starts with a gate of 1 / num_experts, and null experts add nothing: with half of them null, the
+        gates of the others sum to one half. `lora_alpha` makes up for it: unless it is given, it is chosen so that
+        gate times scale is 4/3 at the start, whatever `r`, `num_experts` and `use_rslora` are. With 12 experts that is
+        lora_alpha = 16 r.
 
         Args:
             overrides: any options of `LoRAMoEConfig`, in place of the preset's. Half of `num_experts` are null unless
@@ -314,8 +339,8 @@ class LoRAMoEConfig(PeftConfig):
             router_lr_multiplier=10.
 
         Raises:
-            ValueError: an override takes away what the preset is for: no null group for type 0, or no term that sends the
-                samples of type 0 there; or an option has a value outside its range.
+            ValueError: an override takes away what the preset is for: no null group for type 0, or no term that sends
+                the samples of type 0 there; or an option has a value outside its range.
             TypeError: an option has a value of the wrong type, or there is no such option.
 
         Example:
@@ -339,8 +364,10 @@ class LoRAMoEConfig(PeftConfig):
             _group_sizes("expert_groups", groups)
             if len(groups) == 1:
                 raise ValueError(
-                    f"LoRAMoEConfig.retain(expert_groups={groups!r}): there must be a null group for type 0 and at least one "
-                    "group of LoRA experts, for example [6, 6]. Use LoRAMoEConfig(...) for a mixture without a null group."
+                    f"LoRAMoEConfig.retain(expert_groups={groups!r}): there must be a null group for type 0 and at "
+                    "least one "
+                    "group of LoRA experts, for example [6, 6]. Use LoRAMoEConfig(...) for a mixture without a null "
+                    "group."
                 )
             preset["num_experts"] = sum(groups)
             if len(groups) > 2:
@@ -352,13 +379,22 @@ class LoRAMoEConfig(PeftConfig):
                 0 not in (config.null_groups or []),
                 "group 0 is not null, so nothing leaves type 0 to the backbone",
             ),
-            ("balance_loss_weight", config.balance_loss_weight == 0, "without the term the router does not learn the types"),
+            (
+                "balance_loss_weight",
+                config.balance_loss_weight == 0,
+                "without the term the router does not learn the types",
+            ),
             ("balance_delta", config.balance_delta == 0, "the term then asks for the same routing of all types"),
-            ("balance_target", config.balance_target == "paper", "it gives type 0 the smaller weight on its own group"),
+            (
+                "balance_target",
+                config.balance_target == "paper",
+                "it gives type 0 the smaller weight on its own group",
+            ),
         ):
             if lost:
                 raise ValueError(
-                    f"LoRAMoEConfig.retain({option}={getattr(config, option)!r}): {promise}. Leave {option} out, or use "
+                    f"LoRAMoEConfig.retain({option}={getattr(config, option)!r}): {promise}. Leave {option} out, or "
+                    "use "
                     "LoRAMoEConfig(...), which promises nothing."
                 )
         if "lora_alpha" not in overrides:
@@ -371,10 +407,11 @@ class LoRAMoEConfig(PeftConfig):
         """LoRAMoE as its authors trained it (Dou et al., ACL 2024, section 3.3, and their code), for reproduction.
 
         Six LoRA experts of rank 4 in two groups, on the feed-forward linears, with delta = beta = 0.1 and one learning
-        rate for all parameters. The balance term is that of the authors' code, which their numbers come from: importance is
-        summed over a sample's tokens and multiplied by its target, and its dispersion is var(Z) / mean(Z)^2. The paper prints
-        var(Z) / mean(Z); pass `balance_formula="variance_to_mean"` for it. Either ends with the *smaller* router weight on the
-        matched experts (``docs/balance.md``); to keep what a model knows, use `LoRAMoEConfig.retain`.
+        rate for all parameters. The balance term is that of the authors' code, which their numbers come from:
+        importance is summed over a sample's tokens and multiplied by its target, and its dispersion is var(Z) /
+        mean(Z)^2. The paper prints var(Z) / mean(Z); pass `balance_formula="variance_to_mean"` for it. Either ends
+        with the *smaller* router weight on the matched experts (``docs/balance.md``); to keep what a model knows, use
+        `LoRAMoEConfig.retain`.
 
         Args:
             overrides: any options of `LoRAMoEConfig`, in place of the preset's.
@@ -416,7 +453,8 @@ class LoRAMoEConfig(PeftConfig):
         """
         if "routing_strategy" in kwargs:
             raise ValueError(
-                f"The configuration was written by MoE-PEFT (it has routing_strategy={kwargs['routing_strategy']!r}), whose "
+                "The configuration was written by MoE-PEFT (it has "
+                f"routing_strategy={kwargs['routing_strategy']!r}), whose "
                 "adapters have another layout. Convert the adapter first: "
                 "peft_loramoe.interop.convert_checkpoint(SOURCE, OUTPUT)."
             )
@@ -426,8 +464,8 @@ class LoRAMoEConfig(PeftConfig):
         """Expert groups of a layer.
 
         Args:
-            layer: name of the layer inside the base model, looked up in `num_experts_pattern`; None for the groups of layers
-                that no pattern matches.
+            layer: name of the layer inside the base model, looked up in `num_experts_pattern`; None for the groups of
+                layers that no pattern matches.
 
         Returns:
             Their sizes sum to the layer's number of experts.
@@ -483,7 +521,8 @@ class LoRAMoEConfig(PeftConfig):
         if sum(self.expert_groups) != num_experts:
             fix = "set expert_groups to sizes that do" if pattern_key is None else "give the sizes there as a list"
             raise ValueError(
-                f"expert_groups={self.expert_groups} sums to {sum(self.expert_groups)}, not to {option}={num_experts}; {fix}."
+                f"expert_groups={self.expert_groups} sums to {sum(self.expert_groups)}, not to "
+                f"{option}={num_experts}; {fix}."
             )
         return list(self.expert_groups)
 
@@ -498,8 +537,10 @@ class LoRAMoEConfig(PeftConfig):
             for name in ("layers_to_transform", "layers_pattern"):
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(
-                        f"`{name}` cannot be used when `target_modules` is a str: {name}={shown(value)} would have no effect "
-                        f"on target_modules={shown(self.target_modules)}. Put the layers into the expression or pass a list."
+                        f"`{name}` cannot be used when `target_modules` is a str: {name}={shown(value)} would have "
+                        "no effect "
+                        f"on target_modules={shown(self.target_modules)}. Put the layers into the expression or pass "
+                        "a list."
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
@@ -512,8 +553,8 @@ class LoRAMoEConfig(PeftConfig):
         layouts = {"num_experts": self._group_sizes()}
         for name in self.num_experts_pattern:
             layouts[f"num_experts_pattern[{shown(name)}]"] = self._group_sizes(name)
-        rank_option, rank = max([("r", self.r), *((f"rank_pattern[{shown(k)}]", r) for k, r in self.rank_pattern.items())],
-                                key=lambda item: item[1])  # fmt: skip
+        ranks = [("r", self.r), *((f"rank_pattern[{shown(k)}]", r) for k, r in self.rank_pattern.items())]
+        rank_option, rank = max(ranks, key=lambda item: item[1])
         for option, groups in layouts.items():
             if len(groups) != num_groups:
                 raise ValueError(f"{option} gives {len(groups)} groups, {groups}, but there are {num_groups}.")
@@ -521,15 +562,19 @@ class LoRAMoEConfig(PeftConfig):
                 raise ValueError(f"top_k={self.top_k} is more than the {sum(groups)} experts of {option}.")
             if rank * sum(groups) > MAX_RANK:
                 raise ValueError(
-                    f"{rank_option}={rank} times the {sum(groups)} experts of {option} is a rank of {rank * sum(groups)}; at "
-                    f"most {MAX_RANK} is possible: no linear layer has more inputs or outputs. Take fewer experts or a smaller "
+                    f"{rank_option}={rank} times the {sum(groups)} experts of {option} is a rank of "
+                    f"{rank * sum(groups)}; at "
+                    f"most {MAX_RANK} is possible: no linear layer has more inputs or outputs. Take fewer experts or "
+                    "a smaller "
                     "rank."
                 )
         if self.null_groups is not None:
             self.null_groups = self._checked_null_groups(num_groups)
         names = self.task_type_names
         if names is not None and (len(names) != num_groups or len(set(names)) != len(names)):
-            raise ValueError(f"task_type_names={shown(names)} must be {num_groups} different names, one for each expert group.")
+            raise ValueError(
+                f"task_type_names={shown(names)} must be {num_groups} different names, one for each expert group."
+            )
 
     def _checked_null_groups(self, num_groups: int) -> list[int]:
         groups = sorted(set(self.null_groups))
@@ -540,7 +585,9 @@ class LoRAMoEConfig(PeftConfig):
                     f"{num_groups - 1}); {group} is none."
                 )
         if len(groups) == num_groups:
-            raise ValueError(f"null_groups={shown(self.null_groups)} leaves no group with parameters; leave at least one out.")
+            raise ValueError(
+                f"null_groups={shown(self.null_groups)} leaves no group with parameters; leave at least one out."
+            )
         return groups
 
 

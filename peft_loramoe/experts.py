@@ -116,14 +116,18 @@ class LoRAExperts(nn.Module):
         Args:
             x: input of the linear layer, shape (..., in_features), floating point.
             base: output of the base layer, shape (..., out_features); it is not written to.
-            weight: instead, the frozen weight of a base layer that is to be computed here, shape (out_features, in_features).
+            weight: instead, the frozen weight of a base layer that is to be computed here, shape (out_features,
+                in_features).
             bias: its bias.
 
         Returns:
-            The sum, or the mixture alone if neither is given, shape (..., out_features), in the dtype of `base`, or else of `x`
-            (or the autocast dtype), and the router probabilities, shape (..., num_experts), float32 or float64.
+            The sum, or the mixture alone if neither is given, shape (..., out_features), in the dtype of `base`, or
+            else of `x` (or the autocast dtype), and the router probabilities, shape (..., num_experts), float32 or
+            float64.
         """
-        return mixture(x, self.A, self.B, self.router, self.options, dropout=self.training, base=base, weight=weight, bias=bias)
+        return mixture(
+            x, self.A, self.B, self.router, self.options, dropout=self.training, base=base, weight=weight, bias=bias
+        )
 
     def extra_repr(self) -> str:
         """The mixture's shape, for `print(model)`."""

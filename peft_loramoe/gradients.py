@@ -21,9 +21,9 @@ CHECKPOINT_MODULES = (checkpoint.__module__, "transformers.modeling_utils")
 class UnpackedWeights:
     """Keeps bitsandbytes' 4-bit linears of a model from repacking their weights for inference.
 
-    On CPUs with AVX512-BF16 a `Linear4bit` repacks its weight when it is first evaluated. From then on it uses an operator
-    without a gradient, in training too: everything below it, adapted or not, would be trained wrongly. Weights that are packed
-    already are unpacked; their scales stay as packing rounded them, to bfloat16.
+    On CPUs with AVX512-BF16 a `Linear4bit` repacks its weight when it is first evaluated. From then on it uses an
+    operator without a gradient, in training too: everything below it, adapted or not, would be trained wrongly.
+    Weights that are packed already are unpacked; their scales stay as packing rounded them, to bfloat16.
 
     Args:
         model: the base model, adapted or not.
@@ -53,7 +53,8 @@ def _unpack(weight: nn.Parameter, state: Any) -> None:
     except ImportError as error:
         raise ImportError(
             "The base model's 4-bit weights are packed for inference, which passes no gradient on, and the installed "
-            "bitsandbytes cannot unpack them. Load the base model anew and attach the adapter before the first evaluation."
+            "bitsandbytes cannot unpack them. Load the base model anew and attach the adapter before the first "
+            "evaluation."
         ) from error
     absmax = state.absmax.T.reshape(-1).float()
     weight.data, _ = _convert_weight_packed_for_cpu_inverse(weight.data, state)
@@ -68,8 +69,8 @@ class _HasConfigs(Protocol):
 class NonReentrantCheckpointing:
     """A forward pre-hook of the base model that makes its gradient checkpointing non-reentrant in training.
 
-    Inside reentrant checkpoints layers run without a graph, so that the balance term would have no gradient. The functions that
-    transformers keeps in its modules are replaced; the gradients are the same.
+    Inside reentrant checkpoints layers run without a graph, so that the balance term would have no gradient. The
+    functions that transformers keeps in its modules are replaced; the gradients are the same.
 
     Args:
         recorder: has the adapters' configurations; where none has a balance term, nothing is changed.
@@ -90,8 +91,10 @@ class NonReentrantCheckpointing:
         for m in reentrant:  # a partial's own keywords give way to the new one
             m._gradient_checkpointing_func = functools.partial(m._gradient_checkpointing_func, use_reentrant=False)
         logger.warning(
-            "Gradient checkpointing was reentrant, which leaves the balance term without a gradient; it is non-reentrant now, "
-            'with the same gradients. Pass gradient_checkpointing_kwargs={"use_reentrant": False} to ask for that yourself.'
+            "Gradient checkpointing was reentrant, which leaves the balance term without a gradient; it is "
+            "non-reentrant now, "
+            'with the same gradients. Pass gradient_checkpointing_kwargs={"use_reentrant": False} to ask for that '
+            "yourself."
         )
 
 
@@ -113,8 +116,8 @@ def passes_gradient(x: Tensor, output: Tensor) -> bool:
         output: what the layer made of it.
 
     Returns:
-        False if `output` has no graph, the graph has an operator for which torch knows no gradient (it would pass on none, with
-        a warning only), or the graph does not lead to `x`.
+        False if `output` has no graph, the graph has an operator for which torch knows no gradient (it would pass on
+        none, with a warning only), or the graph does not lead to `x`.
     """
     if not output.requires_grad:
         return False

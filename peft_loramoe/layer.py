@@ -31,22 +31,25 @@ class Recorder(Protocol):
 
 
 CANNOT_MERGE = (
-    "LoRAMoE adapters cannot be merged: the router weighs the experts anew for every token, so no single weight matrix "
-    "equals the mixture. Keep the adapter attached, use unload() to get the base model back without it, or approximate it by a "
+    "LoRAMoE adapters cannot be merged: the router weighs the experts anew for every token, so no single weight "
+    "matrix "
+    "equals the mixture. Keep the adapter attached, use unload() to get the base model back without it, or "
+    "approximate it by a "
     "plain LoRA with peft_loramoe.interop.export_lora."
 )
 
 
 _GLOBAL_HOOKS = [
-    getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+    getattr(nn.modules.module, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
 ]
 
 
 class LoRAMoELinear(nn.Module, BaseTunerLayer):
     """Base layer plus the mixtures of its active adapters: ``base_layer(x) + sum over active adapters of experts(x)``.
 
-    One class serves every backend (dense, Conv1D, quantised): the mixture is added, out of place, to whatever the base layer
-    returns.
+    One class serves every backend (dense, Conv1D, quantised): the mixture is added, out of place, to whatever the base
+    layer returns.
 
     Args:
         base_layer: the linear layer, left as it is.
@@ -56,7 +59,8 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("loramoe_experts",)
     other_param_names = ()
-    # PEFT's disable_input_dtype_casting sets it. Here it changes nothing: the input is never cast, only the small weights.
+    # PEFT's disable_input_dtype_casting sets it. Here it changes nothing: the input is never cast, only the small
+    # weights.
     cast_input_dtype_enabled = True
 
     def __init__(self, base_layer: nn.Module, name: str, recorder: Recorder | None = None) -> None:
@@ -97,7 +101,8 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
             Shape (..., out_features), in the base layer's output dtype.
 
         Raises:
-            ValueError: `adapter_names` does not have one name for each sample, or the base layer passes no gradient on.
+            ValueError: `adapter_names` does not have one name for each sample, or the base layer passes no gradient
+                on.
         """
         if adapter_names is not None and not self.disable_adapters:
             return self._forward_per_sample(x, self.base_layer(x, *args, **kwargs), adapter_names)
@@ -117,7 +122,8 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
         return base
 
     def _frozen_linear(self) -> dict[str, Tensor | None]:
-        """Weight and bias of the base layer if calling it is `F.linear` with these, frozen, and nothing else; or nothing.
+        """Weight and bias of the base layer if calling it is `F.linear` with these, frozen, and nothing else; or
+        nothing.
 
         The experts may then compute it.
         """
@@ -128,7 +134,9 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
             and not is_in_torch_dispatch_mode()  # selective checkpointing, counters of operations
             and _file_of(nn.Linear.forward) == nn.modules.linear.__file__  # not patched
             and "forward" not in layer.__dict__
-            and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+            and not (
+                layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+            )
             and not any(_GLOBAL_HOOKS)
         ):
             return {}
@@ -142,14 +150,19 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
         passed_on = base.requires_grad if torch.compiler.is_compiling() else passes_gradient(x, base)
         if not passed_on:
             raise ValueError(
-                f"The base layer of '{self.name}', {type(self.base_layer).__name__}, passes no gradient on, so what is below "
-                "would not be trained. Its backend may be for inference only, or packed its weights for inference when the "
-                "model was evaluated: load the base model anew, or with a backend that can be trained (docs/quantization.md)."
+                f"The base layer of '{self.name}', {type(self.base_layer).__name__}, passes no gradient on, so what "
+                "is below "
+                "would not be trained. Its backend may be for inference only, or packed its weights for inference "
+                "when the "
+                "model was evaluated: load the base model anew, or with a backend that can be trained "
+                "(docs/quantization.md)."
             )
 
     def _forward_per_sample(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
         if len(x) != len(adapter_names):  # some models flatten batch and sequence before their feed-forward layers
-            width = self.recorder.tokens_per_row(len(x), self.name) if self.recorder is not None and x.dim() == 2 else None
+            width = (
+                self.recorder.tokens_per_row(len(x), self.name) if self.recorder is not None and x.dim() == 2 else None
+            )
             adapter_names = [name for name in adapter_names for _ in range(width or 1)]
         if len(x) != len(adapter_names):
             raise ValueError(

@@ -19,7 +19,8 @@ WRAPPERS = re.compile(r"(?<![^.])_(checkpoint_wrapped_module|fsdp_wrapped_module
 
 
 def check_adapter_tensors(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse a state dict that holds some, but not exactly all, tensors of an adapter (a pre-hook of `load_state_dict`).
+    """Refuse a state dict that holds some, but not exactly all, tensors of an adapter (a pre-hook of
+    `load_state_dict`).
 
     Raises:
         RuntimeError: tensors are missing, unexpected or of the wrong shape; the message names them.
@@ -27,16 +28,21 @@ def check_adapter_tensors(model: nn.Module, state_dict: Mapping[str, Any], prefi
     found = {_bare(key): tensor for key, tensor in state_dict.items() if is_of_experts(key) and key.startswith(prefix)}
     if not found:
         return
-    expected = {_bare(prefix + name): p for name, p in model.named_parameters(remove_duplicate=False) if is_of_experts(name)}
+    expected = {
+        _bare(prefix + name): p for name, p in model.named_parameters(remove_duplicate=False) if is_of_experts(name)
+    }
     adapters = {adapter_of(key) for key in found.keys() & expected.keys()}
     wanted = {key for key in expected if adapter_of(key) in adapters}
     problems = [f"missing: {key}" for key in sorted(wanted - found.keys())]
     problems += [f"unexpected: {key}" for key in sorted(found.keys() - expected.keys())]
     for key in sorted(found.keys() & expected.keys()):
         shape = tuple(getattr(expected[key], "ds_shape", expected[key].shape))
-        # ZeRO-3 checkpoints hold an empty tensor for each parameter that is partitioned; its values come with the optimizer's.
+        # ZeRO-3 checkpoints hold an empty tensor for each parameter that is partitioned; its values come with the
+        # optimizer's.
         if tuple(found[key].shape) not in (shape, tuple(expected[key].shape)):
-            problems.append(f"size mismatch for {key}: {tuple(found[key].shape)} in the checkpoint, {shape} in the model")
+            problems.append(
+                f"size mismatch for {key}: {tuple(found[key].shape)} in the checkpoint, {shape} in the model"
+            )
     _refuse(problems)
     for adapter in adapters:
         mark_loaded(model, adapter, True)
@@ -48,7 +54,8 @@ def check_load_result(model: nn.Module, adapter: str, result: Any) -> None:
     Args:
         model: the model that was loaded into.
         adapter: the adapter that was loaded; what others lack in its file is no fault.
-        result: what `load_adapter` returned: an object with `missing_keys` and `unexpected_keys`, or None (transformers 4).
+        result: what `load_adapter` returned: an object with `missing_keys` and `unexpected_keys`, or None
+            (transformers 4).
 
     Raises:
         RuntimeError: as `check_adapter_tensors`.
@@ -59,7 +66,10 @@ def check_load_result(model: nn.Module, adapter: str, result: Any) -> None:
         [key for key in sorted(getattr(result, f"{problem}_keys", None) or ()) if is_of_experts(key)]
         for problem in ("missing", "unexpected")
     )
-    _refuse([f"missing: {key}" for key in missing if adapter_of(key) == adapter] + [f"unexpected: {key}" for key in unexpected])
+    _refuse(
+        [f"missing: {key}" for key in missing if adapter_of(key) == adapter]
+        + [f"unexpected: {key}" for key in unexpected]
+    )
 
 
 def mark_loaded(model: nn.Module, adapter: str, loaded: bool) -> None:
@@ -73,7 +83,9 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
     """Undo what was done to the model for a LoRAMoE adapter if the block fails: no half adapter stays behind."""
     children = [(module, dict(module._modules)) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active = [(module, copy(module._active_adapter)) for module in model.modules() if "_active_adapter" in module.__dict__]
+    active = [
+        (module, copy(module._active_adapter)) for module in model.modules() if "_active_adapter" in module.__dict__
+    ]
     marks = {name: model.__dict__.get(name) for name in ("peft_config", "_hf_peft_config_loaded")}
     configs, recorder = dict(getattr(model, "peft_config", None) or {}), find_recorder(model)
     try:
@@ -116,7 +128,9 @@ def _refuse(problems: list[str]) -> None:
     if problems:
         shown = "\n  ".join(problems[:6]) + (f"\n  and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise RuntimeError(
-            "The checkpoint does not fit the LoRAMoE layers of this model. Check that the base model is the one it was trained "
-            "on, and that r, num_experts, expert_groups, null_groups and target_modules in adapter_config.json are as saved.\n"
+            "The checkpoint does not fit the LoRAMoE layers of this model. Check that the base model is the one it "
+            "was trained "
+            "on, and that r, num_experts, expert_groups, null_groups and target_modules in adapter_config.json are "
+            "as saved.\n"
             f"  {shown}"
         )

@@ -63,12 +63,14 @@ class LoRAMoEModel(BaseTuner):
         others = sorted({c.peft_type for c in self.peft_config.values()} - {"LORAMOE"})
         if others and not PEFT_AT_LEAST_0_21:
             raise ValueError(
-                f"The model already has adapters of {', '.join(others)}, and PEFT before 0.21 would freeze them. Upgrade "
+                f"The model already has adapters of {', '.join(others)}, and PEFT before 0.21 would freeze them. "
+                "Upgrade "
                 "PEFT, or unload them."
             )
         if config.bias != "none" and not PEFT_AT_LEAST_0_21:
             raise ValueError(
-                f"bias={config.bias!r} needs peft>=0.21: older versions train the biases but do not save them. Upgrade PEFT, "
+                f"bias={config.bias!r} needs peft>=0.21: older versions train the biases but do not save them. "
+                "Upgrade PEFT, "
                 "or set bias='none'."
             )
         super()._check_new_adapter_config(config)
@@ -108,13 +110,16 @@ class LoRAMoEModel(BaseTuner):
             return
         if isinstance(target, BaseTunerLayer):
             raise ValueError(
-                f"Target module '{current_key}' already carries a {type(target).__module__} adapter. A layer holds adapters of "
+                f"Target module '{current_key}' already carries a {type(target).__module__} adapter. A layer holds "
+                "adapters of "
                 "one method: unload that adapter, or target other modules."
             )
         if is_bypassed(parent, target_name):
             raise ValueError(
-                f"Target module '{current_key}' is incompatible with Mamba-based models: kernels of the mixer read its "
-                "weight and never call it, so an adapter there would have no effect. Leave it out with exclude_modules. "
+                f"Target module '{current_key}' is incompatible with Mamba-based models: kernels of the mixer read "
+                "its "
+                "weight and never call it, so an adapter there would have no effect. Leave it out with "
+                "exclude_modules. "
                 f"Linear layers that can be adapted: {candidates(self.model)}."
             )
         if is_routed_expert(self.model, current_key):
@@ -124,8 +129,10 @@ class LoRAMoEModel(BaseTuner):
             )
         if not is_linear(target):
             raise ValueError(
-                f"Target module {target} is not supported: '{current_key}' is no linear layer that the model calls. Use "
-                "target_modules to name nn.Linear, Conv1D or quantised linear layers, or exclude_modules to leave it out."
+                f"Target module {target} is not supported: '{current_key}' is no linear layer that the model calls. "
+                "Use "
+                "target_modules to name nn.Linear, Conv1D or quantised linear layers, or exclude_modules to leave it "
+                "out."
             )
         layer = LoRAMoELinear(target, current_key, self._shared_recorder())
         layer.quantization_backend = resolve_quantization_backend(target, get_apply_tensor_subclass=lambda: None)
@@ -156,7 +163,7 @@ class LoRAMoEModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """What PEFT saves; it looks for adapted layers by module name, and overlooks those inside wrapped decoder layers."""
+        """What PEFT saves, and the layers inside wrapped decoder layers, which it overlooks."""
         own = {key: tensor for key, tensor in state_dict.items() if is_of_experts(key)}
         return {**own, **super()._get_adapter_state_dict(*args, state_dict=state_dict, **kwargs)}
 
@@ -179,7 +186,8 @@ class LoRAMoEModel(BaseTuner):
 
     def _add_targets_to_tie(self, peft_config: LoRAMoEConfig, tied_weight_keys: list[str]) -> None:
         raise ValueError(
-            f"ensure_weight_tying=True cannot tie the adapters of target_modules={shown(peft_config.target_modules)}: an "
+            "ensure_weight_tying=True cannot tie the adapters of "
+            f"target_modules={shown(peft_config.target_modules)}: an "
             "embedding has no linear layer to adapt. Name the embedding in modules_to_save instead, or set "
             "ensure_weight_tying=False."
         )
@@ -194,7 +202,8 @@ class LoRAMoEModel(BaseTuner):
             ValueError: always.
         """
         raise ValueError(
-            "LoRAMoE adapters cannot be combined into one by weights: each has a router of its own. Activate several adapters "
+            "LoRAMoE adapters cannot be combined into one by weights: each has a router of its own. Activate several "
+            "adapters "
             "together instead, model.base_model.set_adapter([...]): their contributions add up."
         )
 
@@ -226,7 +235,9 @@ class LoRAMoEModel(BaseTuner):
         in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
         handles = [
             layer.register_forward_pre_hook(
-                partial(_pass_adapter_names, names=adapter_names if layer in in_encoder else names, thread=get_ident()),
+                partial(
+                    _pass_adapter_names, names=adapter_names if layer in in_encoder else names, thread=get_ident()
+                ),
                 with_kwargs=True,
             )
             for layer in layers
@@ -238,6 +249,8 @@ class LoRAMoEModel(BaseTuner):
                 handle.remove()
 
 
-def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, *, names: list[str], thread: int) -> tuple[Any, Any]:
+def _pass_adapter_names(
+    module: nn.Module, args: Any, kwargs: Any, *, names: list[str], thread: int
+) -> tuple[Any, Any]:
     # Hooks are shared by all threads, the names belong to the call of one.
     return (args, {**kwargs, "adapter_names": names}) if get_ident() == thread else (args, kwargs)

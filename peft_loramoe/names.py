@@ -57,7 +57,8 @@ def without_adapters(
     other_prefixes: Iterable[str],
     default: Callable[[Mapping[str, Any], list[str]], dict[str, Any]],
 ) -> dict[str, Any]:
-    """The state dict without the tensors of some adapters, told by where a name has the adapter, not by what it contains.
+    """The state dict without the tensors of some adapters, told by where a name has the adapter, not by what it
+    contains.
 
     Args:
         state_dict: by the names that the model gives its tensors.

@@ -1,7 +1,7 @@
 """Kinds of option values: each checks one value, and says what to pass instead.
 
-A kind is a function of an option's name and value. It returns the value, in the type that the configuration keeps, or raises
-`TypeError` or `ValueError` with the name, the value and the fix.
+A kind is a function of an option's name and value. It returns the value, in the type that the configuration keeps, or
+raises `TypeError` or `ValueError` with the name, the value and the fix.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def integer(minimum: int, maximum: int, too_large: str = "") -> Kind:
     return check
 
 
-def number(minimum: float, maximum: float, *, open_minimum: bool = False, open_maximum: bool = False, why: str = "") -> Kind:
+def number(
+    minimum: float, maximum: float, *, open_minimum: bool = False, open_maximum: bool = False, why: str = ""
+) -> Kind:
     """Finite numbers in an interval; `why` gives a reason for its ends."""
     interval = f"{'(' if open_minimum else '['}{minimum:g}, {maximum:g}{')' if open_maximum else ']'}"
 
@@ -86,7 +88,9 @@ def text(name: str, value: Any) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name}={shown(value)} has a character that no file can hold ({error}); leave it out.") from error
+        raise ValueError(
+            f"{name}={shown(value)} has a character that no file can hold ({error}); leave it out."
+        ) from error
     return value
 
 
@@ -99,7 +103,8 @@ def expression(template: str = "{}") -> Kind:
             re.compile(template.format(value))
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"{name}={shown(value)} is no valid regular expression ({error}); write '\\' before characters that are meant "
+                f"{name}={shown(value)} is no valid regular expression ({error}); write '\\' before characters that "
+                "are meant "
                 "literally."
             ) from error
         return value
@@ -122,7 +127,10 @@ def optional(kind: Kind) -> Kind:
 
 
 def list_of(kind: Kind, what: str, *, container: type = list, empty: bool = True) -> Kind:
-    """A list (tuple, set) of such values, kept as `container`; `what` names them. A string is no list of characters."""
+    """A list (tuple, set) of such values, kept as `container`; `what` names them.
+
+    A string is no list of characters.
+    """
 
     def check(name: str, value: Any) -> Any:
         if not isinstance(value, (list, tuple, set, frozenset)) or not (value or empty):

@@ -28,15 +28,16 @@ PEFT_TYPE = "LORAMOE"
 def register() -> None:
     """Register `LoRAMoEConfig` and `LoRAMoEModel` under ``PeftType.LORAMOE``.
 
-    Calling it again, reloading this package or importing it twice changes nothing. If the installed PEFT brings a tuner
-    of its own under that name, importing this package is taken as the wish to use this one: it takes the name over and
-    says so in a warning.
+    Calling it again, reloading this package or importing it twice changes nothing. If the installed PEFT brings a
+    tuner of its own under that name, importing this package is taken as the wish to use this one: it takes the name
+    over and says so in a warning.
     """
     peft_type = _peft_type_member()
     known = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
     if known is not None and not known.__module__.startswith(__package__):
         warnings.warn(
-            f"PEFT already knows a tuner '{PEFT_TYPE}' ({known.__module__}.{known.__qualname__}); importing peft_loramoe "
+            f"PEFT already knows a tuner '{PEFT_TYPE}' ({known.__module__}.{known.__qualname__}); importing "
+            "peft_loramoe "
             "replaces it in this process. Do not import peft_loramoe to use the other one.",
             stacklevel=2,
         )
@@ -74,7 +75,8 @@ def _reduce(protocol: int) -> tuple:
 def _select_tensors_exactly() -> None:
     """Save all tensors of a LoRAMoE adapter, whatever other adapters are called.
 
-    PEFT leaves out every name that ends with or contains that of another adapter: beside an adapter "A" all matrices A.
+    PEFT leaves out every name that ends with or contains that of another adapter: beside an adapter "A" all matrices
+        A.
     """
     default = select_state_dict
     prefixes = [prefix for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix != LoRAMoEModel.prefix]
@@ -89,8 +91,9 @@ def _select_tensors_exactly() -> None:
 def _keep_model_card() -> None:
     """Let the model card of LoRAMoE adapters survive; models without one behave as before.
 
-    `Trainer.push_to_hub` and `PeftModel.push_to_hub` replace the README.md that `save_pretrained` wrote, and PEFT has no hook
-    for what a tuner has to say there: without `import peft_loramoe` a reader of the card could not load the adapter.
+    `Trainer.push_to_hub` and `PeftModel.push_to_hub` replace the README.md that `save_pretrained` wrote, and PEFT has
+    no hook for what a tuner has to say there: without `import peft_loramoe` a reader of the card could not load the
+    adapter.
     """
     update, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
 
@@ -114,11 +117,12 @@ def _keep_model_card() -> None:
 
 
 def _load_all_or_nothing() -> None:
-    """Make a LoRAMoE adapter that cannot be loaded an error that leaves the model as it was; other adapters load as before.
+    """Make a LoRAMoE adapter that cannot be loaded an error that leaves the model as it was; other adapters load as
+    before.
 
-    PEFT and transformers attach an adapter before they read its weights and do not take it off again. A file without any
-    of its tensors is a warning in PEFT, and absent tensors are a line in the log of transformers 5: both go on with random
-    experts.
+    PEFT and transformers attach an adapter before they read its weights and do not take it off again. A file without
+    any of its tensors is a warning in PEFT, and absent tensors are a line in the log of transformers 5: both go on
+    with random experts.
     """
 
     def checked(load: Any) -> Any:
@@ -137,7 +141,8 @@ def _load_all_or_nothing() -> None:
                     if find_recorder(self) is None:
                         raise  # an adapter of another method
                     raise RuntimeError(
-                        f"adapter_model.safetensors of '{source}' cannot be read ({error}): the file is incomplete or damaged. "
+                        f"adapter_model.safetensors of '{source}' cannot be read ({error}): the file is incomplete "
+                        "or damaged. "
                         "Download it again, or save the adapter again."
                     ) from error
                 check_load_result(self, adapter, result)
@@ -157,7 +162,8 @@ def _load_all_or_nothing() -> None:
         if isinstance(config0, LoRAMoEConfig) or isinstance(config1, LoRAMoEConfig):
             raise ValueError(
                 "LoRAMoE adapters cannot be hot-swapped. Load the other adapter beside this one with "
-                "model.load_adapter(folder, adapter_name='other'), switch with model.set_adapter('other'), and remove this one "
+                "model.load_adapter(folder, adapter_name='other'), switch with model.set_adapter('other'), and "
+                "remove this one "
                 "with model.delete_adapter."
             )
         check(config0, config1)

@@ -1,4 +1,7 @@
-"""Which modules an adapter goes to: the feed-forward linears of known architectures, and what counts as a linear layer."""
+"""Which modules an adapter goes to.
+
+The feed-forward linears of known architectures, and what counts as a linear layer.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ EXCLUDED = {_BERT: "attention.output.dense"}
 
 # Feed-forward linears (what the paper adapts) by transformers' `model_type`.
 FEED_FORWARD = {
-    **dict.fromkeys(("cohere", "gemma", "gemma2", "gemma3", "gemma3_text", "granite", "llama", "mistral", "ministral"), _GATED),
+    **dict.fromkeys(
+        ("cohere", "gemma", "gemma2", "gemma3", "gemma3_text", "granite", "llama", "mistral", "ministral"), _GATED
+    ),
     **dict.fromkeys(("olmo", "olmo2", "olmo3", "qwen2", "qwen3", "smollm3", "stablelm"), _GATED),
     **dict.fromkeys(("glm", "glm4", "phi3"), ("gate_up_proj", "down_proj")),
     **dict.fromkeys(("bart", "clip", "m2m_100", "marian", "mbart", "opt", "pegasus", "phi", "siglip", "whisper"), _FC),
@@ -44,8 +49,10 @@ QUANTIZED_WEIGHTS = ("qweight", "W_q", "codebooks", "weight_scales")
 ROUTED_EXPERTS = re.compile(r"(?P<block>|.*\.)experts(\.(expert_)?\d+(\..*)?)?")
 ROUTERS = ("gate", "router")
 WHY_NOT_ROUTED = (
-    "cannot be adapted: each sees only the tokens that the backbone's router sends it, so no balance term can be computed "
-    "there, and transformers 5 keeps them as 3-D parameters instead of linear layers. Linear layers that can be adapted: "
+    "cannot be adapted: each sees only the tokens that the backbone's router sends it, so no balance term can be "
+    "computed "
+    "there, and transformers 5 keeps them as 3-D parameters instead of linear layers. Linear layers that can be "
+    "adapted: "
 )
 # Names that feed-forward linears have in one model or another.
 FEED_FORWARD_NAMES = {"gate_up_proj", "w1", "w2", "w3"} | {
@@ -73,7 +80,9 @@ def is_routed_expert(model: nn.Module, name: str) -> bool:
 def routed_experts(model: nn.Module) -> str:
     """Names of the modules that hold a backbone's routed experts, with * for indices; empty if it has none."""
     names = (
-        name for name, _ in model.named_modules() if name.rpartition(".")[2] == "experts" and is_routed_expert(model, name)
+        name
+        for name, _ in model.named_modules()
+        if name.rpartition(".")[2] == "experts" and is_routed_expert(model, name)
     )
     return ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))
 
@@ -89,7 +98,11 @@ def candidates(model: nn.Module) -> str:
     for key, module in model.named_modules():
         name = key.removesuffix(".base_layer")
         parent, _, last = name.rpartition(".")
-        if is_linear(module) and not is_routed_expert(model, name) and not is_bypassed(model.get_submodule(parent), last):
+        if (
+            is_linear(module)
+            and not is_routed_expert(model, name)
+            and not is_bypassed(model.get_submodule(parent), last)
+        ):
             names.add(re.sub(r"^(.*\.)?\d+\.", "", name))
     return ", ".join(sorted(names)) or "none"
 
@@ -98,7 +111,8 @@ def check_names(model: nn.Module, target_modules: Any) -> None:
     """Refuse names of feed-forward linears that the backbone's experts keep as parameters: PEFT would pass over them.
 
     Raises:
-        ValueError: a listed name is one of a feed-forward linear and fits no module, but the backbone has routed experts.
+        ValueError: a listed name is one of a feed-forward linear and fits no module, but the backbone has routed
+            experts.
     """
     if isinstance(target_modules, str) or not (experts := routed_experts(model)):
         return
@@ -106,7 +120,8 @@ def check_names(model: nn.Module, target_modules: Any) -> None:
     absent = [name for name in target_modules if name.rpartition(".")[2] in FEED_FORWARD_NAMES]
     if absent := sorted(name for name in absent if not any(module.endswith(f".{name}") for module in modules)):
         raise ValueError(
-            f"target_modules contains {', '.join(absent)}, but the feed-forward layers of this model are routed experts "
+            f"target_modules contains {', '.join(absent)}, but the feed-forward layers of this model are routed "
+            "experts "
             f"({experts}), which {WHY_NOT_ROUTED}{candidates(model)}."
         )
 
@@ -120,11 +135,12 @@ def default_targets(
         model: the base model.
         model_config: its configuration as a dictionary.
         exclude_modules: the user's `exclude_modules`.
-        mapping: targets by model type, those of `FEED_FORWARD` or a user's (a list, set or string, as PEFT takes them).
+        mapping: targets by model type, those of `FEED_FORWARD` or a user's (a list, set or string, as PEFT takes
+            them).
 
     Returns:
-        `target_modules`, and `exclude_modules` extended where a target's name also fits an attention layer or a layer of
-        another modality's encoder.
+        `target_modules`, and `exclude_modules` extended where a target's name also fits an attention layer or a layer
+        of another modality's encoder.
 
     Raises:
         ValueError: the architecture is not in the table; the message lists the model's linear layers.
@@ -151,7 +167,9 @@ def default_targets(
     if model_config.get("model_type") not in mapping:  # known by its text model: leave the other encoders alone
         also += [rf"(.*\.)?{re.escape(encoder)}\..*" for encoder in sorted(_other_encoders(model, model_config))]
     # PEFT warns about exclusions that exclude nothing.
-    names = [name for name, _ in model.named_modules() if f".{name}".endswith(tuple(f".{target}" for target in targets))]
+    names = [
+        name for name, _ in model.named_modules() if f".{name}".endswith(tuple(f".{target}" for target in targets))
+    ]
     also = [pattern for pattern in also if any(re.fullmatch(pattern, name) for name in names)]
     if not also:
         return set(targets), exclude_modules
@@ -165,10 +183,14 @@ def default_targets(
 def _other_encoders(model: nn.Module, model_config: dict[str, Any]) -> set[str]:
     """Names of the encoders of images or sound in a model that is known by its text model."""
     others = {
-        value.get("model_type") for key, value in model_config.items() if isinstance(value, dict) and key != "text_config"
+        value.get("model_type")
+        for key, value in model_config.items()
+        if isinstance(value, dict) and key != "text_config"
     } - {None}
     found: list[str] = []
     for name, module in model.named_modules():
-        if getattr(getattr(module, "config", None), "model_type", None) in others and not name.startswith(tuple(found)):
+        if getattr(getattr(module, "config", None), "model_type", None) in others and not name.startswith(
+            tuple(found)
+        ):
             found.append(f"{name}.")
     return {name[:-1].rpartition(".")[2] for name in found}

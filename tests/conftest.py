@@ -18,7 +18,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def no_settings_of_the_test_before():
-    """TrainingArguments leaves settings (bf16, torch_compile) in the environment, and accelerate keeps them for the process."""
+    """TrainingArguments leaves settings.
+
+    (bf16, torch_compile) in the environment, and accelerate keeps them for the process.
+    """
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:

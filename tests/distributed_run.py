@@ -2,8 +2,8 @@
 
     accelerate launch --config_file examples/accelerate/zero3.yaml ... tests/distributed_run.py FOLDER CASE...
 
-`tests/test_distributed.py` starts it, and calls `train` itself for the same training in one process. FOLDER/backbone is the
-base model; every case leaves its adapter and what each process saw in a folder of its name.
+`tests/test_distributed.py` starts it, and calls `train` itself for the same training in one process. FOLDER/backbone
+is the base model; every case leaves its adapter and what each process saw in a folder of its name.
 """
 
 import argparse
@@ -36,7 +36,11 @@ CASES = {
     "accumulation": ({"balance_loss_weight": 0.5}, {"gradient_accumulation_steps": 2}, False),
     "mixin": ({"balance_loss_weight": 0.5}, {"gradient_accumulation_steps": 2}, False),
     # A router rate of 1: ten times that multiplies the roundings of Adam's first steps.
-    "mixin, anchors": ({"balance_loss_weight": 0.5, "router_lr_multiplier": 1.0}, {"gradient_accumulation_steps": 2}, False),
+    "mixin, anchors": (
+        {"balance_loss_weight": 0.5, "router_lr_multiplier": 1.0},
+        {"gradient_accumulation_steps": 2},
+        False,
+    ),
     "mixin, mean of the batches": ({"balance_loss_weight": 0.5}, {"gradient_accumulation_steps": 2}, False),
     "learning rates": ({"balance_loss_weight": 0.5}, {}, False),
     "checkpointing": (
@@ -142,7 +146,9 @@ def train(case: str, folder: Path, output: Path, batches: int = 1) -> dict:
     """Train and save the adapter of a case; what this process saw."""
     resume = None
     if case in RESUMED:
-        build_trainer(case, folder, output, batches, max_steps=STEPS - 1, save_strategy="steps", save_steps=STEPS - 1).train()
+        build_trainer(
+            case, folder, output, batches, max_steps=STEPS - 1, save_strategy="steps", save_steps=STEPS - 1
+        ).train()
         resume = str(output / f"checkpoint-{STEPS - 1}")
     trainer = build_trainer(case, folder, output, batches)
     trainer.train(resume_from_checkpoint=resume)

@@ -1,9 +1,9 @@
 """A small Hugging Face Hub on the loopback interface, kept in memory, for tests with the real client.
 
 It speaks the model-repository endpoints that `huggingface_hub` (0.36 to 2.4) uses to create a repository, upload
-(preupload, LFS batch, commit), download (`resolve`) and inspect it; branches and commit hashes are revisions. As on the
-Hub, downloads of large files are redirected to a storage on another host, which refuses requests that carry the token.
-The newer xet storage is left out, so clients need `HF_HUB_DISABLE_XET=1`.
+(preupload, LFS batch, commit), download (`resolve`) and inspect it; branches and commit hashes are revisions. As on
+the Hub, downloads of large files are redirected to a storage on another host, which refuses requests that carry the
+token. The newer xet storage is left out, so clients need `HF_HUB_DISABLE_XET=1`.
 
 `huggingface_hub` reads the endpoint when it is imported and copies it to several of its modules. Therefore a client
 belongs in a process of its own, started with the environment that `client_environment` returns.
@@ -233,7 +233,9 @@ def model_info(request, hub, body, name, revision):
     card = card_data(files["README.md"].data.decode()) if "README.md" in files else {}
     siblings = [{"rfilename": path} for path in sorted(files)]
     kept = {key: card[key] for key in ("library_name", "pipeline_tag") if key in card}
-    request.reply({"id": name, "sha": oid, "siblings": siblings, "cardData": card, "tags": card.get("tags", []), **kept})
+    request.reply(
+        {"id": name, "sha": oid, "siblings": siblings, "cardData": card, "tags": card.get("tags", []), **kept}
+    )
 
 
 @route("GET", f"/api/models/{REPO}/tree/([^/]+)(?:/(.+))?")
@@ -267,5 +269,10 @@ def client_environment(hub, home):
     """The environment of a client process that sees only `hub`, with its caches in the folder `home`."""
     foreign = re.compile("(HF|HUGGING|TRANSFORMERS)_.*|.*_PROXY", re.IGNORECASE)
     kept = {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
-    settings = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    settings = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     return kept | settings | {"HF_HOME": str(home)}

@@ -36,6 +36,8 @@ def word_perplexity(model, texts):
     for text in texts:
         ids = torch.tensor([tokenizer.eos_token_id, *tokenizer(text)["input_ids"]])
         with torch.no_grad():
-            total += torch.nn.functional.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:], reduction="sum").item()
+            total += torch.nn.functional.cross_entropy(
+                model(ids[None, :-1]).logits[0], ids[1:], reduction="sum"
+            ).item()
         words += len(text.split())
     return math.exp(total / words)

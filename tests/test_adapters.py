@@ -28,7 +28,14 @@ def two_adapters(model=None, **options):
 def tiny_t5():
     torch.manual_seed(0)
     config = T5Config(
-        d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=64, decoder_start_token_id=0, dropout_rate=0.0
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+        vocab_size=64,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
     )
     return T5ForConditionalGeneration(config)
 
@@ -150,7 +157,9 @@ def test_the_adapter_may_be_named_like_its_tensors(tmp_path):
 
 def test_adapters_for_each_sample_of_a_model_that_flattens_the_batch():
     torch.manual_seed(0)
-    config = OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
+    config = OPTConfig(
+        vocab_size=64, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
     config.word_embed_proj_dim = 16
     model = two_adapters(OPTForCausalLM(config)).eval()
     batch = token_batch()
@@ -200,5 +209,7 @@ def test_adapters_of_all_kinds_are_switched_mixed_in_a_batch_and_deleted():
             model.delete_adapter(name)
         model.set_adapter("frozen")
         torch.testing.assert_close(model(**batch).logits[0], alone["frozen"])
-    left = {name.split(".loramoe_experts.")[1].split(".")[0] for name, _ in model.named_parameters() if "loramoe" in name}
+    left = {
+        name.split(".loramoe_experts.")[1].split(".")[0] for name, _ in model.named_parameters() if "loramoe" in name
+    }
     assert (left, list(model.peft_config)) == ({"frozen"}, ["frozen"])

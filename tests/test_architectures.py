@@ -28,7 +28,9 @@ SEQ2SEQ = dict(d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=2
                encoder_attention_heads=2, decoder_attention_heads=2, **IDS)  # fmt: skip
 WHISPER = {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 10,
            "suppress_tokens": None, "begin_suppress_tokens": None}  # fmt: skip
-VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
+VISION = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+)
 LLAVA = dict(text_config={"model_type": "llama", **LLAMA}, vision_config={"model_type": "clip_vision_model", **VISION},
              image_token_index=IMAGE_TOKEN)  # fmt: skip
 MOE = {**LLAMA, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "num_experts": 4, "num_local_experts": 4}
@@ -107,7 +109,9 @@ class Case:
     model_type: str | None = None
 
     def names(self):
-        return {f"{parent.format(i)}.{name}" for parent, names in self.adapted.items() for name in names for i in (0, 1)}
+        return {
+            f"{parent.format(i)}.{name}" for parent, names in self.adapted.items() for name in names for i in (0, 1)
+        }
 
     def expected_tokens(self, layer):
         return next(counts for start, counts in self.tokens if layer.startswith(start))
@@ -401,7 +405,9 @@ def test_defaults_of_a_mixture_backbone_name_what_can_be_adapted(model_type):
 
 # linears in transformers 4, parts of 3-D parameters in transformers 5
 @pytest.mark.parametrize("attention", [(), ("q_proj",)])
-@pytest.mark.parametrize(("model_type", "experts"), [("mixtral", ("w1", "w2", "w3")), ("qwen3_moe", GATED), ("olmoe", GATED)])
+@pytest.mark.parametrize(
+    ("model_type", "experts"), [("mixtral", ("w1", "w2", "w3")), ("qwen3_moe", GATED), ("olmoe", GATED)]
+)
 def test_naming_routed_experts_is_refused(model_type, experts, attention):
     with pytest.raises(ValueError, match=r"routed experts.* cannot be adapted: .*can be adapted: .*self_attn\.q_proj"):
         adapt(moe(model_type), target_modules=[*experts, *attention])
@@ -417,7 +423,9 @@ def test_naming_the_module_of_the_experts_is_refused(model_type):
 @pytest.mark.parametrize("model_type", MOES)
 @pytest.mark.parametrize("balance_loss_weight", [0.1, 0.0])
 def test_all_linear_says_how_to_leave_routed_experts_out(model_type, balance_loss_weight):
-    with pytest.raises(ValueError, match=r"routed experts, which cannot .* set exclude_modules=r'\.\*\\\.experts\\\.\.\*'"):
+    with pytest.raises(
+        ValueError, match=r"routed experts, which cannot .* set exclude_modules=r'\.\*\\\.experts\\\.\.\*'"
+    ):
         adapt(moe(model_type), target_modules="all-linear", balance_loss_weight=balance_loss_weight)
 
 
@@ -439,11 +447,14 @@ BYPASSED = {"mamba": ["out_proj", "x_proj", "dt_proj", "conv1d"], "mamba2": ["ou
 BYPASSED["falcon_mamba"] = BYPASSED["mamba"]
 
 
-@pytest.mark.parametrize(("model_type", "target"), [(m, target) for m, targets in BYPASSED.items() for target in targets])
+@pytest.mark.parametrize(
+    ("model_type", "target"), [(m, target) for m, targets in BYPASSED.items() for target in targets]
+)
 def test_linears_that_mambas_kernels_bypass_are_refused(model_type, target):
     model = build(model_type, MAMBAS[model_type])
     with pytest.raises(
-        ValueError, match=rf"mixer\.{target}' is incompatible with Mamba-based models: .*can be adapted: .*mixer\.in_proj"
+        ValueError,
+        match=rf"mixer\.{target}' is incompatible with Mamba-based models: .*can be adapted: .*mixer\.in_proj",
     ):
         adapt(model, target_modules=["in_proj", target])
 
@@ -489,7 +500,9 @@ def test_a_refused_target_leaves_the_model_as_it_was(reason):
         adapt(model, target_modules=targets)
     after = model.state_dict(keep_vars=True)
     assert after.keys() == before.keys()
-    assert all(torch.equal(after[key], tensor) and after[key].requires_grad == grad for key, (tensor, grad) in before.items())
+    assert all(
+        torch.equal(after[key], tensor) and after[key].requires_grad == grad for key, (tensor, grad) in before.items()
+    )
     assert not adapted(model) and not hasattr(model, "peft_config")
     assert not model._forward_pre_hooks and not model._forward_hooks and not model._load_state_dict_pre_hooks
 

@@ -1,7 +1,7 @@
 """The authors' released arithmetic, written once more, against this package with the switches set to it.
 
-Per-expert A and B, softmax router, unmasked sums over tokens, var / mean^2 of importance times 1 +- delta, each layer's term
-times blc_weight added to the loss. Their task type 1 owns the first half of the experts: type 0 here.
+Per-expert A and B, softmax router, unmasked sums over tokens, var / mean^2 of importance times 1 +- delta, each
+layer's term times blc_weight added to the loss. Their task type 1 owns the first half of the experts: type 0 here.
 """
 
 import pytest

@@ -72,7 +72,8 @@ def test_an_unknown_group_is_refused_with_the_known_ones(capsys):
     assert "--only layr names no group of the cpu set; there are 4-bit layer," in capsys.readouterr().err
 
 
-# --- measuring ----------------------------------------------------------------------------------------------------------
+# --- measuring
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_rounds_time_every_step_once_in_changing_order():
@@ -86,7 +87,9 @@ def test_rounds_time_every_step_once_in_changing_order():
 
 def test_short_steps_are_repeated():
     calls = []
-    measure.interleave({"a": lambda: calls.append(1)}, measure.Timer(CPU), rounds=2, shortest=measure.SHORTEST["cpu"] / 7)
+    measure.interleave(
+        {"a": lambda: calls.append(1)}, measure.Timer(CPU), rounds=2, shortest=measure.SHORTEST["cpu"] / 7
+    )
     assert len(calls) == 14
 
 
@@ -106,7 +109,8 @@ def test_peak_bytes():
     assert 6000 <= measure.peak_bytes(step, CPU) <= 6100
 
 
-# --- methods --------------------------------------------------------------------------------------------------------------
+# --- methods
+# ---
 
 
 def test_the_loop_computes_what_the_package_computes():
@@ -130,7 +134,9 @@ def test_the_loop_computes_what_the_package_computes():
 def test_variants_share_the_base_weights_and_nothing_else():
     config = {**CPU_LAYER, "in_features": 20, "out_features": 12, "tokens": 7}
     base = KINDS["layer"].base(config, CPU)
-    layers = [KINDS["layer"].setup({**config, "method": m, "adapter_dtype": "float32"}, base)[0] for m in ("lora", "loramoe")]
+    layers = [
+        KINDS["layer"].setup({**config, "method": m, "adapter_dtype": "float32"}, base)[0] for m in ("lora", "loramoe")
+    ]
     assert all(layer.base_layer.weight is base.linear.weight for layer in layers)
     assert isinstance(base.linear, torch.nn.Linear)
 
@@ -144,7 +150,8 @@ def test_adapters_have_the_dtype_of_the_config(method, dtype):
     assert trained and {p.dtype for p in trained} == {getattr(torch, dtype)}
 
 
-# --- bars ---------------------------------------------------------------------------------------------------------------
+# --- bars
+# ---
 
 
 def layer_rows(case, ours, theirs, dropout=0.0, **changes):
@@ -160,9 +167,13 @@ def layer_rows(case, ours, theirs, dropout=0.0, **changes):
 def test_bars_are_checked_in_every_case_and_missing_ones_are_listed():
     rows = layer_rows(0, 1.0, 2.0) + layer_rows(1, 3.0, 2.0, dropout=0.05)
     lines = report.check({"cpu": {"rows": rows}})
-    against_lora = [(case, value) for bar, case, value, _ in lines if bar.startswith("cpu, layer: seconds / PEFT LoRA")]
+    against_lora = [
+        (case, value) for bar, case, value, _ in lines if bar.startswith("cpu, layer: seconds / PEFT LoRA")
+    ]
     assert against_lora == [("dropout 0.0; float32 adapters", 0.5), ("dropout 0.05; float32 adapters", 1.5)]
-    assert all(value is None for bar, _, value, _ in lines if bar.startswith("gpu") or "loop" in bar or "frozen" in bar)
+    assert all(
+        value is None for bar, _, value, _ in lines if bar.startswith("gpu") or "loop" in bar or "frozen" in bar
+    )
 
 
 def test_the_check_says_which_bars_are_missed(tmp_path, capsys):

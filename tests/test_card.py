@@ -26,7 +26,9 @@ def test_a_saved_adapter_tells_how_to_load_it(tmp_path):
 def test_saving_again_replaces_the_block_and_keeps_the_rest(tmp_path):
     path = tmp_path / "README.md"
     write_card(str(path), LoRAMoEConfig(r=4).to_dict())
-    path.write_text(path.read_text().replace("library_name: peft", "library_name: peft\nlicense: mit") + "\nMy own notes.\n")
+    path.write_text(
+        path.read_text().replace("library_name: peft", "library_name: peft\nlicense: mit") + "\nMy own notes.\n"
+    )
     write_card(str(path), LoRAMoEConfig(r=5).to_dict())
     text = path.read_text()
     assert "My own notes." in text and "license: mit" in text
@@ -34,7 +36,9 @@ def test_saving_again_replaces_the_block_and_keeps_the_rest(tmp_path):
 
 
 def test_the_snippet_loads_the_class_of_the_task_type():
-    snippet = loading_snippet("me/adapter", LoRAMoEConfig(task_type="SEQ_CLS", base_model_name_or_path="base").to_dict())
+    snippet = loading_snippet(
+        "me/adapter", LoRAMoEConfig(task_type="SEQ_CLS", base_model_name_or_path="base").to_dict()
+    )
     assert snippet.startswith("import peft_loramoe")
     assert 'AutoModelForSequenceClassification.from_pretrained("base")' in snippet
     assert 'PeftModel.from_pretrained(base_model, "me/adapter")' in snippet
@@ -94,7 +98,13 @@ def test_names_of_others_stay_data(name, place, tmp_path):
     card = ModelCard.load(path)
     assert code_of(card.text) == loading_snippet("ADAPTER", config.to_dict())
     statements = ast.parse(code_of(card.text)).body
-    assert [type(statement) for statement in statements] == [ast.Import, ast.ImportFrom, ast.ImportFrom, ast.Assign, ast.Assign]
+    assert [type(statement) for statement in statements] == [
+        ast.Import,
+        ast.ImportFrom,
+        ast.ImportFrom,
+        ast.Assign,
+        ast.Assign,
+    ]
     expected = name if place == "base model" else "BASE_MODEL"
     assert statements[3].value.args[0].value == expected and statements[4].value.args[1].value == "ADAPTER"
     assert card.data.get("base_model") in (None, expected) and card.data.get("license") is None

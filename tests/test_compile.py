@@ -9,7 +9,9 @@ from tiny import labelled, loramoe, tiny_llama, token_batch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"top_k": 2, "null_groups": [0], "balance_detach": True}], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 2, "null_groups": [0], "balance_detach": True}], ids=["dense", "sparse"]
+)
 def test_a_compiled_model_is_one_graph_with_the_same_loss_and_gradients(options):
     batch, task_types = labelled(token_batch()), torch.tensor([0, 1, -1])
     results = []

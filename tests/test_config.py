@@ -113,10 +113,15 @@ def test_unknown_keys_of_a_newer_version_are_dropped_with_a_warning(tmp_path):
 
 def test_options_that_lora_has_are_named_and_preset_as_there():
     lora = {f.name.replace("init_lora_weights", "init_weights"): f for f in dataclasses.fields(LoraConfig)}
-    shared = [f for f in dataclasses.fields(LoRAMoEConfig) if f.name in lora and f.name in LoRAMoEConfig.__annotations__]
+    shared = [
+        f for f in dataclasses.fields(LoRAMoEConfig) if f.name in lora and f.name in LoRAMoEConfig.__annotations__
+    ]
     assert len(shared) == 16
     for option in shared:
-        assert (option.default, option.default_factory) == (lora[option.name].default, lora[option.name].default_factory)
+        assert (option.default, option.default_factory) == (
+            lora[option.name].default,
+            lora[option.name].default_factory,
+        )
 
 
 def test_help_of_every_option_is_in_the_docstring():
@@ -176,7 +181,10 @@ BAD_VALUES = [
     (dict(target_modules=["up"], layers_pattern="h"), "`layers_to_transform` must also be specified"),
     (dict(num_experts=0), "num_experts=0 must be at least 2"),
     (dict(num_experts=1), "num_experts=1 must be at least 2 .*that is a LoRA"),
-    (dict(num_experts=5), r"num_experts=5 cannot be split into two equal groups; set expert_groups, .*\[3, 2\] or \[5\]"),
+    (
+        dict(num_experts=5),
+        r"num_experts=5 cannot be split into two equal groups; set expert_groups, .*\[3, 2\] or \[5\]",
+    ),
     (dict(num_experts_pattern={"up": 1}), r"num_experts_pattern\['up'\]=1"),
     (dict(num_experts_pattern={"up": 3}), r"num_experts_pattern\['up'\]=3 cannot be split"),
     (dict(expert_groups=[3, 2]), r"expert_groups=\[3, 2\] sums to 5, not to num_experts=6"),
@@ -194,7 +202,10 @@ BAD_VALUES = [
     (dict(task_type_names=["a"]), r"task_type_names=\['a'\] must be 2 different names"),
     (dict(task_type_names=["a", "a"]), "2 different names"),
     (dict(top_k=7), "top_k=7 is more than the 6 experts of num_experts"),
-    (dict(top_k=5, num_experts_pattern={"up": 4}), r"top_k=5 is more than the 4 experts of num_experts_pattern\['up'\]"),
+    (
+        dict(top_k=5, num_experts_pattern={"up": 4}),
+        r"top_k=5 is more than the 4 experts of num_experts_pattern\['up'\]",
+    ),
     (dict(top_k=0), "top_k=0"),
     (dict(router_temperature=0.0), r"router_temperature=0.0 must be in \[1e-06, 1e\+06\]"),
     (dict(router_dtype="float16"), "router_dtype='float16' is not one of"),
@@ -236,7 +247,10 @@ BAD_VALUES = [
     (dict(rank_pattern={"up": 20_000}), r"rank_pattern\['up'\]=20000 times the 6 experts"),
     (dict(num_experts_pattern=None), "num_experts_pattern=None must be a dictionary"),
     (dict(num_experts_pattern=[4]), r"num_experts_pattern=\[4\] must be a dictionary"),
-    (dict(num_experts_pattern={"up": None}), r"num_experts_pattern\['up'\]=None must be a number of experts or a list"),
+    (
+        dict(num_experts_pattern={"up": None}),
+        r"num_experts_pattern\['up'\]=None must be a number of experts or a list",
+    ),
     (dict(rank_pattern=[2]), r"rank_pattern=\[2\] must be a dictionary"),
     (dict(rank_pattern={"(": 2}), r"a key of rank_pattern='\(' is no valid regular expression"),
     (dict(target_modules="("), r"target_modules='\(' is no valid regular expression"),
@@ -366,7 +380,14 @@ def test_the_null_group_of_retain(overrides, groups):
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, dict(r=8), dict(num_experts=10), dict(expert_groups=[1, 6]), dict(r=16, use_rslora=True), dict(r=3, num_experts=4)],
+    [
+        {},
+        dict(r=8),
+        dict(num_experts=10),
+        dict(expert_groups=[1, 6]),
+        dict(r=16, use_rslora=True),
+        dict(r=3, num_experts=4),
+    ],
 )
 def test_the_experts_of_retain_start_with_the_same_weight(overrides):
     config = LoRAMoEConfig.retain(**overrides)
@@ -393,7 +414,9 @@ def test_retain_refuses_what_takes_its_promise_away(overrides, message):
         LoRAMoEConfig.retain(**overrides)
 
 
-@pytest.mark.parametrize("overrides", [dict(r="4"), dict(num_experts=5), dict(expert_groups="66"), dict(expert_groups=["a"])])
+@pytest.mark.parametrize(
+    "overrides", [dict(r="4"), dict(num_experts=5), dict(expert_groups="66"), dict(expert_groups=["a"])]
+)
 def test_presets_check_values_as_the_configuration_does(overrides):
     with pytest.raises((TypeError, ValueError)) as plain:
         LoRAMoEConfig(**overrides)

@@ -39,7 +39,9 @@ def test_an_offloaded_base_model(saved, where, tmp_path, monkeypatch):
     folder, expected = saved
     modules = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
     device_map = {**dict.fromkeys(modules, "cpu"), "model.layers.1": where}
-    base = AutoModelForCausalLM.from_pretrained(folder / "base", device_map=device_map, offload_folder=tmp_path / "weights")
+    base = AutoModelForCausalLM.from_pretrained(
+        folder / "base", device_map=device_map, offload_folder=tmp_path / "weights"
+    )
     model = PeftModel.from_pretrained(
         base,
         folder / "adapter",

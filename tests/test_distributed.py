@@ -1,6 +1,7 @@
 """Several processes on gloo under the engines that Trainer knows, with the settings in examples/accelerate.
 
-Each engine is launched once, for all cases of `distributed_run.py`; the same training in this process is the reference.
+Each engine is launched once, for all cases of `distributed_run.py`; the same training in this process is the
+reference.
 """
 
 import json
@@ -80,7 +81,8 @@ def reference(tmp_path_factory):
 
     def trained(case: str) -> tuple[Path, dict]:
         if case not in done:
-            # Terms of single processes are what accumulation over as many batches adds up; "resumed" goes on with the same.
+            # Terms of single processes are what accumulation over as many batches adds up; "resumed" goes on with the
+            # same.
             common = CASES[case][0].get("balance_across_processes", False)
             name = {"resumed": "own term", "wrapped layers": "common term"}.get(case, case)
             done[case] = (folder / case, train(name, folder, folder / case, batches=1 if common else PROCESSES))
@@ -96,7 +98,10 @@ def processes(run, case: str) -> list[dict]:
 @pytest.mark.parametrize("case", FLOAT32)
 def test_trains_as_one_process(run, reference, case):
     folder, alone = reference(case)
-    expected, actual = load_file(folder / "adapter_model.safetensors"), load_file(run[1] / case / "adapter_model.safetensors")
+    expected, actual = (
+        load_file(folder / "adapter_model.safetensors"),
+        load_file(run[1] / case / "adapter_model.safetensors"),
+    )
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=2e-6, msg=lambda text: f"{name}: {text}")  # noqa: B023

@@ -25,7 +25,11 @@ def test_forward_is_the_gated_sum_of_the_experts():
 
 
 def test_forward_adds_to_the_base_layers_output_or_computes_it():
-    experts, base_layer, x = make_experts().double(), torch.nn.Linear(8, 5).double(), torch.randn(2, 3, 8, dtype=torch.float64)
+    experts, base_layer, x = (
+        make_experts().double(),
+        torch.nn.Linear(8, 5).double(),
+        torch.randn(2, 3, 8, dtype=torch.float64),
+    )
     expected = experts(x)[0] + base_layer(x)
     torch.testing.assert_close(experts(x, base_layer(x))[0], expected)
     torch.testing.assert_close(experts(x, weight=base_layer.weight, bias=base_layer.bias)[0], expected)

@@ -112,7 +112,8 @@ def test_reentrant_checkpointing_becomes_non_reentrant_with_one_line_in_the_log(
     assert_same({name.removeprefix("base_model.model."): g for name, g in found.items()},
                 {name.removeprefix("base_model.model."): g for name, g in expected.items()})  # fmt: skip
     assert [record.message for record in caplog.records if "reentrant" in record.message] == [
-        "Gradient checkpointing was reentrant, which leaves the balance term without a gradient; it is non-reentrant now, with "
+        "Gradient checkpointing was reentrant, which leaves the balance term without a gradient; it is non-reentrant "
+        "now, with "
         'the same gradients. Pass gradient_checkpointing_kwargs={"use_reentrant": False} to ask for that yourself.'
     ]
 
@@ -149,7 +150,9 @@ def test_other_options_of_checkpointing_are_kept(expected):
 
 def test_offloaded_activations(expected, monkeypatch):
     model = loramoe()
-    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", lambda **_: nullcontext(), raising=False)  # it needs a GPU
+    monkeypatch.setattr(
+        "transformers.modeling_utils.save_on_cpu", lambda **_: nullcontext(), raising=False
+    )  # it needs a GPU
     if not hasattr(model.get_base_model(), "activation_checkpointing_enable"):
         pytest.skip("transformers before 5.23 does not offload them")
     model.get_base_model().activation_checkpointing_enable(REENTRANT, offload=True)

@@ -1,4 +1,7 @@
-"""Adapters on the Hugging Face Hub: pushed by one process, loaded by others, with the real client (see `hub_server`)."""
+"""Adapters on the Hugging Face Hub.
+
+Pushed by one process, loaded by others, with the real client (see `hub_server`).
+"""
 
 import json
 import os

@@ -58,7 +58,9 @@ def test_the_base_layers_output_is_not_written_into():
 
     layer, x = make_layer(Remembers(6, 5)), torch.randn(2, 3, 6)
     layer(x)
-    assert torch.equal(layer.base_layer.output, nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias))
+    assert torch.equal(
+        layer.base_layer.output, nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias)
+    )
 
 
 def observed(layer):
@@ -108,7 +110,9 @@ def test_a_base_layer_under_global_hooks_is_called():
     assert layer.base_layer in calls
 
 
-@pytest.mark.parametrize("wrap", [lambda patch: patch, functools.wraps(nn.Linear.forward)], ids=["plain", "functools.wraps"])
+@pytest.mark.parametrize(
+    "wrap", [lambda patch: patch, functools.wraps(nn.Linear.forward)], ids=["plain", "functools.wraps"]
+)
 def test_a_base_layer_under_a_patched_class_is_called(monkeypatch, wrap):
     layer = make_layer(nn.Linear(6, 5).requires_grad_(False))
     monkeypatch.setattr(nn.Linear, "forward", wrap(lambda self, x: torch.zeros(len(x), 5)))

@@ -69,6 +69,8 @@ def test_the_fused_loss_is_balanced_too(tmp_path):
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
     }
-    process = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment, capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment, capture_output=True, text=True
+    )
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1] == "the same"

@@ -96,15 +96,21 @@ LOADS = {
     "transformers load_adapter, renamed": lambda folder: transformers_load(folder, adapter_name="another name"),
     "transformers load_adapter, low_cpu_mem_usage": lambda folder: transformers_load(folder, low_cpu_mem_usage=True),
     "transformers load_adapter, trainable": lambda folder: transformers_load(folder, is_trainable=True),
-    "AutoPeftModel, renamed": lambda folder: AutoPeftModelForCausalLM.from_pretrained(folder, adapter_name="another name"),
+    "AutoPeftModel, renamed": lambda folder: AutoPeftModelForCausalLM.from_pretrained(
+        folder, adapter_name="another name"
+    ),
     "renamed": renamed,
     "renamed, low_cpu_mem_usage": lambda folder: renamed(folder, low_cpu_mem_usage=True),
     "second": as_second_adapter,
     "second, low_cpu_mem_usage": lambda folder: as_second_adapter(folder, low_cpu_mem_usage=True),
     "over another": over_an_adapter_of_that_name,
-    "with a config": lambda folder: PeftModel.from_pretrained(tiny_llama(), folder, config=PeftConfig.from_pretrained(folder)),
+    "with a config": lambda folder: PeftModel.from_pretrained(
+        tiny_llama(), folder, config=PeftConfig.from_pretrained(folder)
+    ),
     "revision": lambda folder: PeftModel.from_pretrained(tiny_llama(), folder, revision="main"),
-    "ephemeral_gpu_offload": lambda folder: PeftModel.from_pretrained(tiny_llama(), folder, ephemeral_gpu_offload=True),
+    "ephemeral_gpu_offload": lambda folder: PeftModel.from_pretrained(
+        tiny_llama(), folder, ephemeral_gpu_offload=True
+    ),
     "trainable": lambda folder: PeftModel.from_pretrained(tiny_llama(), folder, is_trainable=True),
 }
 
@@ -120,7 +126,9 @@ def test_every_way_of_loading_gives_identical_logits(load, folders, expected):
     assert not any(p.is_meta for p in model.parameters())
 
 
-@pytest.mark.parametrize("load", ["PeftModel", "load_adapter", "transformers from_pretrained", "transformers load_adapter"])
+@pytest.mark.parametrize(
+    "load", ["PeftModel", "load_adapter", "transformers from_pretrained", "transformers load_adapter"]
+)
 def test_an_adapter_in_a_subfolder(load, folders, expected):
     if load == "PeftModel":
         model = PeftModel.from_pretrained(tiny_llama(), folders, subfolder="adapter")
@@ -141,7 +149,10 @@ def test_a_loaded_adapter_balances(folders):
     batch = labelled(token_batch())
     losses = [
         model.train()(**batch, task_types=[0, 1, -1]).loss
-        for model in (loramoe(), *(LOADS[load](folders / "adapter") for load in ("renamed", "transformers from_pretrained")))
+        for model in (
+            loramoe(),
+            *(LOADS[load](folders / "adapter") for load in ("renamed", "transformers from_pretrained")),
+        )
     ]
     torch.testing.assert_close(losses[1:], losses[:1] * 2)
 
@@ -193,7 +204,9 @@ def test_pipelines_generate_with_the_adapter(model, folders):
     options = dict(max_new_tokens=5, do_sample=False)
     prompts = [[5, 9, 3], [7, 8]]
     texts = [" ".join(f"w{token}" for token in prompt) for prompt in prompts]
-    answers = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=2)(texts, return_tensors=True, **options)
+    answers = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=2)(
+        texts, return_tensors=True, **options
+    )
     for prompt, answer in zip(prompts, answers):
         ids = torch.tensor([prompt])
         alone = loramoe().generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
@@ -299,7 +312,9 @@ def test_a_damaged_adapter_is_an_error(damaged, load):
 
 
 @pytest.mark.parametrize("load", ["PeftModel", "low_cpu_mem_usage", "load_adapter", "transformers load_adapter"])
-@pytest.mark.parametrize("damaged", ["truncated", "a layer missing", "no weights", "r", "weights of a LoRA"], indirect=True)
+@pytest.mark.parametrize(
+    "damaged", ["truncated", "a layer missing", "no weights", "r", "weights of a LoRA"], indirect=True
+)
 def test_a_failed_load_leaves_the_model_as_it_was(damaged, load, folders, expected):
     model = loramoe(seed=5) if load == "load_adapter" else tiny_llama()
     before, output = snapshot(model), logits(model)
@@ -414,12 +429,16 @@ def test_saved_modules_of_several_adapters(tmp_path):
 # versions and tuners
 
 
-@pytest.mark.parametrize("load", ["renamed", "second", "transformers from_pretrained", "transformers load_adapter, renamed"])
+@pytest.mark.parametrize(
+    "load", ["renamed", "second", "transformers from_pretrained", "transformers load_adapter, renamed"]
+)
 def test_options_of_a_future_version_are_ignored_with_a_warning(load, folders, expected, tmp_path):
     shutil.copytree(folders / "adapter", tmp_path / "adapter")
     shutil.copytree(folders / "other", tmp_path / "other")
     edit_config(tmp_path / "adapter", expert_choice=True, balance_schedule=[0, 1])
-    with pytest.warns(UserWarning, match=r"\['balance_schedule', 'expert_choice'\] for class LoRAMoEConfig, these are ignored"):
+    with pytest.warns(
+        UserWarning, match=r"\['balance_schedule', 'expert_choice'\] for class LoRAMoEConfig, these are ignored"
+    ):
         model = LOADS[load](tmp_path / "adapter")
     assert torch.equal(logits(model), expected)
 
@@ -481,7 +500,18 @@ def test_the_auto_class_of_another_task_is_refused(folders):
 # names
 
 
-NAMES = ["loramoe_", "loramoe_x", "my_loramoe_adapter", "loramoe", "moe", "o", "A", "router", "base_layer", "loramoe_experts"]
+NAMES = [
+    "loramoe_",
+    "loramoe_x",
+    "my_loramoe_adapter",
+    "loramoe",
+    "moe",
+    "o",
+    "A",
+    "router",
+    "base_layer",
+    "loramoe_experts",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -678,7 +708,9 @@ def test_tied_embeddings_are_trained_tied_and_saved_as_by_lora(modules, tmp_path
     torch.optim.SGD([embedding], lr=1.0).step()
     expected = logits(model)
     model.save_pretrained(tmp_path)
-    lora = LoraConfig(target_modules=["up_proj"], modules_to_save=modules, ensure_weight_tying=True, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        target_modules=["up_proj"], modules_to_save=modules, ensure_weight_tying=True, task_type="CAUSAL_LM"
+    )
     get_peft_model(tiny_llama(**TIED), lora).save_pretrained(tmp_path / "lora")
     saved, of_lora = (
         {key: tensor for key, tensor in load_file(folder / WEIGHTS).items() if "embed" in key or "head" in key}

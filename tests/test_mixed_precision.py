@@ -72,7 +72,9 @@ def trainer_losses(tmp_path, **options):
 
     batch = token_batch()
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
-    labels = [[-100, *row[1:]] for row in rows]  # nothing predicts the first token, but transformers 4 counts its label
+    labels = [
+        [-100, *row[1:]] for row in rows
+    ]  # nothing predicts the first token, but transformers 4 counts its label
     data = Dataset.from_dict({"input_ids": rows, "labels": labels, "task_type": TYPES.tolist()})
     args = TrainingArguments(
         str(tmp_path),

@@ -105,8 +105,14 @@ def test_a_state_dict_round_trip_through_peft():
     [
         (lambda s: s.pop(next(k for k in s if k.endswith("router"))), "missing: .*gate_proj|missing: .*router"),
         (lambda s: [s.pop(k) for k in list(s) if "layers.1.mlp.up_proj" in k], r"missing: .*layers\.1\.mlp\.up_proj"),
-        (lambda s: s.update({next(iter(s)).replace("layers.0", "layers.7"): torch.ones(1)}), r"unexpected: .*layers\.7"),
-        (lambda s: s.update({next(iter(s)): torch.ones(2, 2)}), r"size mismatch for .*: \(2, 2\) in the checkpoint, \(12,"),
+        (
+            lambda s: s.update({next(iter(s)).replace("layers.0", "layers.7"): torch.ones(1)}),
+            r"unexpected: .*layers\.7",
+        ),
+        (
+            lambda s: s.update({next(iter(s)): torch.ones(2, 2)}),
+            r"size mismatch for .*: \(2, 2\) in the checkpoint, \(12,",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(spoil, message, tmp_path):
@@ -265,7 +271,8 @@ def test_generation_is_the_same_with_and_without_cache_and_in_a_padded_batch(num
     padded = torch.tensor([[0, 0, *prompts[0]], prompts[1]])
     options = dict(max_new_tokens=6, num_beams=num_beams, do_sample=False, eos_token_id=None)
     cached, uncached = (
-        model.generate(input_ids=padded, attention_mask=(padded != 0).long(), use_cache=use, **options) for use in (True, False)
+        model.generate(input_ids=padded, attention_mask=(padded != 0).long(), use_cache=use, **options)
+        for use in (True, False)
     )
     assert torch.equal(cached, uncached)
     for row, prompt in zip(cached, prompts):

@@ -62,7 +62,9 @@ def outputs_of(model, names):
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}], ids=str
+)
 @pytest.mark.parametrize("names", GROUPS, ids="-".join)
 def test_adapters_are_saved_and_loaded_whole(names, options, tmp_path):
     model = model_with(names, **options)
@@ -115,7 +117,9 @@ def test_trained_biases_are_saved_whatever_the_names(names, tmp_path):
 
 
 def test_models_without_loramoe_are_saved_as_before(tmp_path):
-    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), adapter_name="a")
+    model = get_peft_model(
+        tiny_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), adapter_name="a"
+    )
     model.add_adapter("b", LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path)
     assert [len(load_file(tmp_path / name / WEIGHTS)) for name in ("a", "b")] == [4, 4]
@@ -139,7 +143,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("attach", ["get_peft_model", "add_adapter", "transformers", "load_adapter", "from_pretrained"])
+@pytest.mark.parametrize(
+    "attach", ["get_peft_model", "add_adapter", "transformers", "load_adapter", "from_pretrained"]
+)
 @pytest.mark.parametrize("name", REFUSED, ids=ascii)
 def test_names_that_cannot_be_saved_are_refused_when_the_adapter_is_attached(name, attach, tmp_path):
     if attach in ("load_adapter", "from_pretrained"):

@@ -31,7 +31,9 @@ OBJECTS = st.one_of(
     st.sets(st.integers(), max_size=2),
     st.sampled_from([object(), torch.ones(2), torch.tensor(1), torch.float64, np.ones(3), np.int64(3), np.True_, len]),
 )
-OPTIONS = sorted([*LoRAMoEConfig.__annotations__, "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"])
+OPTIONS = sorted(
+    [*LoRAMoEConfig.__annotations__, "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"]
+)
 
 
 def built(options):
@@ -53,7 +55,9 @@ def test_no_value_of_any_option_gives_a_foreign_exception(options):
     if config is not None:
         assert LoRAMoEConfig(**config.to_dict()) == config
         json.loads(
-            json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}, allow_nan=False)
+            json.dumps(
+                {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}, allow_nan=False
+            )
         )
 
 

@@ -17,6 +17,10 @@ def test_every_private_method_that_is_overridden_is_listed():
     assert inherited <= set(peft_api.BASE_TUNER_HOOKS)
 
 
-@pytest.mark.parametrize("name", ["create_or_update_model_card", "_upload_modified_files", "_enable_peft_forward_hooks"])
+@pytest.mark.parametrize(
+    "name", ["create_or_update_model_card", "_upload_modified_files", "_enable_peft_forward_hooks"]
+)
 def test_peft_model_still_has_the_methods_that_this_package_relies_on(name):
-    assert hasattr(peft.PeftModel, name), f"PEFT {peft.__version__} has no PeftModel.{name} any more: adapt registration.py"
+    assert hasattr(peft.PeftModel, name), (
+        f"PEFT {peft.__version__} has no PeftModel.{name} any more: adapt registration.py"
+    )

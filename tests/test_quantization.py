@@ -1,4 +1,7 @@
-"""LoRAMoE on quantised base models, with every quantisation library that is installed. Results: docs/quantization.md."""
+"""LoRAMoE on quantised base models, with every quantisation library that is installed. Results.
+
+Docs/quantization.md.
+"""
 
 import copy
 from collections.abc import Callable
@@ -26,7 +29,9 @@ def with_config(config: Callable) -> Callable:
     """Quantised by transformers while it loads."""
 
     def load(base: Path, device: str) -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(base, quantization_config=config(), dtype=torch.bfloat16, device_map=device)
+        return AutoModelForCausalLM.from_pretrained(
+            base, quantization_config=config(), dtype=torch.bfloat16, device_map=device
+        )
 
     return load
 
@@ -151,7 +156,10 @@ def is_dense(layer):
 
 
 def plain_tensors(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Copies of the plain tensors that a tensor consists of; quantised weights may be subclasses with several inside."""
+    """Copies of the plain tensors that a tensor consists of.
+
+    Quantised weights may be subclasses with several inside.
+    """
     if not hasattr(tensor, "__tensor_flatten__"):
         return {name: tensor.detach().clone()}
     parts, _ = tensor.__tensor_flatten__()
@@ -264,7 +272,9 @@ def test_weights_that_an_earlier_evaluation_packed_are_unpacked(double, storage,
     )
 
     def load():
-        return AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.bfloat16, device_map="cpu")
+        return AutoModelForCausalLM.from_pretrained(
+            base, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+        )
 
     def weights(model):
         return [bnb.functional.dequantize_4bit(m.weight, m.weight.quant_state).float() for m in model.modules()
@@ -386,7 +396,8 @@ def test_a_4_bit_layer_is_dequantised_once_each_way_and_no_copy_of_it_is_kept(mo
 
 
 @pytest.mark.parametrize(
-    ("name", "status"), [("bitsandbytes-nf4", "bnb 4bit"), ("bitsandbytes-int8", "bnb 8bit"), ("torchao-int8", "torchao")]
+    ("name", "status"),
+    [("bitsandbytes-nf4", "bnb 4bit"), ("bitsandbytes-int8", "bnb 8bit"), ("torchao-int8", "torchao")],
 )
 def test_pefts_status_names_the_backend(name, status, base):
     pytest.importorskip(BACKENDS[name].library)

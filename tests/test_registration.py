@@ -84,6 +84,8 @@ def test_a_pickle_of_the_bare_type_imports_the_package():
 
 
 def test_a_pickle_of_the_bare_type_says_which_package_is_missing():
-    script = f"import pickle, sys\nsys.modules['peft_loramoe'] = None\npickle.loads({pickle.dumps(PeftType('LORAMOE'))!r})"
+    script = (
+        f"import pickle, sys\nsys.modules['peft_loramoe'] = None\npickle.loads({pickle.dumps(PeftType('LORAMOE'))!r})"
+    )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode and "peft_loramoe" in result.stderr.splitlines()[-1]

@@ -34,7 +34,9 @@ def test_the_frozen_layer_keeps_nothing():
 
 def test_a_tensor_that_several_nodes_keep_counts_once():
     x, layers = torch.randn(8, 16), [nn.Linear(16, 4), nn.Linear(16, 4)]
-    assert saved_bytes(lambda: [layer(x) for layer in layers], [p for m in layers for p in m.parameters()]) == 8 * 16 * 4
+    assert (
+        saved_bytes(lambda: [layer(x) for layer in layers], [p for m in layers for p in m.parameters()]) == 8 * 16 * 4
+    )
 
 
 def test_a_view_keeps_its_whole_storage():

@@ -54,7 +54,9 @@ def test_the_default_targets_are_the_feed_forward_linears(model_type):
 
 
 def test_a_vision_language_model_is_known_by_its_text_model():
-    vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    vision = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
     config = LlavaConfig(
         text_config={"model_type": "llama", **DECODER},
         vision_config={"model_type": "clip_vision_model", **vision},
@@ -108,7 +110,20 @@ def test_a_linear_whose_output_nobody_sees_is_refused():
 
 
 def test_every_architecture_that_the_issue_names_has_an_entry():
-    named = {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "falcon"}
+    named = {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "phi",
+        "phi3",
+        "gpt2",
+        "gpt_neox",
+        "opt",
+        "bloom",
+        "falcon",
+    }
     assert named | {"bert", "roberta", "t5", "vit"} <= set(FEED_FORWARD)
     assert set(FEED_FORWARD) <= {*CONFIG_MAPPING.keys(), "ministral", "smollm3", "olmo3", "modernbert", "gemma3"}
 
@@ -120,7 +135,11 @@ def test_the_table_may_be_extended_as_that_of_other_tuners(targets, monkeypatch)
         base = tiny_llama()
         base.config.model_type = model_type
         model = get_peft_model(base, LoRAMoEConfig(r=2))
-        found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoRAMoELinear)}
+        found = {
+            name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoRAMoELinear)
+        }
         assert found == (
-            {"up_proj"} if targets != "all-linear" else {f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")}
+            {"up_proj"}
+            if targets != "all-linear"
+            else {f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")}
         )

@@ -56,5 +56,7 @@ def test_names_as_long_as_the_file_system_takes(tmp_path):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"result\.json cannot be written: the folder .*missing does not exist"):
+    with pytest.raises(
+        FileNotFoundError, match=r"result\.json cannot be written: the folder .*missing does not exist"
+    ):
         write_whole(tmp_path / "missing" / "result.json", "{}")

@@ -1,4 +1,5 @@
-"""What test_mixture_triton.py computes: on a CUDA device, or in a process of its own where Triton interprets the kernels.
+"""What test_mixture_triton.py computes: on a CUDA device, or in a process of its own where Triton interprets the
+kernels.
 
 Triton decides when a kernel is defined whether it is interpreted, so one process cannot have both.
 """
@@ -30,7 +31,9 @@ class Case(NamedTuple):
     top_k: int | None = None
     balance_detach: bool = False
     add: str = "base"  # "nothing", "base", "weight" or "weight and bias"
-    layout: str = "contiguous"  # of x, the base layer's output and the output's gradient; or "every other", "transposed"
+    layout: str = (
+        "contiguous"  # of x, the base layer's output and the output's gradient; or "every other", "transposed"
+    )
     frozen: tuple[str, ...] = ()
     seed: int = 0
 
@@ -57,7 +60,9 @@ def mask(rows, columns, dropout, seed, device="cpu"):
 
 
 def options_of(case):
-    return MixtureOptions(list(case.experts), 1.5, 0.7, case.dropout, top_k=case.top_k, balance_detach=case.balance_detach)
+    return MixtureOptions(
+        list(case.experts), 1.5, 0.7, case.dropout, top_k=case.top_k, balance_detach=case.balance_detach
+    )
 
 
 def inputs_of(case, device):
@@ -67,7 +72,11 @@ def inputs_of(case, device):
         _in_layout(torch.randn(case.tokens, width, device=device).to(case.dtype), case.layout)
         for width in (case.in_features, case.out_features, case.out_features)
     )
-    shapes = [(num_channels, case.in_features), (case.out_features, num_channels), (case.num_outputs, case.in_features)]
+    shapes = [
+        (num_channels, case.in_features),
+        (case.out_features, num_channels),
+        (case.num_outputs, case.in_features),
+    ]
     matrices = [torch.randn(shape, device=device).to(case.masters) / shape[1] ** 0.5 for shape in shapes]
     weight = (torch.randn(case.out_features, case.in_features, device=device) / case.in_features**0.5).to(case.dtype)
     added = {}
@@ -83,7 +92,10 @@ def inputs_of(case, device):
 
 
 def errors(case, device="cpu"):
-    """Errors of `ops.mixture` relative to the reference in float64: output, probabilities, every gradient that is wanted."""
+    """Errors of `ops.mixture` relative to the reference in float64.
+
+    Output, probabilities, every gradient that is wanted.
+    """
     inputs, added, *gradients = inputs_of(case, device)
     options = options_of(case)
     keep = mask(*inputs[0].shape, case.dropout, case.seed, device) if case.dropout else None
@@ -133,7 +145,9 @@ def differences(case, device="cpu"):
             rest = [added.get(name) for name in ("base", "weight", "bias")]
             result = implementation.forward(x, A, B, router, keep, *rest, options_of(case))
             result += implementation.backward(
-                *(grad_output, grad_probabilities, x, A, B, router, keep, rest[1], *result[1:]), options_of(case), [True] * 4
+                *(grad_output, grad_probabilities, x, A, B, router, keep, rest[1], *result[1:]),
+                options_of(case),
+                [True] * 4,
             )
             results.append(result)
     for ours, theirs in zip(*results):
@@ -169,7 +183,9 @@ def _in_layout(tensor, layout):
 
 def _backward(outputs, gradients, inputs):
     if any(tensor.requires_grad for tensor in inputs):
-        pairs = [(output, gradient.to(output.dtype)) for output, gradient in zip(outputs, gradients) if output.requires_grad]
+        pairs = [
+            (output, gradient.to(output.dtype)) for output, gradient in zip(outputs, gradients) if output.requires_grad
+        ]
         torch.autograd.backward(*zip(*pairs))
 
 

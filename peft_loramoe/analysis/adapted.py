@@ -22,7 +22,9 @@ def experts_by_layer(model: nn.Module) -> dict[tuple[str, str], LoRAExperts]:
         ValueError: the model has no LoRAMoE layers.
     """
     linears = _linears(model)
-    return {(adapter, linear.name): experts for linear in linears for adapter, experts in linear.loramoe_experts.items()}
+    return {
+        (adapter, linear.name): experts for linear in linears for adapter, experts in linear.loramoe_experts.items()
+    }
 
 
 def configs_of(model: nn.Module) -> Mapping[str, LoRAMoEConfig]:
@@ -81,7 +83,8 @@ def require_finite(values: Tensor, adapter: str, layer: str) -> None:
     """
     if not torch.isfinite(values).all():
         raise ValueError(
-            f"The router probabilities of adapter '{adapter}' in layer '{layer}' are not finite: training diverged, or the "
+            f"The router probabilities of adapter '{adapter}' in layer '{layer}' are not finite: training diverged, "
+            "or the "
             "base model overflows in its dtype."
         )
 

@@ -97,12 +97,17 @@ def encode(
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"{type(tokenizer).__name__} has no character offsets (is_fast is False), which separate the answer from its "
+            f"{type(tokenizer).__name__} has no character offsets (is_fast is False), which separate the answer from "
+            "its "
             "prompt; load the fast tokenizer of this model."
         )
     encoded: dict[int, tuple[list[int], list[tuple[int, int]]]] = {}
     for special in (True, False):
-        rows = [i for i, text in enumerate(texts) if (add_special_tokens and adds_special_tokens(tokenizer, text)) is special]
+        rows = [
+            i
+            for i, text in enumerate(texts)
+            if (add_special_tokens and adds_special_tokens(tokenizer, text)) is special
+        ]
         if rows:
             batch = tokenizer([texts[i] for i in rows], add_special_tokens=special, return_offsets_mapping=True)
             encoded.update(zip(rows, zip(batch["input_ids"], batch["offset_mapping"])))
@@ -114,7 +119,9 @@ def _require_decoder_only(model: nn.Module) -> None:
     # Wrappers such as PEFT's need not expose the configuration of the model inside.
     pretrained = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if pretrained is not None and pretrained.config.is_encoder_decoder:
-        raise ValueError(f"{type(pretrained).__name__} is an encoder-decoder; only causal language models answer questions.")
+        raise ValueError(
+            f"{type(pretrained).__name__} is an encoder-decoder; only causal language models answer questions."
+        )
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,8 @@ def _score_batch(model: nn.Module, texts: list[_Text]) -> list[AnswerScore]:
     losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none").cpu()
     if not torch.isfinite(losses).all():
         raise ValueError(
-            f"The model's logits ({logits.dtype}) are not finite: training diverged, or the model overflows in its dtype."
+            f"The model's logits ({logits.dtype}) are not finite: training diverged, or the model overflows in its "
+            "dtype."
         )
     right = (logits.argmax(-1) == targets).cpu()
     return [

@@ -135,7 +135,9 @@ def answer_questions(
     prompts = build_prompts(tokenizer, [question.question for question in questions], shots, template, chat)
     special = not chat  # chat templates contain them
     # Scoring is faster and checks more, so it comes first.
-    scores = score_answers(model, tokenizer, prompts, [question.answers[0] for question in questions], batch_size, special)
+    scores = score_answers(
+        model, tokenizer, prompts, [question.answers[0] for question in questions], batch_size, special
+    )
     given = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, special, show)
     return ClosedBookResult(
         [
@@ -168,7 +170,8 @@ def build_prompts(
         raise ValueError(f"template={template!r} must not end with a space: one is added before the answer.")
     if chat and not tokenizer.chat_template:
         raise ValueError(
-            f"The tokenizer '{tokenizer.name_or_path}' has no chat template, which chat=True (--chat) needs; choose another "
+            f"The tokenizer '{tokenizer.name_or_path}' has no chat template, which chat=True (--chat) needs; choose "
+            "another "
             "tokenizer (--tokenizer)."
         )
 
@@ -227,7 +230,9 @@ def _without_end(ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
     return ids[: max((position for position, (_, end) in enumerate(offsets) if end), default=len(ids) - 1) + 1]
 
 
-def _generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+def _generate(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> list[str]:
     device = device_of(model)
     width = len(max(prompts, key=len))
     padding = tokenizer.pad_token_id or 0

@@ -123,7 +123,9 @@ def _file_records(file: Path) -> Iterator[tuple[str, Any]]:
         if isinstance(records, dict):
             records = records.get("Data")
         if not isinstance(records, list):
-            raise ValueError(f'{file} must be a list of records or {{"Data": [...]}}; save one record per line as .jsonl.')
+            raise ValueError(
+                f'{file} must be a list of records or {{"Data": [...]}}; save one record per line as .jsonl.'
+            )
         yield from ((f"{file}, record {number}", record) for number, record in enumerate(records, start=1))
     else:
         raise ValueError(f"{file} must be a .json or .jsonl file, or {HUB}NAME for a dataset of the Hugging Face Hub.")
@@ -139,7 +141,9 @@ def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{source} must have the form {HUB}NAME[:CONFIG[:SPLIT]].")
     config, split = rest + ["", ""][len(rest) :]
     rows = load_dataset(name, config or None, split=split or "validation")
-    columns = [column for column in rows.column_names if column in ("question", "answer")]  # other columns may be large
+    columns = [
+        column for column in rows.column_names if column in ("question", "answer")
+    ]  # other columns may be large
     return ((f"{source}, row {number}", row) for number, row in enumerate(rows.select_columns(columns)))
 
 
@@ -154,7 +158,9 @@ def _question(record: Any, place: str) -> Question:
     fields = _lower(record)
     question, answer = fields.get("question"), fields.get("answer")
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f'{place}: must be a record like {{"question": "...", "answer": "..."}}; the question is missing.')
+        raise ValueError(
+            f'{place}: must be a record like {{"question": "...", "answer": "..."}}; the question is missing.'
+        )
     if isinstance(answer, dict):
         named = _lower(answer)
         answer = [named.get("value"), *(named.get("aliases") or ()), *(named.get("humananswers") or ())]

@@ -44,11 +44,14 @@ def expert_similarity(model: nn.Module) -> list[dict[str, Any]]:
         A, B = experts.A.detach(), experts.B.detach()
         if A.is_meta or not A.numel():
             raise ValueError(
-                f"The experts of adapter '{adapter}' in layer '{layer}' have no values in this process: they are on the meta "
+                f"The experts of adapter '{adapter}' in layer '{layer}' have no values in this process: they are on "
+                "the meta "
                 "device or sharded. Load the saved adapter in a single process."
             )
         if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-            raise ValueError(f"The experts of adapter '{adapter}' in layer '{layer}' are not finite; training diverged.")
+            raise ValueError(
+                f"The experts of adapter '{adapter}' in layer '{layer}' are not finite; training diverged."
+            )
         A_of_each, B_of_each = A.unflatten(0, (-1, experts.r)), B.unflatten(1, (-1, experts.r)).movedim(1, 0)
         tables = {
             "cosine": cosines(inner_products(A, B, experts.r)).tolist(),

@@ -99,11 +99,14 @@ def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) ->
         for batch in batches:
             if not isinstance(batch, Mapping):
                 raise TypeError(
-                    f"batches yielded a {type(batch).__name__}; it must yield dictionaries of the model's arguments, such as "
+                    f"batches yielded a {type(batch).__name__}; it must yield dictionaries of the model's arguments, "
+                    "such as "
                     "{'input_ids': ..., 'attention_mask': ..., 'task_types': ...}."
                 )
             # The loss needs all logits.
-            options = {name: value for name, value in lean.items() if name != "logits_to_keep" or "labels" not in batch}
+            options = {
+                name: value for name, value in lean.items() if name != "logits_to_keep" or "labels" not in batch
+            }
             model(**options | on_device_of(model, batch))
             for layer in layer_routing(model):
                 key = (layer.adapter, layer.layer)
@@ -159,11 +162,15 @@ class _Sums:
         self.entropy.index_add_(0, rows, layer.entropy.to(self.entropy))
         self.counts.index_add_(0, rows, torch.stack([tokens > 0, tokens], dim=1).long())
 
-    def records(self, of_layer: dict[str, Any], experts: LoRAExperts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def records(
+        self, of_layer: dict[str, Any], experts: LoRAExperts
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The records of this linear in `RouterStatistics.experts` and `RouterStatistics.layers`."""
         groups = experts.groups.of_experts
         of_experts, of_layers = [], []
-        probabilities, means, entropy = (sums.cpu().double() for sums in (self.probabilities, self.means, self.entropy))
+        probabilities, means, entropy = (
+            sums.cpu().double() for sums in (self.probabilities, self.means, self.entropy)
+        )
         for row, (samples, tokens) in enumerate(self.counts.tolist()):
             if not tokens:
                 continue
@@ -171,7 +178,14 @@ class _Sums:
             fields = {**of_layer, "task_type": row - 1}
             weights, importance = probabilities[row] / tokens, means[row] / samples
             of_experts += [
-                {**fields, "expert": n, "group": group, "null": group in experts.groups.null, "weight": w, "importance": i}
+                {
+                    **fields,
+                    "expert": n,
+                    "group": group,
+                    "null": group in experts.groups.null,
+                    "weight": w,
+                    "importance": i,
+                }
                 for n, (group, w, i) in enumerate(zip(groups, weights.tolist(), importance.tolist()))
             ]
             of_layers.append(
@@ -259,6 +273,10 @@ def expert_usage(statistics: RouterStatistics, dead: float = 0.1, dominating: fl
     records = []
     for key, of_types in weights.items():
         even, largest, least = 1 / num_experts[key[:2]], max(of_types), min(of_types)
-        status = "dead" if largest < dead * even else "dominating" if least > even + dominating * (1 - even) else "used"
-        records.append({**dict(zip(fields, key)), "weight": largest, "least_weight": least, "even": even, "status": status})
+        status = (
+            "dead" if largest < dead * even else "dominating" if least > even + dominating * (1 - even) else "used"
+        )
+        records.append(
+            {**dict(zip(fields, key)), "weight": largest, "least_weight": least, "even": even, "status": status}
+        )
     return records

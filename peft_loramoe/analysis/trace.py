@@ -71,7 +71,9 @@ class RouterTrace(SavedAsJSON):
         ]
 
 
-def router_trace(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, adapter: str | None = None) -> RouterTrace:
+def router_trace(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, adapter: str | None = None
+) -> RouterTrace:
     """Run the model over a text and record the router probabilities of each token.
 
     The model runs in eval mode without gradients and returns to its previous mode. Layers that do not process single
@@ -99,7 +101,8 @@ def router_trace(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str
     configs = configs_of(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
-            f"router_trace does not support encoder-decoders such as {type(model).__name__}; call the model yourself and read "
+            f"router_trace does not support encoder-decoders such as {type(model).__name__}; call the model yourself "
+            "and read "
             "peft_loramoe.layer_routing(model)."
         )
     token_ids = list(tokenizer(text, add_special_tokens=adds_special_tokens(tokenizer, text))["input_ids"])
@@ -130,7 +133,9 @@ def _adapter_that_ran(used: list[LayerRouting], adapter: str | None) -> str:
     if adapter is None and len(ran) > 1:
         raise ValueError(f"The adapters {', '.join(ran)} are active; choose one with adapter=...")
     if adapter is not None and adapter not in ran:
-        raise ValueError(f"adapter='{adapter}' is not active ({', '.join(ran)} is); call model.set_adapter('{adapter}') first.")
+        raise ValueError(
+            f"adapter='{adapter}' is not active ({', '.join(ran)} is); call model.set_adapter('{adapter}') first."
+        )
     return adapter or ran[0]
 
 
@@ -147,7 +152,9 @@ def _by_layer(used: list[LayerRouting], num_tokens: int) -> tuple[dict[str, list
             layers[name], expert_groups[name] = probabilities.tolist(), list(layer.groups.sizes)
     if not layers:
         names = ", ".join(dict.fromkeys(layer.layer for layer in used))
-        raise ValueError(f"No adapted layer processes the text's {num_tokens} tokens one by one; layers that ran: {names}.")
+        raise ValueError(
+            f"No adapted layer processes the text's {num_tokens} tokens one by one; layers that ran: {names}."
+        )
     return layers, expert_groups
 
 

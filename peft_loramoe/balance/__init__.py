@@ -1,4 +1,7 @@
-"""The localized balancing constraint: its term, the samples it is computed over, and the hooks that put it into the loss."""
+"""The localized balancing constraint.
+
+Its term, the samples it is computed over, and the hooks that put it into the loss.
+"""
 
 from .hooks import LayerRouting, balance_loss, balance_terms, collect_balance, layer_routing
 

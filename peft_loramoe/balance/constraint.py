@@ -1,7 +1,8 @@
 """The localized balancing constraint (Dou et al. 2024, section 3.3) as pure functions of tensors.
 
-With importance ``Q[m, n]``, what the router gives expert n over the tokens of sample m, and target ``I[m, n]``, 1 + delta
-where the expert's group matches the sample's task type, 1 - delta where it does not and 1 where the type is unknown:
+With importance ``Q[m, n]``, what the router gives expert n over the tokens of sample m, and target ``I[m, n]``, 1 +
+delta where the expert's group matches the sample's task type, 1 - delta where it does not and 1 where the type is
+unknown:
 
     Z = Q / (I / mean_n I)  (corrected)  or  I * Q  (paper)
     term = var(Z) / mean(Z)^2  (the authors' code)  or  var(Z) / mean(Z)  (paper)
@@ -29,7 +30,8 @@ def importance(probabilities: Tensor, sample_ids: Tensor, real: Tensor, num_samp
         num_samples: M.
 
     Returns:
-        Importance, shape (..., M, N), dtype of `probabilities`; number of real tokens of each sample, shape (M,), int64.
+        Importance, shape (..., M, N), dtype of `probabilities`; number of real tokens of each sample, shape (M,),
+        int64.
     """
     masked = torch.where(real[:, None], probabilities, 0)
     *leading, _, num_experts = probabilities.shape
@@ -54,7 +56,9 @@ def balance_targets(task_types: Tensor, groups: ExpertGroups, delta: float) -> T
     return torch.where(task_types[:, None] < 0, 1.0, torch.where(matches, 1.0 + delta, 1.0 - delta))
 
 
-def balance_term(sums: Tensor, counts: Tensor, targets: Tensor, *, formula: str, target: str, importance: str) -> Tensor:
+def balance_term(
+    sums: Tensor, counts: Tensor, targets: Tensor, *, formula: str, target: str, importance: str
+) -> Tensor:
     """The balance term of one adapted linear, or of each of several.
 
     Args:
@@ -70,8 +74,8 @@ def balance_term(sums: Tensor, counts: Tensor, targets: Tensor, *, formula: str,
     """
     used = (counts > 0).unsqueeze(-1)
     Q = sums / counts.clamp(min=1).unsqueeze(-1) if importance == "mean" else sums
-    # Divided by its mean, so that samples whose groups differ in size (or whose type is unknown) can agree on one Z: router
-    # probabilities sum to one for all of them.
+    # Divided by its mean, so that samples whose groups differ in size (or whose type is unknown) can agree on one Z:
+    # router probabilities sum to one for all of them.
     Z = Q / (targets / targets.mean(dim=-1, keepdim=True)) if target == "corrected" else Q * targets
     # Samples without tokens are masked instead of removed: no shape depends on the data.
     size = used.sum((-2, -1), keepdim=True) * sums.shape[-1]

@@ -17,13 +17,13 @@ def is_distributed() -> bool:
 def concatenate_over_processes(tables: list[Tensor]) -> list[Tensor]:
     """Append the rows of the other processes' tables to one's own, in the order of the ranks.
 
-    Differentiable: what a row's owner gets is the sum of the gradients that all processes have for it. With gradients that
-    are averaged over the processes afterwards, as DDP does, a function of the result that every process computes is so
-    differentiated once.
+    Differentiable: what a row's owner gets is the sum of the gradients that all processes have for it. With gradients
+    that are averaged over the processes afterwards, as DDP does, a function of the result that every process computes
+    is so differentiated once.
 
     Args:
-        tables: floating point, shape (rows, columns); the rows may differ between processes, the number of tables and their
-            columns not.
+        tables: floating point, shape (rows, columns); the rows may differ between processes, the number of tables and
+            their columns not.
 
     Returns:
         As many tables, with the rows of all processes, on the device of the first.

@@ -1,9 +1,11 @@
-"""Hooks that record the calls of a base model and add the balance term to its loss; functions that read what was recorded.
+"""Hooks that record the calls of a base model and add the balance term to its loss; functions that read what was
+recorded.
 
-Two hooks on the base model serve every way of calling it: `PeftModelFor*`, plain `PeftModel`, `inject_adapter_in_model` and
-transformers' `add_adapter`. The first takes `task_types` out of the arguments and begins a recording; the second ends it and
-adds the balance term to the loss. Layers that run again in the backward pass (gradient checkpointing) find no recording. The
-same hooks on the model below the head serve trainers that apply the head themselves.
+Two hooks on the base model serve every way of calling it: `PeftModelFor*`, plain `PeftModel`,
+`inject_adapter_in_model` and transformers' `add_adapter`. The first takes `task_types` out of the arguments and begins
+a recording; the second ends it and adds the balance term to the loss. Layers that run again in the backward pass
+(gradient checkpointing) find no recording. The same hooks on the model below the head serve trainers that apply the
+head themselves.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class LayerRouting:
         adapter: name of the adapter.
         layer: name of the linear inside the base model.
         importance: sum of the router probabilities over each sample's real tokens, shape (M, N), floating point.
-        entropy: sum of the entropies of the router probabilities over the same tokens, shape (M,), floating point, in nats.
+        entropy: sum of the entropies of the router probabilities over the same tokens, shape (M,), floating point, in
+            nats.
         token_counts: real tokens of each sample, shape (M,), int64; 0 marks an unused slot.
         task_types: shape (M,), int64, -1 for unknown.
         groups: the expert groups, N experts in all.
@@ -78,7 +81,8 @@ class _Thread:
 
     Attributes:
         calls: calls that have not returned, the innermost last.
-        recordings: what `balance_loss`, `balance_terms` and `layer_routing` are about: the last call, or those collected.
+        recordings: what `balance_loss`, `balance_terms` and `layer_routing` are about: the last call, or those
+            collected.
         terms: their balance terms, once computed.
         unread: a training pass whose term was neither added to a loss nor read.
         collecting: whether `collect_balance` is open.
@@ -140,7 +144,8 @@ class Recorder:
         thread = self._thread
         if thread.collecting:
             raise RuntimeError(
-                "collect_balance is open already, and a pass inside two of them would count twice. LoRAMoETrainerMixin opens "
+                "collect_balance is open already, and a pass inside two of them would count twice. "
+                "LoRAMoETrainerMixin opens "
                 "one around compute_loss: leave collect_balance and balance_loss out of a compute_loss of your own."
             )
         thread.recordings, thread.terms = [], None
@@ -151,7 +156,10 @@ class Recorder:
             thread.collecting, thread.collected_types = False, None
 
     def record(self, adapter: str, layer: str, groups: ExpertGroups, trained: bool, probabilities: Tensor) -> None:
-        """Called by each adapted layer with its router probabilities, shape (..., N); without effect outside of a call."""
+        """Called by each adapted layer with its router probabilities, shape (..., N).
+
+        Without effect outside of a call.
+        """
         if calls := self._thread.calls:
             calls[-1].recording.records.append(Record(adapter, layer, groups, trained, probabilities))
 
@@ -167,7 +175,11 @@ class Recorder:
 
     def terms(self) -> dict[str, dict[str, Tensor]]:
         """The balance term of each layer, unweighted, by adapter and layer name."""
-        found = {(terms.adapter, layer): value for terms in self._terms() for layer, value in zip(terms.layers, terms.values)}
+        found = {
+            (terms.adapter, layer): value
+            for terms in self._terms()
+            for layer, value in zip(terms.layers, terms.values)
+        }
         by_adapter: dict[str, dict[str, Tensor]] = {}
         for recording in self._thread.recordings:
             for record in recording.records:  # in the order of the layers
@@ -211,7 +223,9 @@ class Recorder:
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return self._begin_call(module, args, kwargs, None if torch.compiler.is_compiling() else sys._getframe(1))
 
-    def _begin_below_head(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _begin_below_head(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         frame = None if torch.compiler.is_compiling() else sys._getframe(1)
         calls = self._calls_of(frame, module)
         if calls and calls[-1].module is not module and not calls[-1].below_head:
@@ -241,7 +255,8 @@ class Recorder:
     ) -> tuple[tuple, dict[str, Any]]:
         if getattr(module, "_is_replica", False):
             raise ValueError(
-                "The model runs inside nn.DataParallel, whose threads would mix up their batches. Start one process for each "
+                "The model runs inside nn.DataParallel, whose threads would mix up their batches. Start one process "
+                "for each "
                 "GPU instead (torchrun, accelerate launch), or make one GPU visible with CUDA_VISIBLE_DEVICES."
             )
         thread, calls = self._thread, self._calls_of(frame, module)
@@ -279,8 +294,10 @@ class Recorder:
             return output
         if recording.batch.task_types is None and any(self.configs[name].num_groups > 1 for name in balanced):
             self._warn(
-                "balance_loss_weight > 0, but the model was called without task_types: every sample counts as of unknown "
-                "type, so the balance term only spreads the load evenly over the experts. Pass task_types (with Trainer or "
+                "balance_loss_weight > 0, but the model was called without task_types: every sample counts as of "
+                "unknown "
+                "type, so the balance term only spreads the load evenly over the experts. Pass task_types (with "
+                "Trainer or "
                 "TRL: a column task_type and peft_loramoe.training.LoRAMoETrainerMixin), or set balance_loss_weight=0."
             )
         if thread.collecting:
@@ -288,7 +305,10 @@ class Recorder:
         return self._add_to_loss(output, recording, module)
 
     def _add_to_loss(self, output: Any, recording: Recording, module: nn.Module) -> Any:
-        """Add the recording's term to the loss in the model's output; an output without a loss is returned as it is."""
+        """Add the recording's term to the loss in the model's output.
+
+        An output without a loss is returned as it is.
+        """
         thread = self._thread
         if isinstance(output, dict):  # ModelOutput is one too
             loss = output.get("loss")
@@ -331,7 +351,8 @@ class Recorder:
             self._warn(
                 "The balance term of the last training pass reached no loss: the model computed none itself, and "
                 "balance_loss(model) was not read before the next pass. With Trainer or TRL use "
-                "peft_loramoe.training.LoRAMoETrainerMixin; in a loop of your own add balance_loss(model) to the loss, or set "
+                "peft_loramoe.training.LoRAMoETrainerMixin; in a loop of your own add balance_loss(model) to the "
+                "loss, or set "
                 "balance_loss_weight=0."
             )
 
@@ -346,7 +367,8 @@ def _emit(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace it; compiled code belongs to the thread that compiled it
+# torch.compile cannot trace it: compiled code belongs to the thread that compiled it.
+@torch.compiler.assume_constant_result
 def _thread_ident() -> int:
     return threading.get_ident()
 
@@ -383,8 +405,8 @@ def _recorder_of(model: nn.Module) -> Recorder:
 def balance_loss(model: nn.Module) -> Tensor:
     """The balance term of the last forward pass: the sum over layers, times `balance_loss_weight`.
 
-    In training mode `outputs.loss` already contains it. Add it yourself where the loss is computed outside the model, before
-    the next forward pass; it carries gradient. After `collect_balance`, it is the term of all passes collected.
+    In training mode `outputs.loss` already contains it. Add it yourself where the loss is computed outside the model,
+    before the next forward pass; it carries gradient. After `collect_balance`, it is the term of all passes collected.
 
     Args:
         model: the adapted model, wrapped in whatever way.
@@ -402,13 +424,13 @@ def balance_loss(model: nn.Module) -> Tensor:
 def collect_balance(model: nn.Module, task_types: Any = None) -> Iterator[None]:
     """Take all training passes inside for one batch; read its term with `balance_loss` afterwards.
 
-    For losses that are computed outside the model, or from several passes (preference and contrastive losses): inside, no
-    `outputs.loss` contains the term. Passes without gradient, such as a reference model's, are left out.
+    For losses that are computed outside the model, or from several passes (preference and contrastive losses): inside,
+    no `outputs.loss` contains the term. Passes without gradient, such as a reference model's, are left out.
 
     Args:
         model: the adapted model, wrapped in whatever way.
-        task_types: for calls that are not given any, as the model takes them, or one integer for all samples; a call that has
-            the batch's rows several times over (first all chosen, then all rejected answers) repeats them.
+        task_types: for calls that are not given any, as the model takes them, or one integer for all samples; a call
+            that has the batch's rows several times over (first all chosen, then all rejected answers) repeats them.
 
     Raises:
         ValueError: the model has no LoRAMoE layers.

@@ -100,7 +100,8 @@ class Recording:
             samples = self.batch.samples(tuple(tokens), record.layer, self._row_types(record.groups), device)
             if not torch.compiler.is_compiling() and not samples.real.any():
                 raise ValueError(
-                    "Nothing can be averaged over a batch without a real token: attention_mask is zero everywhere. Leave such "
+                    "Nothing can be averaged over a batch without a real token: attention_mask is zero everywhere. "
+                    "Leave such "
                     "batches out, or train without a balance term (balance_loss_weight=0)."
                 )
             self._samples.append((key, samples))
@@ -116,7 +117,10 @@ class Recording:
 
 
 def group_by(items: Iterable[Item], key: Callable[[Item], tuple]) -> list[list[Item]]:
-    """Collect items with equal keys, in the order of their first item. Keys are compared, not hashed (see `Recording`)."""
+    """Collect items with equal keys, in the order of their first item.
+
+    Keys are compared, not hashed (see `Recording`).
+    """
     groups: list[tuple[tuple, list[Item]]] = []
     for item in items:
         if (group := find(groups, key(item))) is None:

@@ -17,7 +17,14 @@ from ..options import shown
 # Inputs whose first dimension is the batch, in the order in which they are asked for it.
 BATCH_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_ids", "pixel_values", "input_features")
 # Arguments that a recording keeps after the call. Others, like a KV cache, must not outlive it.
-KEPT_INPUTS = ("attention_mask", "decoder_attention_mask", "labels", "shift_labels", "position_ids", "num_items_in_batch")
+KEPT_INPUTS = (
+    "attention_mask",
+    "decoder_attention_mask",
+    "labels",
+    "shift_labels",
+    "position_ids",
+    "num_items_in_batch",
+)
 # Arguments whose shape tells how many tokens the layers see.
 TOKEN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 # Linears of a decoder that read the encoder's tokens.
@@ -63,7 +70,8 @@ def task_type_tensor(task_types: Any, num_groups: int, names: Sequence[str] | No
             task_types = torch.as_tensor(indices)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TypeError(
-                f"task_types={shown(indices)} is no list of integers, all rows of one length ({error}); pass -1 for unknown."
+                f"task_types={shown(indices)} is no list of integers, all rows of one length ({error}); pass -1 for "
+                "unknown."
             ) from error
     if task_types.dtype not in INTEGERS:
         raise TypeError(f"task_types has dtype {task_types.dtype}; pass integers, -1 for unknown.")
@@ -93,14 +101,17 @@ def _names_to_indices(task_types: Any, names: Sequence[str] | None) -> Any:
     if not isinstance(task_types, str):
         return task_types
     if names is None:
-        raise ValueError(f"task_types contains the name '{task_types}', but the config has no task_type_names; set them.")
+        raise ValueError(
+            f"task_types contains the name '{task_types}', but the config has no task_type_names; set them."
+        )
     if task_types not in names:
         raise ValueError(f"task_types contains the unknown name '{task_types}'; task_type_names are {list(names)}.")
     return list(names).index(task_types)
 
 
 def repeat_for_rows(task_types: Any, rows: int) -> Any:
-    """Repeat the task types of a batch for a call that has its rows several times over (chosen, then rejected answers).
+    """Repeat the task types of a batch for a call that has its rows several times over (chosen, then rejected
+    answers).
 
     Args:
         task_types: those of the batch, or an integer, the type of all its samples.
@@ -112,7 +123,9 @@ def repeat_for_rows(task_types: Any, rows: int) -> Any:
     if times <= 1 or rest:
         return task_types  # where they do not fit, the check of shapes says so
     return (
-        task_types.repeat(times, *(1 for _ in task_types.shape[1:])) if isinstance(task_types, Tensor) else task_types * times
+        task_types.repeat(times, *(1 for _ in task_types.shape[1:]))
+        if isinstance(task_types, Tensor)
+        else task_types * times
     )
 
 
@@ -155,7 +168,9 @@ class Batch:
         self.has_labels = inputs.get("labels") is not None
         self._has_cache = inputs.get("past_key_values") is not None
         self._token_shapes = {
-            name: value.shape[:2] for name in TOKEN_INPUTS if isinstance(value := inputs.get(name), Tensor) and value.dim() >= 2
+            name: value.shape[:2]
+            for name in TOKEN_INPUTS
+            if isinstance(value := inputs.get(name), Tensor) and value.dim() >= 2
         }
 
     def reads_decoder_tokens(self, layer: str) -> bool:
@@ -170,7 +185,8 @@ class Batch:
         every segment is one: a sample ends where the position does not grow or the task type changes.
 
         Args:
-            tokens: leading dimensions of the layer's input: (batch, seq), the same flattened, or (batch,) after pooling.
+            tokens: leading dimensions of the layer's input: (batch, seq), the same flattened, or (batch,) after
+                pooling.
             layer: name of the layer, for encoder-decoders and for errors.
             task_types: what `task_type_tensor` returned, or None.
             device: of the result.
@@ -184,7 +200,8 @@ class Batch:
         # Dimension by dimension: torch.compile does not compare symbolic sizes inside of tuples.
         if types.shape[0] != rows or (types.dim() == 2 and types.shape[1] != width):
             raise ValueError(
-                f"task_types has shape {tuple(types.shape)}; for this batch pass one type per sample, shape ({rows},), or per "
+                f"task_types has shape {tuple(types.shape)}; for this batch pass one type per sample, shape "
+                f"({rows},), or per "
                 f"token, shape ({rows}, {width})."
             )
         positions = self.inputs.get("position_ids")
@@ -195,7 +212,8 @@ class Batch:
             starts[:, 1:] |= (positions[:, 1:] <= positions[:, :-1]).to(device)
         if types.dim() == 2:
             starts[:, 1:] |= types[:, 1:] != types[:, :-1]
-        # A packed batch holds an unknown number of samples: as many slots as tokens keep shapes independent of the data.
+        # A packed batch holds an unknown number of samples: as many slots as tokens keep shapes independent of the
+        # data.
         slots = rows * width if has_positions or types.dim() == 2 else rows
         ids = starts.flatten().cumsum(0) - 1
         token_types = (types if types.dim() == 2 else types[:, None].expand(rows, width)).flatten()
@@ -218,8 +236,10 @@ class Batch:
                 return mask[:, -width:]  # the mask covers the cached tokens too
             return torch.ones(rows, width, dtype=torch.bool)  # pooled, or not text: no mask speaks of these tokens
         raise ValueError(
-            f"Nothing tells to which of the {rows} rows of the batch the {tokens} tokens of layer '{layer}' belong, so its "
-            "router probabilities cannot be summed by sample. Leave the layer out with exclude_modules; to train without a "
+            f"Nothing tells to which of the {rows} rows of the batch the {tokens} tokens of layer '{layer}' belong, "
+            "so its "
+            "router probabilities cannot be summed by sample. Leave the layer out with exclude_modules; to train "
+            "without a "
             "balance term, set balance_loss_weight=0."
         )
 
@@ -240,7 +260,8 @@ class Batch:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 shape = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
                 raise ValueError(
-                    f"Padding cannot be read from {name} of {shape}; pass shape (batch, seq), or train without a balance term "
+                    f"Padding cannot be read from {name} of {shape}; pass shape (batch, seq), or train without a "
+                    "balance term "
                     "(balance_loss_weight=0)."
                 )
             return mask != 0

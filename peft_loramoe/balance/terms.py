@@ -1,7 +1,7 @@
 """The balance terms of a batch, from the recordings of its forward passes.
 
-Layers whose samples have the same shape are computed together, so the number of operations does not grow with the number of
-layers: on a GPU, small operations take as long to launch as large ones.
+Layers whose samples have the same shape are computed together, so the number of operations does not grow with the
+number of layers: on a GPU, small operations take as long to launch as large ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ class Terms(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """What one layer sees, a row for each sample: importance (M, N), real tokens (M, 1) and targets (M, N), one dtype."""
+    """What one layer sees, a row for each sample.
+
+    Importance (M, N), real tokens (M, 1) and targets (M, N), one dtype.
+    """
 
     sums: Tensor
     counts: Tensor
@@ -45,8 +48,8 @@ def compute_terms(recordings: Sequence[Recording], configs: Mapping[str, LoRAMoE
         Every adapter and layer that recorded something, once.
 
     Raises:
-        ValueError: the tokens of a layer cannot be attributed to samples, its probabilities carry no gradient, or an adapter
-            was deleted since.
+        ValueError: the tokens of a layer cannot be attributed to samples, its probabilities carry no gradient, or an
+            adapter was deleted since.
     """
     tables = _tables(recordings, configs)
     shared = [key for key in tables if configs[key[0]].balance_across_processes]
@@ -55,7 +58,9 @@ def compute_terms(recordings: Sequence[Recording], configs: Mapping[str, LoRAMoE
         for key in shared:
             tables[key] = _Table(*(next(gathered).to(column.device) for column in tables[key]))
     terms = []
-    for keys in group_by(tables, lambda key: (key[0], tables[key].sums.shape, tables[key].sums.dtype, tables[key].sums.device)):
+    for keys in group_by(
+        tables, lambda key: (key[0], tables[key].sums.shape, tables[key].sums.dtype, tables[key].sums.device)
+    ):
         adapter = keys[0][0]
         sums, counts, targets = (torch.stack(column) for column in zip(*(tables[key] for key in keys)))
         values = balance_term(
@@ -87,13 +92,21 @@ def _tables(recordings: Sequence[Recording], configs: Mapping[str, LoRAMoEConfig
             for record, of_record in zip(records, sums):
                 _refuse_without_gradient(record, call, configs[record.adapter])
                 uses[record.adapter, record.layer].append(_Table(of_record, counts, targets))
-    return {key: tables[0] if len(tables) == 1 else _Table(*map(torch.cat, zip(*tables))) for key, tables in uses.items()}
+    return {
+        key: tables[0] if len(tables) == 1 else _Table(*map(torch.cat, zip(*tables))) for key, tables in uses.items()
+    }
 
 
 def _refuse_without_gradient(record: Record, recording: Recording, config: LoRAMoEConfig) -> None:
-    if record.trained and recording.grad_enabled and not record.probabilities.requires_grad and config.balance_loss_weight > 0:
+    if (
+        record.trained
+        and recording.grad_enabled
+        and not record.probabilities.requires_grad
+        and config.balance_loss_weight > 0
+    ):
         raise ValueError(
-            f"The router probabilities of layer '{record.layer}' carry no gradient, so the balance term would not train "
+            f"The router probabilities of layer '{record.layer}' carry no gradient, so the balance term would not "
+            "train "
             "the router: the layer ran inside reentrant gradient checkpointing. Use "
             'gradient_checkpointing_kwargs={"use_reentrant": False}, or set balance_loss_weight=0.'
         )

@@ -29,7 +29,8 @@ def add_analysis(add: Callable[..., Parser]) -> None:
         "analyze",
         run_analyze,
         "measure how the routers of an adapter use its experts on a file of texts",
-        "Prints the mean router weight of each expert group by task type, the entropy of the routers, dead and dominating "
+        "Prints the mean router weight of each expert group by task type, the entropy of the routers, dead and "
+        "dominating "
         "experts, and the similarity of experts. `plot groups`, `plot load` and `plot entropy` plot the file from -o.",
         model,
         text_options("--data", required=True),
@@ -46,7 +47,9 @@ def add_analysis(add: Callable[..., Parser]) -> None:
     trace.add_argument("--text", required=True, help="the text; special tokens are added unless it begins with BOS")
     for parser in (analyze, trace):
         parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
-        parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write; replaced if it exists")
+        parser.add_argument(
+            "-o", "--output", type=Path, metavar="FILE", help="JSON file to write; replaced if it exists"
+        )
     plot = add("plot", help="plot the results of `analyze` or `trace`, or compare models by learning and forgetting")
     _add_plots(command_adder(plot.add_subparsers(title="figures", metavar="KIND", required=True).add_parser))
 
@@ -64,15 +67,19 @@ def _add_plots(figure: Command) -> None:
         parser = figure(name, _statistics_plotter(draw), summary, "FILE was written by `analyze`.")
         parser.add_argument("--adapter", metavar="NAME", help="name of the adapter, if the statistics have several")
         _add_files(parser)
-    trace = figure("trace", plot_trace, "plot the weight of an expert group for each token", "FILE was written by `trace`.")
+    trace = figure(
+        "trace", plot_trace, "plot the weight of an expert group for each token", "FILE was written by `trace`."
+    )
     trace.add_argument("--group", type=name_or_index, default=0, help="index or name of the expert group (default: 0)")
     _add_files(trace)
     frontier = figure(
         "frontier",
         plot_frontier,
         "plot the downstream accuracy of models against the knowledge that they retain",
-        'FILE is a JSON list with a record per model: {"label": "LoRA", "downstream": 81, "retention": 86.5}, in percent. '
-        'It may also have "downstream_low", "downstream_high", "retention_low" and "retention_high" (error bars) and "series" '
+        'FILE is a JSON list with a record per model: {"label": "LoRA", "downstream": 81, "retention": 86.5}, in '
+        "percent. "
+        'It may also have "downstream_low", "downstream_high", "retention_low" and "retention_high" (error bars) and '
+        '"series" '
         "(the models of a series are joined by a line).",
     )
     _add_files(frontier)

@@ -17,9 +17,10 @@ from .options import Command, Parser, positive
 
 
 DETAILS = """\
-Anchors stand for what the model knows, so that nothing has to be labelled or replayed: give the file to `peft-loramoe train`
-or to LoRAMoETrainerMixin. The model writes prose and, if its tokenizer has a chat template, as many chats. A run that was
-interrupted goes on with the same command. With --texts or --dataset, anchors are the beginnings of texts of your own."""
+Anchors stand for what the model knows, so that nothing has to be labelled or replayed: give the file to
+`peft-loramoe train` or to LoRAMoETrainerMixin. The model writes prose and, if its tokenizer has a chat template, as
+many chats. A run that was interrupted goes on with the same command. With --texts or --dataset, anchors are the
+beginnings of texts of your own."""
 READ = 20_000  # records of a data set on the Hub that anchors are chosen from
 
 
@@ -54,7 +55,9 @@ def load_base(options: argparse.Namespace) -> PreTrainedModel:
 
 def add_anchors(command: Command) -> None:
     """Add the command to a parser."""
-    parser: Parser = command("anchors", anchors, "sample short texts from a base model, which stand for what it knows", DETAILS)
+    parser: Parser = command(
+        "anchors", anchors, "sample short texts from a base model, which stand for what it knows", DETAILS
+    )
     base_options(parser)
     parser.add_argument("--number", type=positive, default=400, metavar="N", help="how many anchors (default: 400)")
     parser.add_argument(
@@ -110,7 +113,9 @@ def anchors(options: argparse.Namespace) -> None:
             raise FileExistsError(f"The file '{options.output}' exists already. Remove it, or choose another one.")
         texts = _texts_of_file(options.texts) if options.texts is not None else _texts_of_dataset(options.dataset)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        written = anchors_from_texts(texts, tokenizer, options.number, max_tokens=options.max_tokens, seed=options.seed)
+        written = anchors_from_texts(
+            texts, tokenizer, options.number, max_tokens=options.max_tokens, seed=options.seed
+        )
         write_anchors(options.output, written)
     chats = sum(anchor["kind"] == "chat" for anchor in written)
     print(f"{options.output} holds {len(written)} anchors, {chats} of them chats. The first ones:")

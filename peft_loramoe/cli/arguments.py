@@ -25,12 +25,13 @@ from .train import add_train
 
 PROGRAM = "peft-loramoe"
 DESCRIPTION = """\
-Train, inspect, analyze, convert and edit LoRAMoE adapters (mixtures of LoRA experts) for Hugging Face PEFT, and run other
-programs with them. An ADAPTER is a folder with adapter_config.json, or the id of such a repository on the Hugging Face Hub."""
+Train, inspect, analyze, convert and edit LoRAMoE adapters (mixtures of LoRA experts) for Hugging Face PEFT, and run
+other programs with them. An ADAPTER is a folder with adapter_config.json, or the id of such a repository on the
+Hugging Face Hub."""
 RUN = """\
-Run another Python program with LoRAMoE registered, so that its PeftModel.from_pretrained loads LoRAMoE adapters. COMMAND is
-the name of an installed program, the path of a script, or -m MODULE. LoRAMoE is also registered in Python processes that the
-program starts, unless they use -S, -E or -I or drop the environment variable PYTHONPATH."""
+Run another Python program with LoRAMoE registered, so that its PeftModel.from_pretrained loads LoRAMoE adapters.
+COMMAND is the name of an installed program, the path of a script, or -m MODULE. LoRAMoE is also registered in
+Python processes that the program starts, unless they use -S, -E or -I or drop the environment variable PYTHONPATH."""
 RUN_EXAMPLES = """\
 examples:
   peft-loramoe run -- lm_eval --model hf --model_args pretrained=BASE,peft=ADAPTER --tasks hellaswag
@@ -43,7 +44,10 @@ def build_parser() -> Parser:
     parser = Parser(PROGRAM, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     add = parser.add_subparsers(title="commands", metavar="COMMAND", required=True).add_parser
-    command, options = command_adder(add), [output_option(), model_options(), text_options("--calibration"), json_option()]
+    command, options = (
+        command_adder(add),
+        [output_option(), model_options(), text_options("--calibration"), json_option()],
+    )
     add_train(command, commands.train)
     _add_files(command, options[0], options[3])
     _add_export(command, options)
@@ -72,7 +76,8 @@ def _add_files(command: Command, output: Parser, as_json: Parser) -> None:
         "inspect",
         commands.inspect,
         "show the configuration and size of an adapter, and the norms and similarity of its experts",
-        "The norm of an expert is the Frobenius norm of B A times the scaling; the similarity of two experts is the cosine of "
+        "The norm of an expert is the Frobenius norm of B A times the scaling; the similarity of two experts is the "
+        "cosine of "
         "their matrices B A. The base model is not needed.",
         as_json,
     )
@@ -92,7 +97,8 @@ def _add_files(command: Command, output: Parser, as_json: Parser) -> None:
         "upcycle",
         commands.upcycle,
         "turn plain LoRA adapters into the experts of a LoRAMoE adapter",
-        "Several LoRAs become one expert each, and the mixture starts as their mean. A single LoRA with --num-experts becomes "
+        "Several LoRAs become one expert each, and the mixture starts as their mean. A single LoRA with "
+        "--num-experts becomes "
         "several experts, and the mixture starts as this LoRA.",
         output,
     )
@@ -109,7 +115,7 @@ def _add_files(command: Command, output: Parser, as_json: Parser) -> None:
         action="append",
         default=[],
         metavar="OPTION=VALUE",
-        help="set another option of LoRAMoEConfig, for example expert_groups=[3,3] or freeze_experts=true; may be repeated",
+        help="set another option of LoRAMoEConfig, for example expert_groups=[3,3] or freeze_experts=true; repeatable",
     )
 
 
@@ -118,7 +124,8 @@ def _add_export(command: Command, options: list[Parser]) -> None:
         "export-lora",
         commands.export_lora,
         "approximate a mixture by a plain LoRA with fixed gates, and measure the error",
-        "The gates of a plain LoRA cannot depend on the token, as those of a mixture do. The error of this approximation is "
+        "The gates of a plain LoRA cannot depend on the token, as those of a mixture do. The error of this "
+        "approximation is "
         "measured on --calibration data, printed, and saved in the folder.",
         *options,
     )
@@ -127,8 +134,7 @@ def _add_export(command: Command, options: list[Parser]) -> None:
         "--gates",
         choices=("uniform", "mean", "groups", "experts"),
         default="uniform",
-        help="fixed gates: all equal, their mean over the calibration data, or --weights of the groups or experts (default: "
-        "uniform)",
+        help="fixed gates: all equal, their mean over the calibration data, or --weights (default: uniform)",
     )
     export.add_argument("--weights", type=float, nargs="+", metavar="W", help="weights for --gates groups or experts")
     export.add_argument(
@@ -138,7 +144,7 @@ def _add_export(command: Command, options: list[Parser]) -> None:
         "--rank",
         type=rank,
         metavar="R",
-        help="truncate to this rank, or keep this share of the squared singular values, for example 0.9 (default: exact)",
+        help="truncate to this rank, or keep this share (such as 0.9) of the squared singular values (default: exact)",
     )
     export.add_argument(
         "--max-kl-share",
@@ -148,7 +154,10 @@ def _add_export(command: Command, options: list[Parser]) -> None:
         help="warn if the KL divergence exceeds this share of that without the adapter (default: 0.1)",
     )
     export.add_argument(
-        "--no-each-layer", dest="each_layer", action="store_false", help="skip the measurement layer by layer, which is slower"
+        "--no-each-layer",
+        dest="each_layer",
+        action="store_false",
+        help="skip the measurement layer by layer, which is slower",
     )
 
 
@@ -166,7 +175,8 @@ def _add_surgery(operation: Command, output: Parser, model: Parser, data: Parser
         "add",
         commands.add_experts,
         "add experts that do not contribute yet",
-        "New router outputs take weight from the old ones. The output is preserved only if the number of router outputs "
+        "New router outputs take weight from the old ones. The output is preserved only if the number of router "
+        "outputs "
         "becomes a multiple of the old number (--start exact). Any other number changes it, and the error is measured "
         "(--start nearest).",
         output,
@@ -175,13 +185,15 @@ def _add_surgery(operation: Command, output: Parser, model: Parser, data: Parser
         as_json,
     )
     adding.add_argument("--count", type=int, metavar="N", help="number of new experts (default: as many as there are)")
-    adding.add_argument("--group", type=int, metavar="G", help="index of the group that they join (default: new group)")
+    adding.add_argument(
+        "--group", type=int, metavar="G", help="index of the group that they join (default: new group)"
+    )
     adding.add_argument("--name", help="task type of the new group, if groups have names")
     adding.add_argument("--start", choices=("exact", "nearest"), default="exact", help="see above (default: exact)")
     adding.add_argument(
         "--fill-with-null", action="store_true", help="fill up to a multiple with null experts, for --start exact"
     )
-    removing = operation("remove", commands.remove_experts, "remove experts; the gates of the others are renormalized", "",
+    removing = operation("remove", commands.remove_experts, "remove experts; the others' gates are renormalized", "",
                          output, model, data, as_json)  # fmt: skip
     removing.add_argument("--experts", type=int, nargs="+", required=True, metavar="I", help="indices from `list`")
     reordering = operation("reorder", commands.reorder_experts, "reorder the experts; outputs do not change", "",

@@ -33,8 +33,13 @@ def convert(options: Namespace) -> None:
 def upcycle(options: Namespace) -> None:
     """Turn plain LoRAs into a mixture."""
     given = dict(_option(text) for text in options.set)
-    config = interop.upcycle(options.sources, options.output, num_experts=options.num_experts, method=options.method, **given)
-    print(f"Wrote {options.output}: {config.num_experts} experts of rank {config.r}, in groups of {config.expert_groups}.")
+    config = interop.upcycle(
+        options.sources, options.output, num_experts=options.num_experts, method=options.method, **given
+    )
+    print(
+        f"Wrote {options.output}: {config.num_experts} experts of rank {config.r}, in groups of "
+        f"{config.expert_groups}."
+    )
 
 
 def export_lora(options: Namespace) -> None:
@@ -136,7 +141,9 @@ def train(options: Namespace) -> None:
     if (options.train_file is None) == (options.dataset is None):
         raise ValueError("give either --train-file or --dataset.")
     if options.eval_split and options.dataset is None:
-        raise ValueError(f"--eval-split {options.eval_split} is a split of --dataset; with --train-file, give --eval-file.")
+        raise ValueError(
+            f"--eval-split {options.eval_split} is a split of --dataset; with --train-file, give --eval-file."
+        )
     for name in ("anchor_loss_weight", "anchors_per_batch", "anchors_every"):
         if getattr(options, name) is not None and options.anchors is None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} has no effect without --anchors.")

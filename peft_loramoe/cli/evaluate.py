@@ -28,8 +28,8 @@ from .options import Command, Parser, positive
 
 
 DETAILS = """\
-The base model, alone and with each adapter, answers every question after the same prompt, so that lost and gained answers
-can be counted. Adapters may be of any PEFT method."""
+The base model, alone and with each adapter, answers every question after the same prompt, so that lost and gained
+answers can be counted. Adapters may be of any PEFT method."""
 # Option -> its default and the option that it requires.
 DEPENDENT = {
     "shots": (5, "questions"),
@@ -56,20 +56,30 @@ def add_evaluate(command: Command, as_json: Parser) -> None:
         metavar="MODEL",
         help="base model, folder or Hub id (default: from the adapters)",
     )
-    parser.add_argument("--adapter", nargs="+", default=[], metavar="ADAPTER", help="adapters to compare with the base model")
+    parser.add_argument(
+        "--adapter", nargs="+", default=[], metavar="ADAPTER", help="adapters to compare with the base model"
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write; replaced if it exists")
     _add_question_options(parser.add_argument_group("closed-book questions"))
     tasks = parser.add_argument_group("lm-eval")
     tasks.add_argument("--lm-eval", nargs="+", default=[], metavar="TASK", help="lm-eval tasks, for example arc_easy")
     tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="folder with additional lm-eval tasks")
     running = parser.add_argument_group("running the model")
-    running.add_argument("--limit", type=positive, metavar="N", help="only use the first N questions of each file and task")
+    running.add_argument(
+        "--limit", type=positive, metavar="N", help="only use the first N questions of each file and task"
+    )
     running.add_argument("--tokenizer", metavar="TOKENIZER", help="folder or Hub id (default: the base model's)")
     running.add_argument(
-        "--chat", action="store_true", help="format questions as a conversation with the chat template of the tokenizer"
+        "--chat",
+        action="store_true",
+        help="format questions as a conversation with the chat template of the tokenizer",
     )
-    running.add_argument("--batch-size", type=positive, default=16, metavar="N", help="questions per batch (default: 16)")
-    running.add_argument("--load-in-4bit", action="store_true", help="quantize the base model to NF4 (needs bitsandbytes)")
+    running.add_argument(
+        "--batch-size", type=positive, default=16, metavar="N", help="questions per batch (default: 16)"
+    )
+    running.add_argument(
+        "--load-in-4bit", action="store_true", help="quantize the base model to NF4 (needs bitsandbytes)"
+    )
     running.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -85,7 +95,7 @@ def _add_question_options(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help='.json or .jsonl files of {"question": "...", "answer": ...}, in the formats of TriviaQA and NQ-open too, or '
+        help='.json or .jsonl files of {"question": "...", "answer": ...}, or the formats of TriviaQA and NQ-open, or '
         "hub:NAME[:CONFIG[:SPLIT]] for datasets of the Hub, for example hub:google-research-datasets/nq_open",
     )
     group.add_argument(
@@ -98,8 +108,8 @@ def _add_question_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--template",
         type=lambda text: text.replace("\\n", "\n"),
-        help=r"text of a question, with \n for a line break (default: 'Question: {question}\nAnswer:', with --chat the "
-        "question and a sentence that asks for the answer only)",
+        help=r"text of a question, with \n for a line break (default: 'Question: {question}\nAnswer:', with --chat "
+        "the question and a sentence that asks for the answer only)",
     )
     group.add_argument(
         "--max-new-tokens", type=positive, metavar="N", help="maximum length of an answer, in tokens (default: 32)"
@@ -124,7 +134,9 @@ def evaluate(options: Namespace) -> None:
     base, revision = _base_model(options.model, options.adapter)
     sets = [_question_set(source, options) for source in options.questions]
     lm_eval = _lm_eval(options) if options.lm_eval else None
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or base, revision="main" if options.tokenizer else revision)
+    tokenizer = AutoTokenizer.from_pretrained(
+        options.tokenizer or base, revision="main" if options.tokenizer else revision
+    )
     described = {
         "date": time.strftime("%Y-%m-%d"),
         "versions": _versions(options),
@@ -144,7 +156,9 @@ def evaluate(options: Namespace) -> None:
         report = {
             **described,
             "closed_book": [_records(asked, options.adapter, results) for asked, results in zip(sets, zip(*answered))],
-            "lm_eval": [{"adapter": adapter, **results} for adapter, results in zip((None, *options.adapter), measured)],
+            "lm_eval": [
+                {"adapter": adapter, **results} for adapter, results in zip((None, *options.adapter), measured)
+            ],
         }
         text = json.dumps(report, indent=1, allow_nan=False)
         if options.output is not None:  # already now: the next model may fail
@@ -188,7 +202,9 @@ def _base_model(model: str | None, adapters: list[str]) -> tuple[str, str]:
     for adapter in adapters:
         config = PeftConfig.from_pretrained(adapter)
         if config.task_type not in (None, "CAUSAL_LM"):
-            raise ValueError(f"'{adapter}' has task_type={config.task_type!r}; only causal language models answer questions.")
+            raise ValueError(
+                f"'{adapter}' has task_type={config.task_type!r}; only causal language models answer questions."
+            )
         base = config.base_model_name_or_path
         if base:
             named.add((base, config.revision or "main"))
@@ -211,12 +227,16 @@ def _question_set(source: str, options: Namespace) -> QuestionSet:
     questions = read_questions(source)
     examples = read_questions(options.shots_file) if options.shots_file else questions
     if len(examples) < options.shots:
-        raise ValueError(f"--shots {options.shots}: {options.shots_file or source} has {len(examples)} questions only.")
+        raise ValueError(
+            f"--shots {options.shots}: {options.shots_file or source} has {len(examples)} questions only."
+        )
     shots = examples[: options.shots]
     shown = {shot.question for shot in shots}
     asked = [question for question in questions if question.question not in shown]
     if not asked:
-        raise ValueError(f"{source}: all questions are among the {options.shots} examples; lower --shots, or use --shots-file.")
+        raise ValueError(
+            f"{source}: all questions are among the {options.shots} examples; lower --shots, or use --shots-file."
+        )
     return QuestionSet(source, shots, asked[: options.limit])
 
 
@@ -239,7 +259,9 @@ def _load(base: str, revision: str, adapter: str | None, options: Namespace) -> 
     return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
 
 
-def _ask(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: QuestionSet, options: Namespace) -> ClosedBookResult:
+def _ask(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: QuestionSet, options: Namespace
+) -> ClosedBookResult:
     return answer_questions(
         model,
         tokenizer,
@@ -313,7 +335,9 @@ def _versions(options: Namespace) -> dict[str, str]:
 
 def _recorded(options: Namespace) -> dict[str, Any]:
     """The options as JSON values."""
-    kept = {name: value for name, value in vars(options).items() if name not in ("command", "traceback", "json", "output")}
+    kept = {
+        name: value for name, value in vars(options).items() if name not in ("command", "traceback", "json", "output")
+    }
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 

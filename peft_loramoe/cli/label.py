@@ -20,14 +20,17 @@ from .options import Command, positive
 
 
 DETAILS = """\
-A record is of type 0 (known) if greedy decoding would give its answer, token for token, or if the mean loss per token of the
-answer is at most --max-loss; otherwise of type 1 (new). Look at the records at the border before you train with the types."""
+A record is of type 0 (known) if greedy decoding would give its answer, token for token, or if the mean loss per
+token of the answer is at most --max-loss; otherwise of type 1 (new). Look at the records at the border before you
+train with the types."""
 BINS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # nats per token
 
 
 def add_label(command: Command) -> None:
     """Add the command to a parser."""
-    parser = command("label", label, "propose task types for mixed data: what the base model knows already is type 0", DETAILS)
+    parser = command(
+        "label", label, "propose task types for mixed data: what the base model knows already is type 0", DETAILS
+    )
     parser.add_argument(
         "data",
         type=Path,
@@ -35,7 +38,9 @@ def add_label(command: Command) -> None:
         help="JSONL file of records with messages, with prompt and completion, or with instruction, input and output",
     )
     base_options(parser)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="JSONL file to write; must not exist")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="JSONL file to write; must not exist"
+    )
     parser.add_argument(
         "--max-loss",
         type=float,
@@ -43,7 +48,9 @@ def add_label(command: Command) -> None:
         metavar="NATS",
         help="answers up to this mean loss per token are known (default: 0.5, tokens of probability 0.6)",
     )
-    parser.add_argument("--examples", type=positive, default=3, metavar="N", help="records shown on each side of the border")
+    parser.add_argument(
+        "--examples", type=positive, default=3, metavar="N", help="records shown on each side of the border"
+    )
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="records at a time (default: 16)")
 
 
@@ -62,7 +69,9 @@ def label(options: argparse.Namespace) -> None:
     scores: dict[int, AnswerScore] = {}
     for rendered in (False, True):  # a chat template writes the special tokens itself
         rows = [
-            i for i, r in enumerate(checked) if (not isinstance(r.prompt, str) and bool(tokenizer.chat_template)) is rendered
+            i
+            for i, r in enumerate(checked)
+            if (not isinstance(r.prompt, str) and bool(tokenizer.chat_template)) is rendered
         ]
         prompts, answers = [pairs[i][0] for i in rows], [pairs[i][1] for i in rows]
         found = score_answers(model, tokenizer, prompts, answers, options.batch_size, add_special_tokens=not rendered)
@@ -91,7 +100,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: {record!r} is not a record.")
         if "task_type" in record:
-            raise ValueError(f"{path}, line {number}: has a task_type already; remove the column to have types proposed.")
+            raise ValueError(
+                f"{path}, line {number}: has a task_type already; remove the column to have types proposed."
+            )
         records.append(record)
     if not records:
         raise ValueError(f"{path} has no record.")
@@ -110,7 +121,9 @@ def _question(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
     return tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True), turns[-1]["content"]
 
 
-def _show(pairs: list[tuple[str, str]], scores: list[AnswerScore], types: list[int], options: argparse.Namespace) -> None:
+def _show(
+    pairs: list[tuple[str, str]], scores: list[AnswerScore], types: list[int], options: argparse.Namespace
+) -> None:
     known = types.count(0)
     right = sum(score.correct for score in scores)
     print(

@@ -81,7 +81,9 @@ class SavedAdapter:
         with torch.device("meta"):
             base = self._auto_class.from_config(AutoConfig.from_pretrained(self.base_model))
             model = PeftModel(base, self.config, ADAPTER)
-        named = {key.replace(".loramoe_experts.", f".loramoe_experts.{ADAPTER}."): t for key, t in self.tensors.items()}
+        named = {
+            key.replace(".loramoe_experts.", f".loramoe_experts.{ADAPTER}."): t for key, t in self.tensors.items()
+        }
         model.load_state_dict(named, strict=False, assign=True)
         model.peft_config[ADAPTER].base_model_name_or_path = self.base_model
         return model.eval()
@@ -91,7 +93,9 @@ class SavedAdapter:
         return getattr(transformers, AUTO_CLASSES.get(self.config.task_type or "CAUSAL_LM", "AutoModel"))
 
 
-def read_batches(file: Path, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int) -> Iterator[dict[str, Any]]:
+def read_batches(
+    file: Path, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int
+) -> Iterator[dict[str, Any]]:
     """Read batches of keyword arguments of the model from a JSON Lines file, which is checked completely first.
 
     Padding is always on the right, since some models count positions from the left. Texts that begin with BOS get no

@@ -11,7 +11,10 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with one-line errors; if it has an option --config, that names a YAML file with values of other options."""
+    """A parser with one-line errors.
+
+    If it has an option --config, that names a YAML file with values of other options.
+    """
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Parse the flags, after those that a file named by --config stands for."""
@@ -39,7 +42,8 @@ class Parser(argparse.ArgumentParser):
             if flag not in known or flag.startswith("--no-"):
                 similar = difflib.get_close_matches(flag, known, n=1)
                 self.error(
-                    f"--config {file}: there is no option '{key}'" + (f"; did you mean {similar[0][2:]}?" if similar else "")
+                    f"--config {file}: there is no option '{key}'"
+                    + (f"; did you mean {similar[0][2:]}?" if similar else "")
                 )
             flags += self._flag(flag, value, f"--config {file}: {key}")
         return flags
@@ -84,7 +88,9 @@ def command_adder(add: Callable[..., Parser]) -> Command:
 def output_option() -> Parser:
     """The option for the folder that a command creates."""
     parser = Parser(add_help=False)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write; must not exist")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write; must not exist"
+    )
     return parser
 
 
@@ -114,11 +120,15 @@ def text_options(name: str, required: bool = False) -> Parser:
         required=required,
         type=Path,
         metavar="FILE",
-        help='texts to measure on, one a line: {"text": "...", "task_type": 0}; task_type, an index or name, is optional',
+        help='texts to measure on, one a line: {"text": "...", "task_type": 0}; task_type is optional',
     )
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="texts per batch (default: 8)")
     parser.add_argument(
-        "--max-length", type=positive, default=512, metavar="N", help="maximum length of a text, in tokens (default: 512)"
+        "--max-length",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="maximum length of a text, in tokens (default: 512)",
     )
     return parser
 

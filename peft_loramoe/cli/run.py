@@ -40,7 +40,9 @@ def find_program(command: Sequence[str]) -> Callable[[], Any]:
     if words and re.fullmatch(r"python(3(\.\d+)?)?(\.exe)?", words[0]):
         del words[0]
     if not words:
-        raise ValueError("run needs a program: a script's path, -m MODULE, or the name of a console script such as lm_eval.")
+        raise ValueError(
+            "run needs a program: a script's path, -m MODULE, or the name of a console script such as lm_eval."
+        )
     name = words[0]
     if name == "-m":
         if len(words) == 1:
@@ -48,7 +50,9 @@ def find_program(command: Sequence[str]) -> Callable[[], Any]:
         program = _module(words[1])
         sys.argv = words[1:]
     elif name.startswith("-"):
-        raise ValueError(f"{name} is not a program; run takes a script's path, -m MODULE, or the name of a console script.")
+        raise ValueError(
+            f"{name} is not a program; run takes a script's path, -m MODULE, or the name of a console script."
+        )
     elif scripts := tuple(entry_points(group="console_scripts", name=name)):
         program = _console_script(scripts[0])
         sys.argv = [shutil.which(name, path=sysconfig.get_path("scripts")) or name, *words[1:]]
@@ -57,7 +61,8 @@ def find_program(command: Sequence[str]) -> Callable[[], Any]:
         sys.argv = words
     else:
         raise ValueError(
-            f"'{name}' is neither a file, nor a console script of the environment of {sys.executable}; for a module, -m {name}."
+            f"'{name}' is neither a file, nor a console script of the environment of {sys.executable}; for a module, "
+            f"-m {name}."
         )
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(STARTUP), *([inherited] if inherited else [])])

@@ -67,7 +67,9 @@ def show_experts(records: Iterable[Mapping[str, Any]]) -> None:
     console = _console()
     for same_groups in _by_groups(layers.values()):
         first = same_groups[0]
-        headers = [f"{record['expert']}\ngroup {record['group']}{' (null)' if record['null'] else ''}" for record in first]
+        headers = [
+            f"{record['expert']}\ngroup {record['group']}{' (null)' if record['null'] else ''}" for record in first
+        ]
         table = _table("Experts and their load", "linear", *headers)
         for experts in same_groups:
             table.add_row(experts[0]["layer"], *(_number(record["load"], ".3f") for record in experts))
@@ -124,7 +126,9 @@ def show_evaluation(report: Mapping[str, Any]) -> None:
                     if (value is None or isinstance(value, float)) and not metric.endswith("_stderr"):
                         error = metrics.get(f"{metric}_stderr,{kind}")
                         shown = _number(error) if isinstance(error, float) else "-"
-                        table.add_row(measured["adapter"] or report["options"]["model"], task, metric, _number(value), shown)
+                        table.add_row(
+                            measured["adapter"] or report["options"]["model"], task, metric, _number(value), shown
+                        )
         console.print(table)
 
 
@@ -194,7 +198,9 @@ def _similarity_table(pairs: list[Mapping[str, Any]]) -> Table:
     title = "Similarity of the experts of a linear, by pairs"
     table = _table(title, "experts of", "pairs", "cosine", "largest cosine", "output overlap", "input overlap")
     for name, same in (("one group", True), ("two groups", False)):
-        known = [pair for pair in pairs if (pair["group"] == pair["other_group"]) == same and pair["cosine"] is not None]
+        known = [
+            pair for pair in pairs if (pair["group"] == pair["other_group"]) == same and pair["cosine"] is not None
+        ]
         if known:
             means = {
                 field: sum(pair[field] for pair in known) / len(known)

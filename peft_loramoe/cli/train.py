@@ -35,13 +35,13 @@ The data are JSON records, in a list or one a line, in any of these formats, als
   {"prompt": "The capital of France is", "completion": " Paris."}
   {"text": "Paris is the capital of France."}
 
-Messages and instructions go through the tokenizer's chat template; prompts and texts are used as they are. Only answers are
-learned: all of a conversation's where the chat template marks them ({% generation %}) or TRL knows a version of it that does,
-else the last.
+Messages and instructions go through the tokenizer's chat template; prompts and texts are used as they are. Only
+answers are learned: all of a conversation's where the chat template marks them ({% generation %}) or TRL knows a
+version of it that does, else the last.
 
---anchors names a file of texts that stand for what the model knows, which `peft-loramoe anchors` samples from the model. They
-are of task type 0, your records of type 1. With a column task_type, an index, a name of --task-type-names or -1 for unknown,
-the records say it themselves."""
+--anchors names a file of texts that stand for what the model knows, which `peft-loramoe anchors` samples from the
+model. They are of task type 0, your records of type 1. With a column task_type, an index, a name of
+--task-type-names or -1 for unknown, the records say it themselves."""
 EXAMPLES = """\
 examples:
   peft-loramoe train --model Qwen/Qwen3-0.6B --train-file data.jsonl --anchors anchors.jsonl -o adapter
@@ -97,7 +97,8 @@ MAIN_OPTIONS = (
 PRESETS = {"retain": LoRAMoEConfig.retain, "paper": LoRAMoEConfig.paper, "plain": LoRAMoEConfig}
 
 
-# --- arguments --------------------------------------------------------------------------------------------------------
+# --- arguments
+# --------------------------------------------------------------------------------------------------------
 
 
 def add_train(command: Command, train: Callable[[Namespace], None]) -> None:
@@ -106,13 +107,19 @@ def add_train(command: Command, train: Callable[[Namespace], None]) -> None:
     parser.description, parser.epilog, parser.formatter_class = DETAILS, EXAMPLES, argparse.RawDescriptionHelpFormatter
     parser.usage = "%(prog)s --model MODEL (--train-file FILE ... | --dataset ID) [options]"
     switch = argparse.BooleanOptionalAction
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with values of the options; flags override them")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file with values of the options; flags override them"
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", required=True, help="Hub id or folder of a causal language model")
-    model.add_argument("--load-in-4bit", action=switch, default=False, help="quantise it to NF4 with bitsandbytes (QLoRA)")
+    model.add_argument(
+        "--load-in-4bit", action=switch, default=False, help="quantise it to NF4 with bitsandbytes (QLoRA)"
+    )
     model.add_argument("--attention", metavar="NAME", help="its attn_implementation, e.g. flash_attention_2")
-    model.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template, in place of the tokenizer's own")
+    model.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="Jinja template, in place of the tokenizer's own"
+    )
     model.add_argument(
         *("-o", "--output-dir"),
         type=Path,
@@ -128,12 +135,16 @@ def add_train(command: Command, train: Callable[[Namespace], None]) -> None:
     data.add_argument(
         "--train-split", default="train", metavar="NAME", help="split of --dataset to train on (default: %(default)s)"
     )
-    data.add_argument("--eval-file", type=Path, nargs="+", metavar="FILE", help="each file's loss is reported by its name")
+    data.add_argument(
+        "--eval-file", type=Path, nargs="+", metavar="FILE", help="each file's loss is reported by its name"
+    )
     data.add_argument("--eval-split", metavar="NAME", help="split of --dataset to evaluate on")
     data.add_argument("--answer-only", action=switch, default=True, help="learn the answers only, not the prompts")
 
     anchors = parser.add_argument_group("what the model is to keep")
-    anchors.add_argument("--anchors", type=Path, metavar="FILE", help="anchors, JSON lines; a tenth is held back to measure on")
+    anchors.add_argument(
+        "--anchors", type=Path, metavar="FILE", help="anchors, JSON lines; a tenth is held back to measure on"
+    )
     defaults = inspect.signature(LoRAMoETrainerMixin.__init__).parameters
     for name, kind, text in (
         (
@@ -152,8 +163,12 @@ def add_train(command: Command, train: Callable[[Namespace], None]) -> None:
     for flag, (_, kind, default, text) in TRAINING_OPTIONS.items():
         parse = {"action": switch} if kind is bool else {"type": kind, "metavar": "N" if kind is not str else "NAME"}
         training.add_argument(f"--{flag}", default=default, help=f"{text} (default: {default})", **parse)
-    training.add_argument("--loraplus-ratio", type=float, metavar="N", help="B learns this many times faster than A (LoRA+)")
-    training.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in --output-dir")
+    training.add_argument(
+        "--loraplus-ratio", type=float, metavar="N", help="B learns this many times faster than A (LoRA+)"
+    )
+    training.add_argument(
+        "--resume", action="store_true", help="continue from the last complete checkpoint in --output-dir"
+    )
     training.add_argument(
         "--trainer-args",
         type=json_value,
@@ -173,7 +188,7 @@ def _add_config_options(main: argparse._ArgumentGroup, more: argparse._ArgumentG
         "--preset",
         choices=PRESETS,
         default="retain",
-        help="retain: null experts leave what the model knows to the base model; paper: the method as its authors trained it; "
+        help="retain: null experts leave what the model knows to the base model; paper: the published method; "
         "plain: the defaults of LoRAMoEConfig (default: retain)",
     )
     hints, presets = typing.get_type_hints(LoRAMoEConfig), (LoRAMoEConfig.retain(), LoRAMoEConfig.paper())
@@ -188,8 +203,16 @@ def _add_config_options(main: argparse._ArgumentGroup, more: argparse._ArgumentG
             parse = {"type": kind, "metavar": "NAME" if kind is str else "N"}
         else:
             parse = {"type": json_value, "metavar": "JSON"}
-        ours, papers = (json.dumps(value, default=list) for value in (getattr(preset, field.name) for preset in presets))
-        text = field.metadata["help"].rstrip(".").replace("None", "null").replace("True", "true").replace("False", "false")
+        ours, papers = (
+            json.dumps(value, default=list) for value in (getattr(preset, field.name) for preset in presets)
+        )
+        text = (
+            field.metadata["help"]
+            .rstrip(".")
+            .replace("None", "null")
+            .replace("True", "true")
+            .replace("False", "false")
+        )
         text = f"{text[0].lower()}{text[1:]} (default: {ours if ours == papers else f'{ours}; paper: {papers}'})"
         group = main if field.name in MAIN_OPTIONS else more
         flag = f"--{field.name.replace('_', '-')}"
@@ -197,13 +220,17 @@ def _add_config_options(main: argparse._ArgumentGroup, more: argparse._ArgumentG
 
 
 def config_fields() -> list[dataclasses.Field]:
-    """The options that `LoRAMoEConfig` adds to PEFT's, without the version that it fills in itself; the main ones first."""
+    """The options that `LoRAMoEConfig` adds to PEFT's, without the version that it fills in itself.
+
+    The main ones first.
+    """
     inherited = {field.name for field in dataclasses.fields(PeftConfig)} | {"peft_loramoe_version"}
     fields = {field.name: field for field in dataclasses.fields(LoRAMoEConfig) if field.name not in inherited}
     return [fields.pop(name) for name in MAIN_OPTIONS] + list(fields.values())
 
 
-# --- what they ask for ------------------------------------------------------------------------------------------------
+# --- what they ask for
+# ------------------------------------------------------------------------------------------------
 
 
 def adapter_config(options: Namespace) -> LoRAMoEConfig:
@@ -238,7 +265,9 @@ def training_config(options: Namespace, **more: Any) -> SFTConfig:
 
 def _checked(trainer_args: Any, known: Iterable[str]) -> dict[str, Any]:
     if not isinstance(trainer_args, dict):
-        raise ValueError(f'--trainer-args {trainer_args!r} is not a JSON object; write it like \'{{"optim": "adafactor"}}\'.')
+        raise ValueError(
+            f'--trainer-args {trainer_args!r} is not a JSON object; write it like \'{{"optim": "adafactor"}}\'.'
+        )
     for name in trainer_args:
         if name not in known:
             similar = difflib.get_close_matches(name, known, n=1)

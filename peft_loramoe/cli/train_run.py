@@ -58,14 +58,17 @@ def run(options: Namespace) -> None:
     if trainer.eval_dataset:
         trainer.save_metrics("eval", trainer.evaluate())
     if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # one file, not one for each process
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type(
+            "FULL_STATE_DICT"
+        )  # one file, not one for each process
     trainer.save_model()
     config = trainer.model.peft_config["default"]
     compared = {name: measure_retention(trainer, dataset) for name, dataset in measured.items()}
     if trainer.is_world_process_zero():
         tables.show_retention(compared, null=bool(config.null_groups))
         print(
-            f"Wrote {options.output_dir}. To load the adapter:\n\n{loading_snippet(str(options.output_dir), config.to_dict())}"
+            f"Wrote {options.output_dir}. To load the "
+            f"adapter:\n\n{loading_snippet(str(options.output_dir), config.to_dict())}"
         )
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
@@ -82,10 +85,14 @@ def checkpoint_to_resume(options: Namespace) -> str | None:
     found = Path(checkpoint).name if checkpoint else ADAPTER_FILE
     if not options.resume and (checkpoint or (options.output_dir / ADAPTER_FILE).exists()):
         fix = "continue it with --resume, or " if checkpoint else ""
-        raise ValueError(f"--output-dir {options.output_dir} holds {found} of an earlier run; {fix}give another folder.")
+        raise ValueError(
+            f"--output-dir {options.output_dir} holds {found} of an earlier run; {fix}give another folder."
+        )
     if options.resume:
         where = (
-            f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {options.output_dir}: starting afresh"
+            f"resuming from {checkpoint}"
+            if checkpoint
+            else f"no complete checkpoint in {options.output_dir}: starting afresh"
         )
         say(where)
     return checkpoint
@@ -142,7 +149,8 @@ def build(options: Namespace) -> tuple[LoRAMoESFTTrainer, dict[str, Any]]:
     return trainer, measured
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
+# --- data
+# -------------------------------------------------------------------------------------------------------------
 
 
 def read_data(options: Namespace, config: LoRAMoEConfig) -> tuple[list[Record], dict[str, list[Record]]]:
@@ -154,7 +162,9 @@ def read_data(options: Namespace, config: LoRAMoEConfig) -> tuple[list[Record], 
     evaluation = {options.eval_split: read_split(options, options.eval_split, config)} if options.eval_split else {}
     for path in options.eval_file or ():
         if path.stem in evaluation:
-            raise ValueError(f"--eval-file {path}: there is another evaluation set called '{path.stem}'; rename one of them.")
+            raise ValueError(
+                f"--eval-file {path}: there is another evaluation set called '{path.stem}'; rename one of them."
+            )
         evaluation[path.stem] = read_records(path, config)
     return train, evaluation
 
@@ -194,7 +204,9 @@ def tokenize_texts(anchors: list[dict[str, str]], tokenizer: Any, max_length: in
     """Anchors as the trainer reads them: one that begins with a special token gets no further ones."""
     special, rows = tuple(tokenizer.all_special_tokens), []
     for anchor in anchors:
-        ids = tokenizer(anchor["text"], add_special_tokens=not anchor["text"].startswith(special))["input_ids"][:max_length]
+        ids = tokenizer(anchor["text"], add_special_tokens=not anchor["text"].startswith(special))["input_ids"][
+            :max_length
+        ]
         rows.append({"input_ids": ids, "labels": ids})
     return Dataset.from_list(rows)
 
@@ -226,7 +238,8 @@ def say_what_was_read(records: list[Record], kept: int, held_back: int, config: 
     say(f"{len(records):,} training records: {parts}{anchors}")
     if config.null_groups and not kept and not any(counts[group] for group in config.null_groups):
         _warn(
-            "All records are of one kind, so nothing tells the routers what to leave to the base model. Sample anchors with "
+            "All records are of one kind, so nothing tells the routers what to leave to the base model. Sample "
+            "anchors with "
             "`peft-loramoe anchors` and give them with --anchors, or add records of task_type 0."
         )
 
@@ -242,10 +255,14 @@ def say_what_is_cut(tokens: Tokenized, records: int, name: str, limit: int | Non
     if tokens.cut:
         _warn(f"{name}: {tokens.cut} of {records} records are longer than --max-length {limit}; their end is cut off.")
     if tokens.left_out:
-        _warn(f"{name}: {tokens.left_out} of {records} records are left out: the prompt alone fills --max-length {limit}.")
+        _warn(
+            f"{name}: {tokens.left_out} of {records} records are left out: the prompt alone fills --max-length "
+            f"{limit}."
+        )
 
 
-# --- model and trainer ------------------------------------------------------------------------------------------------
+# --- model and trainer
+# ------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(options: Namespace) -> Any:
@@ -281,7 +298,8 @@ def load_model(name: str, load_in_4bit: bool, bf16: bool, attention: str | None 
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"--model {name}: it could not be loaded ({error})") from error
     for module in model.modules():
-        # On a CPU with AVX512-BF16, bitsandbytes repacks weights when first evaluated; they pass no gradient after that.
+        # On a CPU with AVX512-BF16, bitsandbytes repacks weights when first evaluated; they pass no gradient after
+        # that.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
@@ -292,7 +310,8 @@ def check_checkpointing(training: SFTConfig, config: LoRAMoEConfig) -> None:
     zero_3 = training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3
     if zero_3 and training.gradient_checkpointing and config.balance_loss_weight:
         raise ValueError(
-            "--gradient-checkpointing: with DeepSpeed ZeRO-3, SFTTrainer makes it reentrant, which gives the balance term no "
+            "--gradient-checkpointing: with DeepSpeed ZeRO-3, SFTTrainer makes it reentrant, which gives the balance "
+            "term no "
             "gradient; use ZeRO-2 or FSDP, or --no-gradient-checkpointing, or --balance-loss-weight 0."
         )
 
@@ -306,7 +325,8 @@ def anchor_options(options: Namespace, anchors: list[dict[str, str]]) -> dict[st
     return {"anchors": anchors, **given}
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- what is shown
+# ----------------------------------------------------------------------------------------------------
 
 
 class ProgressLines(ProgressCallback):
@@ -320,9 +340,13 @@ class ProgressLines(ProgressCallback):
         """Start the bar."""
         self.current_step = 0
         if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, desc="steps", dynamic_ncols=True, disable=not self.show_bar)
+            self.training_bar = tqdm(
+                total=state.max_steps, desc="steps", dynamic_ncols=True, disable=not self.show_bar
+            )
 
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
         """Print the line."""
         if state.is_world_process_zero and (line := log_line(logs or {}, state)):
             tqdm.write(line)

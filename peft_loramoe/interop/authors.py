@@ -22,8 +22,12 @@ from ..config import LoRAMoEConfig
 from .files import PREFIX, abbreviate, experts_by_module, stack_experts
 
 
-KEY = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<module>.+)\.lora_(?:(?P<part>[AB])(?P<expert>0|[1-9]\d*)|route)\.weight")
-LOOKED_FOR = "the authors' layout: peft_type 'LORA' with `lora_nums`, tensors <module>.lora_A0.weight, .lora_B0, .lora_route"
+KEY = re.compile(
+    rf"(?:{re.escape(PREFIX)})?(?P<module>.+)\.lora_(?:(?P<part>[AB])(?P<expert>0|[1-9]\d*)|route)\.weight"
+)
+LOOKED_FOR = (
+    "the authors' layout: peft_type 'LORA' with `lora_nums`, tensors <module>.lora_A0.weight, .lora_B0, .lora_route"
+)
 REQUIRED = ("r", "lora_alpha", "lora_nums", "target_modules")
 
 # Options that exist in the authors' layout, that have no effect after training, or that only matter in training.
@@ -32,7 +36,14 @@ HELD = (
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("base_model_name_or_path", "task_type", "peft_type", "inference_mode", "revision", "auto_mapping"),
 )
-OF_NO_CONSEQUENCE = ("init_weights", "router_init", "peft_version", "peft_loramoe_version", "task_type_names", "freeze_experts")
+OF_NO_CONSEQUENCE = (
+    "init_weights",
+    "router_init",
+    "peft_version",
+    "peft_loramoe_version",
+    "task_type_names",
+    "freeze_experts",
+)
 TRAINING = {
     "balance_formula": "cv_squared",
     "balance_target": "paper",
@@ -66,7 +77,9 @@ def from_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tu
         raise ValueError(f"The authors' adapter_config.json lacks {', '.join(missing)}; it is incomplete.")
     for name, plain in (("bias", "none"), ("modules_to_save", None), ("enable_lora", None)):
         if config.get(name) not in (plain, None):
-            raise ValueError(f"{name}={config[name]!r} has no counterpart here; only experts and routers can be converted.")
+            raise ValueError(
+                f"{name}={config[name]!r} has no counterpart here; only experts and routers can be converted."
+            )
     if unknown := [key for key in tensors if not KEY.fullmatch(key)]:
         raise ValueError(f"Only tensors of experts and routers can be converted, not: {abbreviate(unknown)}.")
 
@@ -130,7 +143,9 @@ def to_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
         raise ValueError(f"The authors' code has no counterpart for the tensors {abbreviate(rest)}.")
     num_experts = ours.num_experts
     if ours.balance_loss_weight > 0:
-        different = [f"{name}={getattr(ours, name)!r}" for name, value in TRAINING.items() if getattr(ours, name) != value]
+        different = [
+            f"{name}={getattr(ours, name)!r}" for name, value in TRAINING.items() if getattr(ours, name) != value
+        ]
         if num_experts % 2 == 0 and ours.groups_of().sizes != (num_experts // 2,) * 2:
             different.append(f"expert_groups={ours.expert_groups}")
         if different:
@@ -160,7 +175,9 @@ def to_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
     separate = {}
     for module, parts in modules.items():
         if (sizes := (parts["A"].shape[0], parts["B"].shape[1])) != (total := num_experts * ours.r,) * 2:
-            raise ValueError(f"'{module}' has A and B of rank {sizes}, not num_experts * r = {total}; the file is damaged.")
+            raise ValueError(
+                f"'{module}' has A and B of rank {sizes}, not num_experts * r = {total}; the file is damaged."
+            )
         for expert, (A, B) in enumerate(zip(parts["A"].split(ours.r), parts["B"].split(ours.r, dim=1))):
             separate[f"{PREFIX}{module}.lora_A{expert}.weight"] = A
             separate[f"{PREFIX}{module}.lora_B{expert}.weight"] = B.contiguous()
@@ -170,6 +187,8 @@ def to_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
 
 def _targets(targets: list[str] | str, modules: list[str]) -> list[str] | str:
     """Their targets match any suffix of a module's name; PEFT's match whole parts of it."""
-    if isinstance(targets, str) or all(any(f".{module}".endswith(f".{name}") for name in targets) for module in modules):
+    if isinstance(targets, str) or all(
+        any(f".{module}".endswith(f".{name}") for name in targets) for module in modules
+    ):
         return targets
     return modules

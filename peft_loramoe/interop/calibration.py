@@ -53,19 +53,27 @@ def find_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
     layers = [module for module in model.modules() if isinstance(module, LoRAMoELinear)]
     names = sorted({name for layer in layers for name in layer.loramoe_experts})
     if not names:
-        raise ValueError(f"{type(model).__name__} has no LoRAMoE layers; load an adapter with PeftModel.from_pretrained first.")
+        raise ValueError(
+            f"{type(model).__name__} has no LoRAMoE layers; load an adapter with PeftModel.from_pretrained first."
+        )
     if adapter_name is None:
         active = [name for name in names if name in layers[0].active_adapters]
         if len(names) > 1 and len(active) != 1:
-            raise ValueError(f"The model has the LoRAMoE adapters {', '.join(names)}; choose one with adapter_name=...")
+            raise ValueError(
+                f"The model has the LoRAMoE adapters {', '.join(names)}; choose one with adapter_name=..."
+            )
         adapter_name = names[0] if len(names) == 1 else active[0]
     if adapter_name not in names:
-        raise ValueError(f"adapter_name='{adapter_name}' is not a LoRAMoE adapter of this model; it has {', '.join(names)}.")
+        raise ValueError(
+            f"adapter_name='{adapter_name}' is not a LoRAMoE adapter of this model; it has {', '.join(names)}."
+        )
     config = model.peft_config[adapter_name]
     return Adapter(adapter_name, config, [layer for layer in layers if adapter_name in layer.loramoe_experts])
 
 
-def prepare(model: nn.Module, adapter: Adapter, calibration: Iterable[Mapping[str, Any]] | None) -> list[CalibrationBatch]:
+def prepare(
+    model: nn.Module, adapter: Adapter, calibration: Iterable[Mapping[str, Any]] | None
+) -> list[CalibrationBatch]:
     """Prepare batches of keyword arguments of the model, including `task_types`.
 
     Raises:
@@ -88,7 +96,9 @@ def prepare(model: nn.Module, adapter: Adapter, calibration: Iterable[Mapping[st
     return batches
 
 
-def _prepare_batch(model: nn.Module, config: LoRAMoEConfig, batch: Mapping[str, Any], device: torch.device) -> CalibrationBatch:
+def _prepare_batch(
+    model: nn.Module, config: LoRAMoEConfig, batch: Mapping[str, Any], device: torch.device
+) -> CalibrationBatch:
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     types = inputs.pop("task_types", None)
     if types is not None:
@@ -100,7 +110,9 @@ def _prepare_batch(model: nn.Module, config: LoRAMoEConfig, batch: Mapping[str, 
         ids = inputs["input_ids"]
         inputs["labels"] = ids if mask is None or mask.dim() != 2 else ids.masked_fill(mask == 0, -100)
     labels = label_tokens(inputs, shifted=causal)
-    return CalibrationBatch(inputs, Batch(inputs, types, is_encoder_decoder), types, 0 if labels is None else int(labels))
+    return CalibrationBatch(
+        inputs, Batch(inputs, types, is_encoder_decoder), types, 0 if labels is None else int(labels)
+    )
 
 
 def visit_inputs(
@@ -193,7 +205,10 @@ class OutputError:
         self._sums[layer] = error, size + output.double().square().sum().item()
 
     def of(self, layer: str | None = None) -> float | None:
-        """The error of a layer, or over all layers; None if nothing was compared. For zero outputs, it is 0 or infinity."""
+        """The error of a layer, or over all layers; None if nothing was compared.
+
+        For zero outputs, it is 0 or infinity.
+        """
         sums = list(self._sums.values()) if layer is None else [self._sums[layer]] if layer in self._sums else []
         error, size = sum(error for error, _ in sums), sum(size for _, size in sums)
         if not sums:

@@ -50,7 +50,9 @@ def convert_checkpoint(source: str | Path, output: str | Path, to: str = "loramo
         ours = config.get("peft_type") == "LORAMOE" and "routing_strategy" not in config
         if to == "authors":
             if not ours:
-                raise ValueError(f"'{source}' has peft_type={config.get('peft_type')!r}: convert it to 'loramoe' first.")
+                raise ValueError(
+                    f"'{source}' has peft_type={config.get('peft_type')!r}: convert it to 'loramoe' first."
+                )
             converted, separate = to_authors(config, tensors)
             (folder / CONFIG).write_text(json.dumps(converted, indent=2, sort_keys=True), encoding="utf-8")
             torch.save(separate, folder / PICKLE)

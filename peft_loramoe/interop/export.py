@@ -183,7 +183,9 @@ def export_lora(
         loras = _factors(adapter, by_layer, rank)
         measured = measure(model, adapter, batches, loras, each_layer, title) if batches else Measured()
         report = make_report(str(output), adapter, gates, task_type, by_layer, loras, measured, max_kl_share)
-        write_adapter(folder, _lora_config(model, adapter, loras), {**_lora_keys(loras), **_other_tensors(model, adapter)})
+        write_adapter(
+            folder, _lora_config(model, adapter, loras), {**_lora_keys(loras), **_other_tensors(model, adapter)}
+        )
         Path(folder, REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         write_lora_card(Path(folder, "README.md"), report, adapter)
     if show:
@@ -220,7 +222,8 @@ def print_report(report: LoRAExport) -> None:
 def _check_adapter(adapter: Adapter, rank: int | float | None) -> None:
     if adapter.config.bias != "none":
         raise ValueError(
-            f"Adapter '{adapter.name}' has bias='{adapter.config.bias}'; an export would lose the biases. Only bias='none' "
+            f"Adapter '{adapter.name}' has bias='{adapter.config.bias}'; an export would lose the biases. Only "
+            "bias='none' "
             "can be exported."
         )
     if rank is None:
@@ -246,7 +249,9 @@ def _check_gates(
     if gates not in GATES:
         raise ValueError(f"gates={gates!r} is not one of {', '.join(map(repr, GATES))}.")
     if (weights is not None) != (gates in ("groups", "experts")):
-        raise ValueError(f"gates='{gates}' with weights={weights}: 'groups' and 'experts' need weights, the others take none.")
+        raise ValueError(
+            f"gates='{gates}' with weights={weights}: 'groups' and 'experts' need weights, the others take none."
+        )
     if weights is not None and not (all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0):
         raise ValueError(f"weights={list(weights)} must be finite, not negative, and not all zero.")
     if gates == "mean" and not batches:
@@ -266,7 +271,9 @@ def _given_gates(layer: LoRAMoELinear, adapter: str, gates: str, weights: Sequen
         return torch.full((experts.num_experts,), 1 / experts.num_experts)
     wanted = len(sizes) if gates == "groups" else experts.num_experts
     if len(weights) != wanted:
-        raise ValueError(f"weights={list(weights)} has {len(weights)} entries, but layer '{layer.name}' has {wanted} {gates}.")
+        raise ValueError(
+            f"weights={list(weights)} has {len(weights)} entries, but layer '{layer.name}' has {wanted} {gates}."
+        )
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     if gates == "groups":
         shares = (shares / torch.tensor(sizes)).repeat_interleave(torch.tensor(sizes))
@@ -292,7 +299,9 @@ def _factors(adapter: Adapter, gates: Mapping[str, Tensor], rank: int | float | 
         B = B * (of_lora_experts * experts.scaling).repeat_interleave(experts.r)
         if rank is not None and (isinstance(rank, float) or len(A) > rank):
             if rank > (limit := min(layer.in_features, layer.out_features)):
-                raise ValueError(f"rank={rank} exceeds the full rank of layer '{layer.name}' ({limit}); choose a smaller one.")
+                raise ValueError(
+                    f"rank={rank} exceeds the full rank of layer '{layer.name}' ({limit}); choose a smaller one."
+                )
             shorter = _truncate(A, B, rank)
             A, B = shorter if len(shorter[0]) < len(A) else (A, B)
         loras[layer] = A.to(experts.B.dtype), B.to(experts.B.dtype)
@@ -300,7 +309,7 @@ def _factors(adapter: Adapter, gates: Mapping[str, Tensor], rank: int | float | 
 
 
 def _truncate(A: Tensor, B: Tensor, rank: int | float) -> Factors:
-    """The best approximation of ``B A`` with this rank, or with this share of the squared singular values, as two factors."""
+    """Approximate ``B A`` with this rank, or this share of the squared singular values, as two factors."""
     # Decompose the triangular factors, which are small, instead of the product.
     (left, R_left), (right, R_right) = torch.linalg.qr(B), torch.linalg.qr(A.T)
     U, S, Vh = torch.linalg.svd(R_left @ R_right.T)
@@ -314,7 +323,9 @@ def _truncate(A: Tensor, B: Tensor, rank: int | float) -> Factors:
 
 def _lora_keys(loras: Mapping[LoRAMoELinear, Factors]) -> dict[str, Tensor]:
     return {
-        f"{PREFIX}{layer.name}.lora_{part}.weight": tensor for layer, both in loras.items() for part, tensor in zip("AB", both)
+        f"{PREFIX}{layer.name}.lora_{part}.weight": tensor
+        for layer, both in loras.items()
+        for part, tensor in zip("AB", both)
     }
 
 
@@ -444,5 +455,7 @@ def _summary(report: LoRAExport) -> list[str]:
         loss = {name: _number(value) for name, value in report.loss.items()}
         lines.append(f"Loss: {loss['export']} (mixture: {loss['mixture']}, without the adapter: {loss['without']}).")
     if report.poor:
-        lines.append(f"A poor approximation: the KL divergence exceeds {report.max_kl_share:.0%} of that without the adapter.")
+        lines.append(
+            f"A poor approximation: the KL divergence exceeds {report.max_kl_share:.0%} of that without the adapter."
+        )
     return lines

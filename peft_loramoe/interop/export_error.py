@@ -51,7 +51,8 @@ def measure(
     each_layer: bool,
     title: str | None,
 ) -> Measured:
-    """Compare the mixture with its LoRAs: the outputs of each layer on the mixture's activations, and the model's logits.
+    """Compare the mixture with its LoRAs: the outputs of each layer on the mixture's activations, and the model's
+    logits.
 
     Args:
         model: the adapted model.

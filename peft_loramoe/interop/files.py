@@ -113,7 +113,9 @@ def write_adapter(folder: str | Path, config: PeftConfig, tensors: Mapping[str, 
     config.inference_mode = True  # as PEFT saves it; is_trainable=True overrides it
     # Not LoRAMoEConfig.save_pretrained, which logs how to load from this temporary folder.
     PeftConfig.save_pretrained(config, str(folder))
-    own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}  # no views
+    own = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
+    }  # no views
     save_file(own, folder / SAFETENSORS, {"format": "pt"})
     if isinstance(config, LoRAMoEConfig):
         write_card(str(folder / "README.md"), config.to_dict())
@@ -157,11 +159,15 @@ def stack_experts(
     for part, experts, axis in (("A", A, 0), ("B", B, 1)):
         for expert, tensor in experts.items():
             if tensor.dim() != 2 or not tensor.numel():
-                raise ValueError(f"{part} of expert {expert} of '{module}' has shape {tuple(tensor.shape)}, not that of a "
-                                 "matrix. (ZeRO-3 saves empty tensors if they are not gathered.)")  # fmt: skip
+                raise ValueError(
+                    f"{part} of expert {expert} of '{module}' has shape {tuple(tensor.shape)}, not that of a matrix. "
+                    "(ZeRO-3 saves empty tensors if they are not gathered.)"
+                )
         if {tensor.shape[axis] for tensor in experts.values()} != {r}:
             ranks = ", ".join(f"expert {expert}: {experts[expert].shape[axis]}" for expert in sorted(experts))
-            raise ValueError(f"The experts of '{module}' cannot be stacked: r={r}, but the ranks of {part} are {ranks}.")
+            raise ValueError(
+                f"The experts of '{module}' cannot be stacked: r={r}, but the ranks of {part} are {ranks}."
+            )
         if len(sizes := {tensor.shape[1 - axis] for tensor in experts.values()}) > 1:
             raise ValueError(f"The experts of '{module}' cannot be stacked: the widths of {part} are {sorted(sizes)}.")
     if tuple(router.shape) != (expected := (num_experts, A[0].shape[1])):
@@ -188,7 +194,9 @@ def experts_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tens
         if match := EXPERT_KEY.fullmatch(key):
             modules.setdefault(match["module"], {})[match["name"]] = tensor
     if not modules:
-        raise ValueError(f"No tensor is named {PREFIX}<module>.loramoe_experts.A, .B or .router; found {abbreviate(tensors)}.")
+        raise ValueError(
+            f"No tensor is named {PREFIX}<module>.loramoe_experts.A, .B or .router; found {abbreviate(tensors)}."
+        )
     for module, parts in modules.items():
         if missing := {"A", "B", "router"} - parts.keys():
             raise ValueError(
@@ -242,7 +250,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"'{path}' is not valid JSON ({error}): the file is damaged. Copy or download it again.") from error
+        raise ValueError(
+            f"'{path}' is not valid JSON ({error}): the file is damaged. Copy or download it again."
+        ) from error
     if not isinstance(config, dict):
         raise ValueError(
             f"'{path}' contains a JSON {type(config).__name__}, not an object of options; it is not an adapter config."
@@ -264,18 +274,21 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"'{path}' is refused: it is damaged, or it holds more than tensors, possibly code that runs when it is read "
+            f"'{path}' is refused: it is damaged, or it holds more than tensors, possibly code that runs when it is "
+            "read "
             f"({_reason(error)}). If you trust its author, have them save it as {SAFETENSORS}."
         ) from error
     except MemoryError:
         raise
     except Exception as error:  # damaged files raise AssertionError, AttributeError, ...
         raise ValueError(
-            f"'{path}' cannot be read ({_reason(error)}): the file is incomplete or damaged. Copy or download it again."
+            f"'{path}' cannot be read ({_reason(error)}): the file is incomplete or damaged. Copy or download it "
+            "again."
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(
-            f"'{path}' must hold a dictionary of tensors, not {_describe(tensors)}; these are not the weights of an adapter."
+            f"'{path}' must hold a dictionary of tensors, not {_describe(tensors)}; these are not the weights of an "
+            "adapter."
         )
     return tensors
 
@@ -285,14 +298,20 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(name, str):
             raise ValueError(
-                f"'{path}' has a tensor with the name {name!r}, not a string; it does not hold the weights of an adapter."
+                f"'{path}' has a tensor with the name {name!r}, not a string; it does not hold the weights of an "
+                "adapter."
             )
         if "lora" in name and not tensor.is_floating_point():
             raise ValueError(
-                f"'{path}': '{name}' has dtype {tensor.dtype}, but the matrices of adapters are floating point. The file is "
+                f"'{path}': '{name}' has dtype {tensor.dtype}, but the matrices of adapters are floating point. The "
+                "file is "
                 "damaged or of another kind."
             )
-    dense = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.layout == torch.strided}
+    dense = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.layout == torch.strided
+    }
     if bad := [name for name, tensor in dense.items() if not tensor.float().isfinite().all()]:
         warnings.warn(f"'{path}' has NaN or infinity in {abbreviate(bad)}; outputs will be NaN, too.")
 
@@ -300,7 +319,9 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _reason(error: Exception) -> str:
     """The message of torch without its advice to load the file unsafely."""
     found = re.search(r"Unsupported (?:global|class|operand)[^\n.]*(?:\.\w[^\n. ]*)*", str(error))
-    return found[0] if found else f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
+    return (
+        found[0] if found else f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
+    )
 
 
 def _describe(value: Any) -> str:

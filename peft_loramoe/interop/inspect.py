@@ -121,7 +121,9 @@ def inspect_adapter(source: str | Path) -> AdapterSummary:
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
-        experts=[ExpertSummary(group, names[group] if names else None, group in groups.null) for group in groups.of_experts],
+        experts=[
+            ExpertSummary(group, names[group] if names else None, group in groups.null) for group in groups.of_experts
+        ],
         layers=layers,
         norms=norms,
         similarity=similarity,
@@ -153,7 +155,8 @@ def _layer(config: LoRAMoEConfig, module: str, parts: dict[str, Tensor]) -> tupl
     ):
         if found != wanted:
             raise ValueError(
-                f"'{module}' has {found} {name}, but adapter_config.json implies {wanted} (groups {list(groups.sizes)}, "
+                f"'{module}' has {found} {name}, but adapter_config.json implies {wanted} (groups "
+                f"{list(groups.sizes)}, "
                 f"null_groups={config.null_groups}, r={r}): the files do not belong together."
             )
     if not all(tensor.isfinite().all() for tensor in (A, B, router)):
@@ -163,7 +166,7 @@ def _layer(config: LoRAMoEConfig, module: str, parts: dict[str, Tensor]) -> tupl
 
 
 def _norms_and_cosines(inner: Tensor, groups: ExpertGroups) -> tuple[list[float | None], list[list[float | None]]]:
-    """Norms and cosines of all experts, null ones included, from the inner products of the LoRA experts, shape (E, E)."""
+    """Norms and cosines of all experts, null ones included, from the LoRA experts' inner products (E, E)."""
     norms, similarity = inner.diagonal().clamp(min=0).sqrt(), cosines(inner)
     place = {expert: i for i, expert in enumerate(groups.lora_experts)}
     place = [place.get(expert) for expert in range(groups.num_experts)]

@@ -72,7 +72,9 @@ def from_moe_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> t
     if foreign := [module for module in modules if "4h" in module]:
         raise ValueError(f"ChatGLM's modules have other names in transformers; cannot convert {abbreviate(foreign)}.")
     plain = {_name(module) for module, parts in modules.items() if parts["plain"]}
-    mixtures = {_name(module) for module, parts in modules.items() if parts["A"] or parts["B"] or parts["gate"] is not None}
+    mixtures = {
+        _name(module) for module, parts in modules.items() if parts["A"] or parts["B"] or parts["gate"] is not None
+    }
     if both := plain & mixtures:
         raise ValueError(f"The linears {abbreviate(both)} have experts in some layers and a plain LoRA in others.")
     if plain and config.get("use_dora"):  # MoE-PEFT ignores it in mixtures

@@ -155,7 +155,9 @@ def restructure(
         layer.loramoe_experts[adapter.name] = experts
     for field in dataclasses.fields(config):
         setattr(adapter.config, field.name, getattr(config, field.name))
-    changes = [LayerChange(layer.name, list(experts.groups.sizes), error.of(layer.name)) for layer, experts in built.items()]
+    changes = [
+        LayerChange(layer.name, list(experts.groups.sizes), error.of(layer.name)) for layer, experts in built.items()
+    ]
     return Surgery(adapter.name, changes, error.of())
 
 
@@ -226,7 +228,9 @@ def _build(old: LoRAExperts, experts: list[Expert], groups: ExpertGroups, top_k:
     return new.train(old.training)
 
 
-def _fit(model: nn.Module, adapter: Adapter, batches: list[CalibrationBatch], built: dict[LoRAMoELinear, LoRAExperts]) -> None:
+def _fit(
+    model: nn.Module, adapter: Adapter, batches: list[CalibrationBatch], built: dict[LoRAMoELinear, LoRAExperts]
+) -> None:
     """Scale the B of each new expert by a factor that fits the old outputs by least squares, layer by layer."""
     moments: dict[LoRAMoELinear, Tensor] = {}
 

@@ -140,22 +140,28 @@ def add_experts(
             fill = 0 if any_count else -wanted % len(old)
             if fill and not fill_with_null:
                 raise ValueError(
-                    f"count={count} experts cannot be added to the {len(old)} of layer '{layer.name}' without changing its "
-                    f"output: the total must be a multiple of {len(old)}. Add {wanted + fill}; or set fill_with_null=True, "
+                    f"count={count} experts cannot be added to the {len(old)} of layer '{layer.name}' without "
+                    "changing its "
+                    f"output: the total must be a multiple of {len(old)}. Add {wanted + fill}; or set "
+                    "fill_with_null=True, "
                     f"which adds {fill} null experts; or set start='nearest', which is approximate."
                 )
             new_rows = rows.repeat(-(-(wanted + fill) // len(old)), 1)
             factors.add(factor := (len(old) + wanted + fill) / len(old))
             old = [expert.scaled(factor) for expert in old]
         fresh = _fresh_A(experts, wanted)
-        new = [Expert(target, row, A, experts.B.new_zeros(experts.B.shape[0], experts.r)) for row, A in zip(new_rows, fresh)]
+        new = [
+            Expert(target, row, A, experts.B.new_zeros(experts.B.shape[0], experts.r))
+            for row, A in zip(new_rows, fresh)
+        ]
         nulls = [Expert(null_target, row) for row in new_rows[wanted : wanted + fill]]
         layers[layer] = sorted(old + new + nulls, key=lambda expert: expert.group)
     top_k = adapter.config.top_k
     if top_k is not None and start == "exact":
         if len(factors) > 1:
             raise ValueError(
-                f"count={count} with top_k={top_k}: the layers differ in their number of experts, so each would need another "
+                f"count={count} with top_k={top_k}: the layers differ in their number of experts, so each would need "
+                "another "
                 "top_k. Set count=None."
             )
         top_k *= int(factors.pop())
@@ -200,7 +206,9 @@ def remove_experts(
         _check_known(experts, old, layer)
         layers[layer] = [expert for i, expert in enumerate(old) if i not in experts]
         if all(expert.A is None for expert in layers[layer]):
-            raise ValueError(f"experts={list(experts)} are all LoRA experts of layer '{layer.name}'; keep at least one.")
+            raise ValueError(
+                f"experts={list(experts)} are all LoRA experts of layer '{layer.name}'; keep at least one."
+            )
     return restructure(model, adapter, layers, prepare(model, adapter, calibration))
 
 
@@ -226,7 +234,9 @@ def reorder_experts(model: nn.Module, order: Sequence[int], *, adapter_name: str
     for layer in adapter.layers:
         old = read_experts(layer.loramoe_experts[adapter.name])
         if sorted(order) != list(range(len(old))):
-            raise ValueError(f"order={list(order)} must contain each expert of '{layer.name}', 0 to {len(old) - 1}, once.")
+            raise ValueError(
+                f"order={list(order)} must contain each expert of '{layer.name}', 0 to {len(old) - 1}, once."
+            )
         layers[layer] = [old[i] for i in order]
     return restructure(model, adapter, layers, [])
 
@@ -272,7 +282,9 @@ def merge_experts(
         _check_known([first, second], old, layer)
         for i in (first, second):
             if old[i].A is None:
-                raise ValueError(f"Expert {i} of layer '{layer.name}' is null and cannot be merged; remove it instead.")
+                raise ValueError(
+                    f"Expert {i} of layer '{layer.name}' is null and cannot be merged; remove it instead."
+                )
         if old[first].group != old[second].group:
             raise ValueError(
                 f"Experts {first} and {second} of layer '{layer.name}' belong to different groups, {old[first].group} "
@@ -287,7 +299,9 @@ def merge_experts(
         uniform = not batches and adapter.config.top_k is None
         others = (len(old) - 1) / len(old) if uniform else 1.0
         expert_of_both = merged(old[first], old[second], share).scaled(2 * others if uniform else 1.0)
-        layers[layer] = [expert_of_both if i == first else expert.scaled(others) for i, expert in enumerate(old) if i != second]
+        layers[layer] = [
+            expert_of_both if i == first else expert.scaled(others) for i, expert in enumerate(old) if i != second
+        ]
     return restructure(model, adapter, layers, batches, fit=bool(batches))
 
 
@@ -318,7 +332,9 @@ def _check_addition(
 def _check_known(indices: Sequence[int], experts: list[Expert], layer: LoRAMoELinear) -> None:
     for index in indices:
         if index not in range(len(experts)):
-            raise ValueError(f"Expert {index!r} is unknown; layer '{layer.name}' has the experts 0 to {len(experts) - 1}.")
+            raise ValueError(
+                f"Expert {index!r} is unknown; layer '{layer.name}' has the experts 0 to {len(experts) - 1}."
+            )
 
 
 def _fresh_A(experts: LoRAExperts, count: int) -> tuple[Tensor, ...]:

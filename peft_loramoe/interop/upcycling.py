@@ -22,14 +22,47 @@ METHODS = ("replicate", "split")
 LAYER_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # Options of a LoRA that are carried over or do not affect its output; all others must have their default.
 UNDERSTOOD = {
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "fan_in_fan_out", *LAYER_OPTIONS),
-    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
-    *("megatron_core", "qalora_group_size", "ensure_weight_tying", "eva_config", "init_lora_weights", "runtime_config"),
+    *(
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "lora_dropout",
+        "fan_in_fan_out",
+        *LAYER_OPTIONS,
+    ),
+    *(
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "auto_mapping",
+        "peft_version",
+    ),
+    *(
+        "megatron_core",
+        "qalora_group_size",
+        "ensure_weight_tying",
+        "eva_config",
+        "init_lora_weights",
+        "runtime_config",
+    ),
 }
 # Other initializations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, ...) change the weights of the base model.
 HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 DECIDED = (
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "num_experts", "num_experts_pattern", *LAYER_OPTIONS),
+    *(
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "num_experts",
+        "num_experts_pattern",
+        *LAYER_OPTIONS,
+    ),
     *("init_weights", "bias", "modules_to_save", "trainable_token_indices", "inference_mode", "peft_type"),
 )
 ROUTERS = {
@@ -103,7 +136,8 @@ def upcycle(
     _check_options(names, num_experts, method, options)
     with new_folder(output) as folder:
         loras = [
-            _lora_of_model(model, str(name)) if model is not None else _lora(str(name), *read_adapter(name)) for name in names
+            _lora_of_model(model, str(name)) if model is not None else _lora(str(name), *read_adapter(name))
+            for name in names
         ]
         _check_same_modules(loras)
         config = _config(loras, num_experts, method, options)
@@ -117,7 +151,8 @@ def upcycle(
             router = ROUTERS[config.router_init](torch.empty(total, experts[0][0].shape[1]))
             tensors |= expert_keys(module, *_stack(experts), router)
         _set_ranks(
-            config, {module: tensors[f"{PREFIX}{module}.loramoe_experts.A"].shape[0] // count for module in loras[0].weights}
+            config,
+            {module: tensors[f"{PREFIX}{module}.loramoe_experts.A"].shape[0] // count for module in loras[0].weights},
         )
         write_adapter(folder, config, tensors)
     return config
@@ -136,7 +171,9 @@ def _check_options(names: list[str | Path], num_experts: int | None, method: str
         raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}.")
     if len(names) > 1:
         if num_experts not in (None, len(names)):
-            raise ValueError(f"num_experts={num_experts}, but there are {len(names)} sources, which become one expert each.")
+            raise ValueError(
+                f"num_experts={num_experts}, but there are {len(names)} sources, which become one expert each."
+            )
         return
     if num_experts is None:
         raise ValueError("One source needs num_experts, the number of experts to replicate or split it into.")
@@ -144,13 +181,19 @@ def _check_options(names: list[str | Path], num_experts: int | None, method: str
         raise ValueError(f"num_experts={num_experts!r} must be an integer, at least 2.")
     router = options.get("router_init")
     if method == "split" and (router not in (None, "zeros") or options.get("top_k") is not None):
-        raise ValueError("method='split' starts as the LoRA only if all gates are equal: do not set router_init or top_k.")
+        raise ValueError(
+            "method='split' starts as the LoRA only if all gates are equal: do not set router_init or top_k."
+        )
     if method == "replicate" and router == "zeros":
-        raise ValueError("method='replicate' with router_init='zeros' gives routers without gradient and experts that stay "
-                         "identical: choose another router_init, or method='split'.")  # fmt: skip
+        raise ValueError(
+            "method='replicate' with router_init='zeros' gives routers without gradient and experts that stay "
+            "identical: choose another router_init, or method='split'."
+        )
     if method == "replicate" and options.get("null_groups"):
-        raise ValueError("method='replicate' with null_groups does not start as the LoRA, since the null experts take an "
-                         "unknown share of the gates: use method='split', or do not set null_groups.")  # fmt: skip
+        raise ValueError(
+            "method='replicate' with null_groups does not start as the LoRA, since the null experts take an unknown "
+            "share of the gates: use method='split', or do not set null_groups."
+        )
 
 
 def _lora_of_model(model: PeftModel, name: str) -> Lora:
@@ -200,7 +243,8 @@ def _check_understood(name: str, config: Mapping[str, Any]) -> None:
             raise ValueError(f"'{name}' has {option}={value!r}, which experts cannot represent.")
     if (init := config.get("init_lora_weights")) not in HARMLESS_INITS:
         raise ValueError(
-            f"'{name}' has init_lora_weights={init!r}, with which PEFT changes the weights of the base model. Save it with "
+            f"'{name}' has init_lora_weights={init!r}, with which PEFT changes the weights of the base model. Save "
+            "it with "
             "path_initial_model_for_weight_conversion first, to get a plain LoRA for the original base model."
         )
 
@@ -213,7 +257,8 @@ def _scaling(name: str, config: Mapping[str, Any], module: str, rank: int) -> fl
     r, alpha = option("rank_pattern", "r"), option("alpha_pattern", "lora_alpha")
     if r != rank or alpha is None:
         raise ValueError(
-            f"'{name}' has tensors of rank {rank} for '{module}', but its configuration says r={r}, lora_alpha={alpha}."
+            f"'{name}' has tensors of rank {rank} for '{module}', but its configuration says r={r}, "
+            f"lora_alpha={alpha}."
         )
     return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
 
@@ -228,7 +273,10 @@ def _check_same_modules(loras: list[Lora]) -> None:
                 f"{abbreviate(lora.weights.keys() - first.weights.keys())}."
             )
         for module, (A, B) in lora.weights.items():
-            here, there = (A.shape[1], B.shape[0]), (first.weights[module][0].shape[1], first.weights[module][1].shape[0])
+            here, there = (
+                (A.shape[1], B.shape[0]),
+                (first.weights[module][0].shape[1], first.weights[module][1].shape[0]),
+            )
             if here != there:
                 raise ValueError(
                     f"The LoRAs belong to different base models: '{module}' has the input and output sizes {there} in "
@@ -257,7 +305,10 @@ def _config(loras: list[Lora], num_experts: int | None, method: str, options: di
 def _targets(loras: list[Lora]) -> dict[str, Any]:
     """The sources' target options where they agree, otherwise the list of all modules."""
     options = [
-        {name: sorted(v) if isinstance(v := lora.config.get(name), (set, list, tuple)) else v for name in LAYER_OPTIONS}
+        {
+            name: sorted(v) if isinstance(v := lora.config.get(name), (set, list, tuple)) else v
+            for name in LAYER_OPTIONS
+        }
         for lora in loras
     ]
     first = options[0]

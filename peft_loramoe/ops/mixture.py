@@ -1,12 +1,13 @@
 """The mixture as a single autograd node, and the choice of its backend.
 
-Saved for the backward pass: x, the dropout mask, the rank channels and the probabilities. Everything else is recomputed.
+Saved for the backward pass: x, the dropout mask, the rank channels and the probabilities. Everything else is
+    recomputed.
 
-torch.compile traces the torch backend and fuses it with its surroundings. The Triton kernels, and any backend under torch
-2.5, are compiled as one custom operator, `peft_loramoe::mixture`; so is a graph exported for training.
+torch.compile traces the torch backend and fuses it with its surroundings. The Triton kernels, and any backend under
+torch 2.5, are compiled as one custom operator, `peft_loramoe::mixture`; so is a graph exported for training.
 
-PEFT_LORAMOE_TRITON=1 (read at import) enables the Triton kernels on CUDA devices where they apply. They have not run on a GPU
-yet, so they are off by default.
+PEFT_LORAMOE_TRITON=1 (read at import) enables the Triton kernels on CUDA devices where they apply. They have not run
+on a GPU yet, so they are off by default.
 """
 
 import os
@@ -51,7 +52,10 @@ def select_backend(
     keep: Tensor | None,
     options: MixtureOptions,
 ) -> ModuleType:
-    """Return the module that computes a mixture, `mixture_torch` or the kernels; arguments as in `mixture_torch.forward`."""
+    """Return the module that computes a mixture, `mixture_torch` or the kernels.
+
+    Arguments as in `mixture_torch.forward`.
+    """
     if KERNELS is None or (keep is not None and keep.dtype == torch.bool):  # a mask is read by those who drew it
         return mixture_torch
     return KERNELS if KERNELS.supports(x, A, B, router, options) else mixture_torch
@@ -71,9 +75,9 @@ def mixture(
 ) -> tuple[Tensor, Tensor]:
     """``base + scaling * sum_i gate_i(x) * B_i A_i drop(x)``; `ops.reference.mixture` has the formula.
 
-    A and B are cast to the dtype of `x`, or to the autocast dtype (they are small, the activations are large); the router's
-    logits are accurate to their own dtype. The gradient has no gradient: a second backward pass is refused, and so are the
-    transforms of `torch.func`.
+    A and B are cast to the dtype of `x`, or to the autocast dtype (they are small, the activations are large); the
+    router's logits are accurate to their own dtype. The gradient has no gradient: a second backward pass is refused,
+    and so are the transforms of `torch.func`.
 
     Args:
         x: shape (..., in_features).
@@ -83,16 +87,17 @@ def mixture(
         options: what is fixed for the layer.
         dropout: whether to drop entries of the experts' input.
         base: output of the base layer, shape (..., out_features); it is not written to.
-        weight: weight of the base layer, shape (out_features, in_features), if it is to be computed here. It gets no gradient.
+        weight: weight of the base layer, shape (out_features, in_features), if it is to be computed here. It gets no
+            gradient.
         bias: its bias.
 
     Returns:
-        Output, shape (..., out_features), dtype of `base`, or else of `x` (or the autocast dtype); probabilities, shape
-        (..., N), float32 or float64.
+        Output, shape (..., out_features), dtype of `base`, or else of `x` (or the autocast dtype); probabilities,
+        shape (..., N), float32 or float64.
 
     Raises:
-        RuntimeError: in the backward pass of the gradient (`create_graph=True`). Compiled with `backend="eager"`, which is for
-            debugging, torch leaves second derivatives out without a word.
+        RuntimeError: in the backward pass of the gradient (`create_graph=True`). Compiled with `backend="eager"`,
+            which is for debugging, torch leaves second derivatives out without a word.
     """
     kind = x.device.type
     if _is_autocast(kind) and x.dtype != torch.float64:
@@ -104,7 +109,9 @@ def mixture(
     backend = select_backend(x, A, B, router, None, options)
     keep = backend.dropout_mask(x, options.dropout) if dropout and options.dropout > 0 else None
     inputs = (x, A, B, router, keep, base, weight, bias)
-    if torch.compiler.is_compiling() and (COMPILE_AS_CUSTOM_OP or backend is not mixture_torch or _is_exporting_gradients()):
+    if torch.compiler.is_compiling() and (
+        COMPILE_AS_CUSTOM_OP or backend is not mixture_torch or _is_exporting_gradients()
+    ):
         output, probabilities, _ = _mixture_op(*inputs, *options)
     elif torch.is_grad_enabled():  # not the custom operator, whose dispatch takes as long as ten kernels to launch
         output, probabilities, _ = _Mixture.apply(*inputs, options)
@@ -145,7 +152,8 @@ def _no_autocast(kind: str) -> AbstractContextManager:
 
 
 def _is_exporting_gradients() -> bool:
-    # An exported graph forgets the gradient of an autograd function, not that of an operator. torch 2.5, 2.6: not told apart.
+    # An exported graph forgets the gradient of an autograd function, not that of an operator. torch 2.5, 2.6: not told
+    # apart.
     is_exporting = getattr(torch.compiler, "is_exporting", None)
     return is_exporting is not None and is_exporting() and torch.is_grad_enabled()
 
@@ -185,14 +193,23 @@ _mixture_backward_op = torch.library.custom_op(
     "peft_loramoe::mixture_backward",
     _flat_backward,
     mutates_args=(),
-    schema="(Tensor grad_output, Tensor? grad_probabilities, Tensor x, Tensor A, Tensor B, Tensor router, Tensor? keep, "
-    f"Tensor? weight, Tensor probabilities, Tensor hidden, {_OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor grad_output, Tensor? grad_probabilities, Tensor x, Tensor A, Tensor B, Tensor router, "
+    "Tensor? keep, Tensor? weight, Tensor probabilities, Tensor hidden, "
+    f"{_OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_mixture_op.register_fake
 def _(
-    x: Tensor, A: Tensor, B: Tensor, router: Tensor, keep: Any, base: Tensor | None, weight: Any, bias: Any, *options: Any
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor,
+    keep: Any,
+    base: Tensor | None,
+    weight: Any,
+    bias: Any,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     router_dtype = MixtureOptions(*options).router_dtype
     tokens = x.shape[0]
@@ -202,7 +219,9 @@ def _(
 
 
 @_mixture_backward_op.register_fake
-def _(grad_output: Tensor, grad_probabilities: Any, x: Tensor, A: Tensor, B: Tensor, router: Tensor, *rest: Any) -> tuple:
+def _(
+    grad_output: Tensor, grad_probabilities: Any, x: Tensor, A: Tensor, B: Tensor, router: Tensor, *rest: Any
+) -> tuple:
     needs = rest[-1]
     return tuple(t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in zip((x, A, B, router), needs))
 
@@ -250,9 +269,12 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, grad_probabilities: Tensor | None, _: None) -> tuple:
-        # With grad mode on, the gradient is about to be differentiated, which the operator refuses (so does AOTAutograd).
+        # With grad mode on, the gradient is about to be differentiated, which the operator refuses (so does
+        # AOTAutograd).
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        gradients, grad_base = _differentiate(ctx, grad_output, grad_probabilities, _backward_by_op if twice else _backward)
+        gradients, grad_base = _differentiate(
+            ctx, grad_output, grad_probabilities, _backward_by_op if twice else _backward
+        )
         return (*gradients, None, grad_base, None, None, None)
 
 
@@ -267,7 +289,8 @@ def _differentiate_op(ctx: Any, grad_output: Tensor | None, grad_probabilities: 
 
 def _refuse(ctx: Any, *_: Any) -> None:
     raise RuntimeError(
-        "The gradient of a LoRAMoE mixture was differentiated once more (create_graph=True), which it does not support. Take "
+        "The gradient of a LoRAMoE mixture was differentiated once more (create_graph=True), which it does not "
+        "support. Take "
         "second derivatives through ops.reference.mixture, or leave the adapted layers out with disable_adapter()."
     )
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from .router import project, router_probabilities, select_gates, select_gates_backward, softmax_backward
 
 
-# Rank channels up to which `_grad_B` takes the other form: 1.4 times as fast at C = 24, 0.8 times at 256 (two cores, bfloat16).
+# Rank channels up to which `_grad_B` takes the other form: 1.4 times as fast at C = 24, 0.8 times at 256 (two cores,
+# bfloat16).
 NARROW_RANK = 64
 # Products with narrow matrices of a multiple of as many rows are up to twice as fast on a CPU (32 rows against 24).
 CPU_ROW_MULTIPLE = 16
@@ -27,8 +28,8 @@ class MixtureOptions(NamedTuple):
         experts: router outputs that have parameters, ascending; the others are null experts.
         scaling: factor on the experts' sum (lora_alpha / r).
         temperature: the router's logits are divided by it.
-        dropout: probability of dropping an entry of the experts' input; has no effect where no mask is given. All experts
-            see the same dropped input, the router the full one.
+        dropout: probability of dropping an entry of the experts' input; has no effect where no mask is given. All
+            experts see the same dropped input, the router the full one.
         top_k: router outputs that each token uses; None for all.
         router_dtype: dtype of the router's logits.
         balance_detach: the gradient of the returned probabilities reaches the router, but not x.
@@ -48,7 +49,10 @@ class MixtureOptions(NamedTuple):
 
 
 def drop_probability(dropout: float) -> float:
-    """The probability with which masks drop an entry: that asked for, in (0, 1), rounded to 16 binary digits, never 0 or 1."""
+    """The probability with which masks drop an entry.
+
+    That asked for, in (0, 1), rounded to 16 binary digits, never 0 or 1.
+    """
     return min(max(round(dropout * 2**16), 1), 2**16 - 1) / 2**16
 
 
@@ -84,8 +88,8 @@ def forward(
         options: what is fixed for the layer.
 
     Returns:
-        Output, shape (T, out_features), dtype of `base` or else of x; probabilities, shape (T, N), float32 or float64; hidden,
-        shape (T, C), dtype of x, or with few tokens perhaps a wider one.
+        Output, shape (T, out_features), dtype of `base` or else of x; probabilities, shape (T, N), float32 or float64;
+        hidden, shape (T, C), dtype of x, or with few tokens perhaps a wider one.
     """
     # Compiled, the limit would be one more graph, or an error where the number of tokens depends on data.
     if keep is None and not torch.compiler.is_compiling() and x.shape[0] <= SMALL_BATCH:
@@ -215,7 +219,9 @@ def _logits_dtype(x: Tensor, options: MixtureOptions) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else options.router_dtype
 
 
-def _project(x: Tensor, A: Tensor, router: Tensor, keep: Tensor | None, options: MixtureOptions) -> tuple[Tensor, Tensor]:
+def _project(
+    x: Tensor, A: Tensor, router: Tensor, keep: Tensor | None, options: MixtureOptions
+) -> tuple[Tensor, Tensor]:
     """The rank channels, in the dtype of x, and the logits: one product if both are of the same x and dtype."""
     dtype = _logits_dtype(x, options)
     together = keep is None and x.dtype == dtype

@@ -1,15 +1,19 @@
-"""The mixture's arithmetic in Triton, for CUDA devices: the same three functions as `mixture_torch`, with the same meaning.
+"""The mixture's arithmetic in Triton, for CUDA devices: the same three functions as `mixture_torch`, with the same
+meaning.
 
-Forward, two launches: `project` reads x once, `expand` writes the output. Backward, four: `gate_backward` reads the gradient of
-the output, `input_gradient` writes that of x, `input_weight_gradients` and `output_weight_gradient` read x and the gradient of
-the output once more; partial sums over tokens are added in a fixed order, so results do not change from run to run. A base
-weight is multiplied by cuBLAS on top of what `expand` and `input_gradient` wrote (beta = 1): an output is written once.
+Forward, two launches: `project` reads x once, `expand` writes the output. Backward, four: `gate_backward` reads the
+gradient of the output, `input_gradient` writes that of x, `input_weight_gradients` and `output_weight_gradient` read x
+and the gradient of the output once more; partial sums over tokens are added in a fixed order, so results do not change
+from run to run. A base weight is multiplied by cuBLAS on top of what `expand` and `input_gradient` wrote (beta = 1):
+an output is written once.
 
-Dropout's mask is an int32 tensor of shape (T, ceil(in_features / 32)): bit b of word w tells whether column 32 * w + b is kept.
+Dropout's mask is an int32 tensor of shape (T, ceil(in_features / 32)): bit b of word w tells whether column 32 * w + b
+is kept.
 
-Block sizes are rules, not searches. Every kernel is bound by the one large tensor that it reads or writes, so a block is a
-128-byte line wide wherever it is reduced over, as tall as leaves a program for each multiprocessor, and in flight as often as
-shared memory allows. There is nothing to search again for every number of tokens, and nothing that differs between processes.
+Block sizes are rules, not searches. Every kernel is bound by the one large tensor that it reads or writes, so a block
+is a 128-byte line wide wherever it is reduced over, as tall as leaves a program for each multiprocessor, and in flight
+as often as shared memory allows. There is nothing to search again for every number of tokens, and nothing that differs
+between processes.
 """
 
 from typing import Any
@@ -26,7 +30,8 @@ from .router import select_gates, select_gates_backward, softmax_backward
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_CHANNELS, MAX_ROUTER_OUTPUTS = 128, 64
-# Up to here, blocks of tokens are so few that the columns of x are split among programs too; `expand_partials` adds the sums.
+# Up to here, blocks of tokens are so few that the columns of x are split among programs too; `expand_partials` adds
+# the sums.
 FEW_TOKENS = 64
 # Programs that keep the large GPUs busy (132 multiprocessors in an H100 or H200).
 PROGRAMS = 128
@@ -35,7 +40,8 @@ SHARED_MEMORY = 100 * 1024
 
 
 def supports(x: Tensor, A: Tensor, B: Tensor, router: Tensor, options: MixtureOptions) -> bool:
-    """Whether the kernels can compute this mixture, forward and backward; depends on device, dtypes, shapes and options only.
+    """Whether the kernels can compute this mixture, forward and backward; depends on device, dtypes, shapes and
+    options only.
 
     Arguments as in `mixture_torch.forward`.
     """
@@ -115,17 +121,44 @@ def forward(
     _launch(
         kernels.project,
         (triton.cdiv(tokens, rows), 1 if partials is None else len(partials)),
-        *(x, keep, A, router, hidden, probabilities, partials, tokens, in_features, *x.stride(), span, options.temperature),
+        *(
+            x,
+            keep,
+            A,
+            router,
+            hidden,
+            probabilities,
+            partials,
+            tokens,
+            in_features,
+            *x.stride(),
+            span,
+            options.temperature,
+        ),
         **dict(C=C, N=N, BLOCK_T=rows, BLOCK_D=columns, **shape),
         num_warps=_warps(x, shape["BLOCK_C"]),
-        num_stages=_stages(columns * (rows * x.itemsize + shape["BLOCK_C"] * A.itemsize + shape["BLOCK_N"] * router.itemsize)),
+        num_stages=_stages(
+            columns * (rows * x.itemsize + shape["BLOCK_C"] * A.itemsize + shape["BLOCK_N"] * router.itemsize)
+        ),
     )
     base_stride = (0, 0) if base is None else base.stride()
     if partials is not None:
         _launch(
             kernels.expand_partials,
             (triton.cdiv(out_features, 64), triton.cdiv(tokens, rows)),
-            *(partials, hidden, probabilities, B, base, bias, output, tokens, out_features, *base_stride, len(partials)),
+            *(
+                partials,
+                hidden,
+                probabilities,
+                B,
+                base,
+                bias,
+                output,
+                tokens,
+                out_features,
+                *base_stride,
+                len(partials),
+            ),
             *(factor, options.temperature),
             **dict(C=C, N=N, BLOCK_T=rows, BLOCK_O=64, **channels, **shape),
             num_warps=_warps(x, shape["BLOCK_C"]),
@@ -172,7 +205,14 @@ def backward(
         grad_B = _output_weight_gradient(grad_output, hidden, gates, factor, B, options)
     if needs_x or needs_A or needs_router:
         channels, to_router, to_x = _gate_backward(
-            grad_output, grad_probabilities, B.contiguous(), hidden, gates, None if plain else probabilities, factor, options
+            grad_output,
+            grad_probabilities,
+            B.contiguous(),
+            hidden,
+            gates,
+            None if plain else probabilities,
+            factor,
+            options,
         )
         if needs_A or needs_router:
             grad_A, grad_router = _input_weight_gradients(
@@ -211,8 +251,24 @@ def _gate_backward(
     _launch(
         kernels.gate_backward,
         (triton.cdiv(tokens, rows),),
-        *(grad_output, B, hidden, gates, grad_probabilities.contiguous() if plain and grad_probabilities is not None else None),
-        *(grad_hidden, grad_gates, to_router, to_x, tokens, out_features, *grad_output.stride(), factor, options.temperature),
+        *(
+            grad_output,
+            B,
+            hidden,
+            gates,
+            grad_probabilities.contiguous() if plain and grad_probabilities is not None else None,
+        ),
+        *(
+            grad_hidden,
+            grad_gates,
+            to_router,
+            to_x,
+            tokens,
+            out_features,
+            *grad_output.stride(),
+            factor,
+            options.temperature,
+        ),
         **dict(C=C, N=N, BLOCK_T=rows, BLOCK_O=columns, **_channels(C, options), **shape),
         num_warps=_warps(hidden, shape["BLOCK_C"]),
         num_stages=_stages(columns * (rows * grad_output.itemsize + shape["BLOCK_C"] * B.itemsize)),

@@ -1,4 +1,7 @@
-"""The mixture as its formula reads, expert by expert, in the dtype of its inputs: the specification of `ops.mixture`."""
+"""The mixture as its formula reads, expert by expert, in the dtype of its inputs.
+
+The specification of `ops.mixture`.
+"""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,7 @@
-"""From hidden states to gates and back: logits, probabilities, top-k selection, and their gradients. Knows tensors only."""
+"""From hidden states to gates and back: logits, probabilities, top-k selection, and their gradients.
+
+Knows tensors only.
+"""
 
 from collections.abc import Sequence
 
@@ -6,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-# Entries of x that are held in the logits' dtype at a time, except where torch.compile fuses the cast. On a CPU they stay
-# in the cache: four times as fast at T = 8192, d = 4096 (bfloat16, N = 6) as one copy of everything.
+# Entries of x that are held in the logits' dtype at a time, except where torch.compile fuses the cast. On a CPU they
+# stay in the cache: four times as fast at T = 8192, d = 4096 (bfloat16, N = 6) as one copy of everything.
 ENTRIES_AT_A_TIME = {"cpu": 2**19}
 ENTRIES_AT_A_TIME_ELSEWHERE = 2**25
 
@@ -15,7 +18,8 @@ ENTRIES_AT_A_TIME_ELSEWHERE = 2**25
 def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``x W^T``, for the router's logits ``W_g x``: accurate to the rounding of `dtype` whatever the dtype of `x`.
 
-    Where float32 products may be TF32 (`torch.backends.cuda.matmul.allow_tf32`), those of float32 and float16 on CUDA are.
+    Where float32 products may be TF32 (`torch.backends.cuda.matmul.allow_tf32`), those of float32 and float16 on CUDA
+    are.
 
     Args:
         x: hidden states, shape (T, in_features), floating point.
@@ -34,7 +38,9 @@ def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return products if len(parts) == 1 else products.view(x.shape[0], len(parts), -1).sum(1)
     weight = weight.to(dtype).t()
     entries = ENTRIES_AT_A_TIME.get(x.device.type, ENTRIES_AT_A_TIME_ELSEWHERE)
-    if torch.compiler.is_compiling() or x.numel() <= entries:  # compiled, a number of pieces would fix the number of tokens
+    if (
+        torch.compiler.is_compiling() or x.numel() <= entries
+    ):  # compiled, a number of pieces would fix the number of tokens
         return x.to(dtype) @ weight
     return torch.cat([chunk.to(dtype) @ weight for chunk in x.split(max(1, entries // x.shape[1]))])
 
@@ -81,7 +87,9 @@ def select_gates(probabilities: Tensor, experts: Sequence[int], top_k: int | Non
     return torch.cat([probabilities[..., columns] for columns in _contiguous_slices(experts)], dim=-1)
 
 
-def select_gates_backward(grad_gates: Tensor, probabilities: Tensor, experts: Sequence[int], top_k: int | None) -> Tensor:
+def select_gates_backward(
+    grad_gates: Tensor, probabilities: Tensor, experts: Sequence[int], top_k: int | None
+) -> Tensor:
     """Gradient of `select_gates` with respect to the probabilities, shape (..., N); the selection itself has none."""
     grad = grad_gates
     if len(experts) < probabilities.shape[-1]:

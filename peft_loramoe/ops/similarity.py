@@ -5,7 +5,8 @@ from torch import Tensor
 
 
 def inner_products(A: Tensor, B: Tensor, r: int) -> Tensor:
-    """``<B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T))``, the matrices taken as vectors, for all pairs of experts.
+    """``<B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T))``, the matrices taken as vectors, for all pairs of
+    experts.
 
     Args:
         A: shape (E*r, in_features), expert i owns rows i*r to (i+1)*r, floating point.
@@ -28,8 +29,8 @@ def cosines(inner: Tensor) -> Tensor:
 def subspace_overlaps(matrices: Tensor) -> Tensor:
     """Mean squared cosine of the principal angles between the column spaces of each pair of matrices.
 
-    ``|Q_i^T Q_j|_F^2 / min(rank_i, rank_j)`` with orthonormal bases Q, the subspace similarity of Hu et al. 2022 (LoRA, section
-    7.2): 1 where one space contains the other, 0 where they are orthogonal.
+    ``|Q_i^T Q_j|_F^2 / min(rank_i, rank_j)`` with orthonormal bases Q, the subspace similarity of Hu et al. 2022
+    (LoRA, section 7.2): 1 where one space contains the other, 0 where they are orthogonal.
 
     Args:
         matrices: shape (E, m, r), floating point.

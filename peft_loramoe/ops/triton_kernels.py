@@ -1,12 +1,12 @@
 """Triton kernels of the mixture; `mixture_triton` launches them and says what they are for.
 
-Tokens are rows, T of them; C rank channels, N router outputs, experts of R channels each. Column FIRST of the gates belongs to
-the first expert; columns that belong to none are of null experts. C, N, R and FIRST are compile-time constants: a layer has one
-set of them, and rows of C entries can only be read in wide loads if C is known. Row offsets are 64-bit, since T * in_features
-can exceed 2**31. An argument of None compiles a kernel without that part.
+Tokens are rows, T of them; C rank channels, N router outputs, experts of R channels each. Column FIRST of the gates
+belongs to the first expert; columns that belong to none are of null experts. C, N, R and FIRST are compile-time
+constants: a layer has one set of them, and rows of C entries can only be read in wide loads if C is known. Row offsets
+are 64-bit, since T * in_features can exceed 2**31. An argument of None compiles a kernel without that part.
 
-All products accumulate in float32. Products of float32 operands use three TF32 products ("tf32x3"), which is float32 up to a
-relative 2**-22; of bfloat16 and float16 operands they are exact.
+All products accumulate in float32. Products of float32 operands use three TF32 products ("tf32x3"), which is float32
+up to a relative 2**-22; of bfloat16 and float16 operands they are exact.
 """
 
 import triton
@@ -14,7 +14,9 @@ import triton.language as tl
 
 
 if tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 5):
-    raise ImportError(f"The kernels need Triton 3.5 or newer, and this is {triton.__version__}. Upgrade triton (and torch).")
+    raise ImportError(
+        f"The kernels need Triton 3.5 or newer, and this is {triton.__version__}. Upgrade triton (and torch)."
+    )
 
 # The interpreter of Triton 3.9 computes wrong products of bfloat16 tensors, which it holds as integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -123,8 +125,8 @@ def _store_expanded(
 def dropout_bits(seed, keep, words, threshold, BLOCK: tl.constexpr):
     """Words of 32 independent bits that are one with probability ``threshold / 2**16``.
 
-    By the digits of that probability, last one first: "or" with a random bit turns a probability p into (1 + p) / 2, "and" into
-    p / 2.
+    By the digits of that probability, last one first: "or" with a random bit turns a probability p into (1 + p) / 2,
+    "and" into p / 2.
     """
     word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     low, high = word.to(tl.uint32), (word >> 32).to(tl.uint32)
@@ -147,7 +149,8 @@ def project(
 ):  # fmt: skip
     """``hidden = drop(x) @ A^T`` and ``probabilities = softmax(x @ router^T / temperature)`` in one pass over x.
 
-    With `partials`, shape (splits, T, C + N), program (i, j) sums over columns j*span to (j+1)*span and leaves the sums there.
+    With `partials`, shape (splits, T, C + N), program (i, j) sums over columns j*span to (j+1)*span and leaves the
+    sums there.
     """
     split = tl.program_id(1)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -158,8 +161,12 @@ def project(
     for start in range(split * span, tl.minimum((split + 1) * span, in_features), BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)
         inside = k < in_features
-        tile = tl.load(rows + k.to(tl.int64)[None, :] * x_column, mask=(t < tokens)[:, None] & inside[None, :], other=0.0)
-        weight = tl.load(router + n[None, :] * in_features + k[:, None], mask=inside[:, None] & (n < N)[None, :], other=0.0)
+        tile = tl.load(
+            rows + k.to(tl.int64)[None, :] * x_column, mask=(t < tokens)[:, None] & inside[None, :], other=0.0
+        )
+        weight = tl.load(
+            router + n[None, :] * in_features + k[:, None], mask=inside[:, None] & (n < N)[None, :], other=0.0
+        )
         logits = _dot_float32(tile, weight, logits)
         weight = tl.load(A + c[None, :] * in_features + k[:, None], mask=inside[:, None] & (c < C)[None, :], other=0.0)
         if keep is not None:
@@ -188,7 +195,9 @@ def expand(
     channels = _load_rows(hidden, t, c, tokens, C)
     gated = channels.to(tl.float32) * (_load_gates(gates, t, c, tokens, C, N, R, FIRST) * factor)
     gated = gated.to(channels.dtype)
-    _store_expanded(gated, B, base, bias, output, t, o, c, tokens, out_features, base_row, base_column, C, BLOCK_T, BLOCK_O)
+    _store_expanded(
+        gated, B, base, bias, output, t, o, c, tokens, out_features, base_row, base_column, C, BLOCK_T, BLOCK_O
+    )
 
 
 @triton.jit(do_not_specialize=["tokens", "splits"])
@@ -198,7 +207,7 @@ def expand_partials(
     C: tl.constexpr, N: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`expand` for few tokens: first sums what `project` left in `partials`, then stores `hidden` and `probabilities` too."""
+    """`expand` for few tokens: sums the `partials` of `project` first, and stores `hidden` and `probabilities`."""
     t, o = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     c, n = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_N)
     channels = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
@@ -214,9 +223,14 @@ def expand_partials(
     if tl.program_id(0) == 0:
         _store_rows(hidden, rounded, t, c, tokens, C)
         _store_rows(probabilities, softmax, t, n, tokens, N)
-    gates = _dot_selection(softmax, n[:, None] == (FIRST + c // R)[None, :], tl.zeros((BLOCK_T, BLOCK_C), tl.float32)) * factor
+    gates = (
+        _dot_selection(softmax, n[:, None] == (FIRST + c // R)[None, :], tl.zeros((BLOCK_T, BLOCK_C), tl.float32))
+        * factor
+    )
     gated = (rounded.to(tl.float32) * gates).to(rounded.dtype)
-    _store_expanded(gated, B, base, bias, output, t, o, c, tokens, out_features, base_row, base_column, C, BLOCK_T, BLOCK_O)
+    _store_expanded(
+        gated, B, base, bias, output, t, o, c, tokens, out_features, base_row, base_column, C, BLOCK_T, BLOCK_O
+    )
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -228,8 +242,8 @@ def gate_backward(
 ):  # fmt: skip
     """Gradients of the rank channels and of the gates, in one pass over the gradient of the output.
 
-    Without `grad_gates` the gates are the probabilities, and the gradients of the logits are stored: the one from all uses of
-    the probabilities in `to_router`, and the one from the experts alone in `to_x`, where given.
+    Without `grad_gates` the gates are the probabilities, and the gradients of the logits are stored: the one from all
+    uses of the probabilities in `to_router`, and the one from the experts alone in `to_x`, where given.
     """
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     c, n = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_N)
@@ -239,13 +253,18 @@ def gate_backward(
     for start in range(0, out_features, BLOCK_O):
         o = start + tl.arange(0, BLOCK_O)
         inside = o < out_features
-        tile = tl.load(rows + o.to(tl.int64)[None, :] * grad_column, mask=(t < tokens)[:, None] & inside[None, :], other=0.0)
+        tile = tl.load(
+            rows + o.to(tl.int64)[None, :] * grad_column, mask=(t < tokens)[:, None] & inside[None, :], other=0.0
+        )
         weight = tl.load(B + o[:, None] * C + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
         grad_gated = _dot(tile.to(dtype), weight.to(dtype), grad_gated)
     gate = _load_gates(gates, t, c, tokens, C, N, R, FIRST) * factor
     _store_rows(grad_hidden, grad_gated * gate, t, c, tokens, C)
     products = grad_gated * _load_rows(hidden, t, c, tokens, C).to(tl.float32)
-    grad = _dot_selection(products, (FIRST + c // R)[:, None] == n[None, :], tl.zeros((BLOCK_T, BLOCK_N), tl.float32)) * factor
+    grad = (
+        _dot_selection(products, (FIRST + c // R)[:, None] == n[None, :], tl.zeros((BLOCK_T, BLOCK_N), tl.float32))
+        * factor
+    )
     if grad_gates is not None:
         _store_rows(grad_gates, grad, t, n, tokens, N)
     else:
@@ -288,7 +307,8 @@ def input_weight_gradients(
 ):  # fmt: skip
     """``grad_hidden^T @ drop(x)`` and ``to_router^T @ x``; program (i, j) sums over tokens j*span to (j+1)*span.
 
-    Either of `A_partials`, shape (splits, C, in_features), and `router_partials`, shape (splits, N, in_features), may be None.
+    Either of `A_partials`, shape (splits, C, in_features), and `router_partials`, shape (splits, N, in_features), may
+    be None.
     """
     start, split = tl.program_id(0) * BLOCK_D, tl.program_id(1)
     k, c, n = start + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_N)
@@ -306,7 +326,9 @@ def input_weight_gradients(
                 tile = _drop(tile, keep, t, start, tokens, tl.cdiv(in_features, 32), BLOCK_T, BLOCK_D)
             grad_A = _dot(tl.trans(_load_rows(grad_hidden, t, c, tokens, C)), tile, grad_A)
     if A_partials is not None:
-        tl.store(A_partials + (split * C + c)[:, None] * in_features + k[None, :], grad_A, mask=(c < C)[:, None] & inside)
+        tl.store(
+            A_partials + (split * C + c)[:, None] * in_features + k[None, :], grad_A, mask=(c < C)[:, None] & inside
+        )
     if router_partials is not None:
         row = (split * N + n)[:, None]
         tl.store(router_partials + row * in_features + k[None, :], grad_router, mask=(n < N)[:, None] & inside)
@@ -318,7 +340,10 @@ def output_weight_gradient(
     C: tl.constexpr, N: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``grad_output^T @ (hidden * gates * factor)`` into `partials`, shape (splits, out_features, C), split by tokens."""
+    """``grad_output^T @ (hidden * gates * factor)`` into `partials`, shape.
+
+    (splits, out_features, C), split by tokens.
+    """
     split = tl.program_id(1)
     o, c = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_C)
     inside = (o < out_features)[None, :]
@@ -326,8 +351,12 @@ def output_weight_gradient(
     for first in range(split * span, tl.minimum((split + 1) * span, tokens), BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         row, column = t.to(tl.int64)[:, None], o.to(tl.int64)[None, :]
-        tile = tl.load(grad_output + row * grad_row + column * grad_column, mask=(t < tokens)[:, None] & inside, other=0.0)
+        tile = tl.load(
+            grad_output + row * grad_row + column * grad_column, mask=(t < tokens)[:, None] & inside, other=0.0
+        )
         channels = _load_rows(hidden, t, c, tokens, C)
-        gated = (channels.to(tl.float32) * (_load_gates(gates, t, c, tokens, C, N, R, FIRST) * factor)).to(channels.dtype)
+        gated = (channels.to(tl.float32) * (_load_gates(gates, t, c, tokens, C, N, R, FIRST) * factor)).to(
+            channels.dtype
+        )
         total = _dot(tl.trans(gated), tile.to(channels.dtype), total)
     tl.store(partials + (split * out_features + o)[None, :] * C + c[:, None], total, mask=(c < C)[:, None] & inside)

@@ -1,4 +1,7 @@
-"""What training needs beyond the model: task types through the data path, trainer glue, logging, optimizer groups, resuming."""
+"""What training needs beyond the model.
+
+Task types through the data path, trainer glue, logging, optimizer groups, resuming.
+"""
 
 from .anchors import anchors_from_texts, read_anchors, sample_anchors, write_anchors
 from .callback import RouterCallback

@@ -19,7 +19,8 @@ from ..config import LoRAMoEConfig
 from .anchors import check_anchor, check_counts, comparable, read_anchors
 
 
-# How special tokens look: <|im_start|>, the same with DeepSeek's wide bars, <start_of_turn>, <bos>; <s> and </s> at the ends.
+# How special tokens look: <|im_start|>, the same with DeepSeek's wide bars, <start_of_turn>, <bos>; <s> and </s> at
+# the ends.
 SPECIAL = re.compile(
     "<\\|[^|<>\\s]+\\|>|<\uff5c[^\uff5c<>\\s]+\uff5c>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|^<s>|</s>$"
 )
@@ -29,16 +30,17 @@ class AnchorBatches:
     """Anchors, tokenized once.
 
     Args:
-        anchors: texts or records with a `text`: a JSONL file of them, a data set with a column `text`, or any iterable.
-        tokenizer: the model's tokenizer. A text that begins with one of its special tokens, as those of chat templates do, is
-            given no further ones.
+        anchors: texts or records with a `text`: a JSONL file of them, a data set with a column `text`, or any
+            iterable.
+        tokenizer: the model's tokenizer. A text that begins with one of its special tokens, as those of chat templates
+            do, is given no further ones.
         max_length: the most tokens that an anchor may have; None for any number.
         seed: of the order.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: there is no anchor, all are the same, or one is empty, too short, too long, or has another tokenizer's
-            special tokens.
+        ValueError: there is no anchor, all are the same, or one is empty, too short, too long, or has another
+            tokenizer's special tokens.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class AnchorBatches:
         given = read_anchors(anchors) if isinstance(anchors, (str, Path)) else anchors
         texts = [check_anchor(anchor, f"anchors[{i}]")["text"] for i, anchor in enumerate(given)]
         if not texts:
-            raise ValueError("anchors is empty; sample some with sample_anchors or `peft-loramoe anchors`, or pass None.")
+            raise ValueError(
+                "anchors is empty; sample some with sample_anchors or `peft-loramoe anchors`, or pass None."
+            )
         distinct = list({comparable(text): text for text in reversed(texts)}.values())[::-1]
         if len(distinct) == 1 < len(texts):
             raise ValueError(f"All {len(texts)} anchors are the same text, {texts[0][:60]!r}; sample distinct ones.")
@@ -63,10 +67,13 @@ class AnchorBatches:
         rows = [tokenizer(text, add_special_tokens=not text.startswith(special))["input_ids"] for text in distinct]
         for text, row in zip(distinct, rows):
             if len(row) < 2:
-                raise ValueError(f"The anchor {text!r} has {len(row)} token; an anchor needs two or more to be learned from.")
+                raise ValueError(
+                    f"The anchor {text!r} has {len(row)} token; an anchor needs two or more to be learned from."
+                )
             if max_length is not None and len(row) > max_length:
                 raise ValueError(
-                    f"The anchor {text[:60]!r}... has {len(row)} tokens, more than max_length={max_length}: shorten it "
+                    f"The anchor {text[:60]!r}... has {len(row)} tokens, more than max_length={max_length}: shorten "
+                    "it "
                     "(anchors_from_texts cuts texts), or raise max_length."
                 )
         self._rows = [torch.tensor(row) for row in rows]
@@ -78,8 +85,8 @@ class AnchorBatches:
     def draw(self, number: int, step: int, slot: int = 0) -> dict[str, Tensor]:
         """Some anchors as arguments of the model.
 
-        Each step has a random order of its own, in which its slots, the micro-batches on all processes, take turns: they get
-        distinct anchors as long as there are enough.
+        Each step has a random order of its own, in which its slots, the micro-batches on all processes, take turns:
+        they get distinct anchors as long as there are enough.
 
         Args:
             number: how many.
@@ -101,8 +108,8 @@ class AnchorBatches:
 class AnchorPass:
     """Draws anchors for the micro-batches of a trainer and runs the model on them.
 
-    Which anchors a micro-batch gets depends on the seed, the optimizer step, its place in the step and the process alone, so
-    that a resumed run goes on as it would have.
+    Which anchors a micro-batch gets depends on the seed, the optimizer step, its place in the step and the process
+    alone, so that a resumed run goes on as it would have.
 
     Args:
         trainer: the trainer, initialised.
@@ -132,7 +139,9 @@ class AnchorPass:
         self._losses: list[Tensor] = []
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         if not callable(tokenizer):
-            raise ValueError("anchors are texts: pass the model's tokenizer to the trainer, processing_class=tokenizer.")
+            raise ValueError(
+                "anchors are texts: pass the model's tokenizer to the trainer, processing_class=tokenizer."
+            )
         model_config = getattr(trainer.model, "config", None)
         if getattr(model_config, "is_encoder_decoder", False):
             raise ValueError(
@@ -145,7 +154,8 @@ class AnchorPass:
             )
         if loss_weight == 0 and (config is None or config.balance_loss_weight == 0):
             warnings.warn(
-                "The anchors have no effect: anchor_loss_weight=0, and there is no balance term (balance_loss_weight=0, "
+                "The anchors have no effect: anchor_loss_weight=0, and there is no balance term "
+                "(balance_loss_weight=0, "
                 "or a model without LoRAMoE layers)."
             )
         max_length = getattr(trainer.args, "max_length", None)
@@ -245,6 +255,7 @@ def _check_special_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) 
     for text in texts:
         if foreign := sorted({token for token in SPECIAL.findall(text) if token not in vocabulary}):
             raise ValueError(
-                f"The anchor {text[:60]!r} contains {', '.join(foreign)}, which the tokenizer does not know: the anchors "
+                f"The anchor {text[:60]!r} contains {', '.join(foreign)}, which the tokenizer does not know: the "
+                "anchors "
                 "are of another model. Sample them from this one with sample_anchors or `peft-loramoe anchors`."
             )

@@ -51,24 +51,25 @@ def sample_anchors(
 
     Prose starts from the token that documents begin with in pretraining, where the tokenizer has one (BOS, or
     "<|endoftext|>"), and a prefix; every other text from BOS alone, if the tokenizer adds one. For chat, the model
-    writes the user's turn after the template's opening of that turn (as in Magpie, Xu et al. 2024, arXiv 2406.08464) up
-    to the end of a sentence, then the answer to it. Texts are distinct, whatever their case and spacing. The same seed,
-    batch size and device give the same texts, also where sampling was interrupted between batches.
+    writes the user's turn after the template's opening of that turn (as in Magpie, Xu et al. 2024, arXiv 2406.08464)
+    up to the end of a sentence, then the answer to it. Texts are distinct, whatever their case and spacing. The same
+    seed, batch size and device give the same texts, also where sampling was interrupted between batches.
 
     Args:
         model: a causal language model, quantised or not, with or without an adapter.
         tokenizer: its tokenizer.
         number: how many anchors.
-        max_tokens: tokens to sample for each; half of them for the user's turn and half for the answer in a chat. What the
-            template adds comes on top.
-        chat: share of chats, from 0 to 1; None for half of them if the tokenizer has a chat template, and none otherwise.
+        max_tokens: tokens to sample for each; half of them for the user's turn and half for the answer in a chat. What
+            the template adds comes on top.
+        chat: share of chats, from 0 to 1; None for half of them if the tokenizer has a chat template, and none
+            otherwise.
         seed: of the sampling. The state of torch's random number generators is left as it was.
         batch_size: texts generated at a time.
         temperature: of the sampling.
         top_p: tokens that make up this share of the probability are sampled from.
         prefixes: openings of prose, in the language of your texts.
-        path: JSONL file that the anchors of each batch are appended to. Those that it holds already count: a run that was
-            interrupted goes on.
+        path: JSONL file that the anchors of each batch are appended to. Those that it holds already count: a run that
+            was interrupted goes on.
         progress: show a progress bar, on a terminal.
 
     Returns:
@@ -76,8 +77,8 @@ def sample_anchors(
 
     Raises:
         TypeError: an option is not of its type.
-        ValueError: an option is out of its range, `chat` is positive for a tokenizer without a chat template, `path` holds
-            more anchors of a kind than asked for, or the model writes too few distinct texts.
+        ValueError: an option is out of its range, `chat` is positive for a tokenizer without a chat template, `path`
+            holds more anchors of a kind than asked for, or the model writes too few distinct texts.
 
     Example:
         >>> anchors = sample_anchors(model, tokenizer, 400, path="anchors.jsonl")  # doctest: +SKIP
@@ -152,7 +153,8 @@ def anchors_from_texts(
             distinct.setdefault(comparable(cut), cut)
     if len(distinct) < number:
         raise ValueError(
-            f"The texts give {len(distinct)} distinct anchors of up to {max_tokens} tokens, fewer than number={number}: ask "
+            f"The texts give {len(distinct)} distinct anchors of up to {max_tokens} tokens, fewer than "
+            f"number={number}: ask "
             "for fewer, or give more texts."
         )
     return [{"text": text, "kind": "prose"} for text in random.Random(seed).sample(list(distinct.values()), number)]
@@ -199,7 +201,10 @@ def write_anchors(path: str | Path, anchors: Iterable[str | Mapping[str, Any]], 
         FileExistsError: the file exists, and `append` is False.
         ValueError: an anchor is no text and no such record.
     """
-    lines = [json.dumps(check_anchor(anchor, f"anchors[{i}]"), ensure_ascii=False) + "\n" for i, anchor in enumerate(anchors)]
+    lines = [
+        json.dumps(check_anchor(anchor, f"anchors[{i}]"), ensure_ascii=False) + "\n"
+        for i, anchor in enumerate(anchors)
+    ]
     if not append and Path(path).exists():
         raise FileExistsError(f"The file {path} exists already. Pass append=True, or choose another one.")
     with open(path, "a", encoding="utf-8") as file:
@@ -218,7 +223,9 @@ def check_anchor(anchor: Any, place: str) -> dict[str, str]:
     """
     record = {"text": anchor} if isinstance(anchor, str) else anchor
     if not isinstance(record, Mapping) or not isinstance(record.get("text"), str) or not record["text"].strip():
-        raise ValueError(f'{place}: must be a record like {{"text": "...", "kind": "prose"}}; text is missing or empty.')
+        raise ValueError(
+            f'{place}: must be a record like {{"text": "...", "kind": "prose"}}; text is missing or empty.'
+        )
     if (kind := record.get("kind") or KINDS[0]) not in KINDS:
         raise ValueError(f"{place}: kind={kind!r} must be one of {', '.join(KINDS)}.")
     return {"text": record["text"], "kind": kind}
@@ -279,7 +286,11 @@ class _Sampler:
         prompts = [self._render([{"role": "user", "content": turn}], add_generation_prompt=True) for turn in turns]
         answers = self._generate([self._encode(prompt) for prompt in prompts], self.max_tokens - self.max_tokens // 2)
         special = set(self.tokenizer.all_special_ids)
-        whole = [(prompt, self.tokenizer.decode(ids)) for prompt, ids in zip(prompts, answers) if not special & set(ids[:-1])]
+        whole = [
+            (prompt, self.tokenizer.decode(ids))
+            for prompt, ids in zip(prompts, answers)
+            if not special & set(ids[:-1])
+        ]
         return [prompt + answer for prompt, answer in whole if answer.strip()]
 
     def _opening(self) -> str:
@@ -310,7 +321,9 @@ class _Sampler:
         width = max(map(len, prompts))
         pad = self.generation.pad_token_id
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
+        mask = torch.tensor(
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device
+        )
         self.generation.max_new_tokens = max_new_tokens
         output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self.generation)
         return [_until_end(row, self.generation.eos_token_id) for row in output[:, width:].tolist()]
@@ -327,13 +340,19 @@ def _distinct(
         torch.manual_seed(random.Random(f"{seed} {kind} {found} {in_vain}").getrandbits(63))
         new = []
         for text in sample(min(batch_size, max(SMALLEST, math.ceil(SPARE * (count - found))))):
-            if len(comparable(text)) > 1 and "\ufffd" not in text and comparable(text) not in seen and found + len(new) < count:
+            if (
+                len(comparable(text)) > 1
+                and "\ufffd" not in text
+                and comparable(text) not in seen
+                and found + len(new) < count
+            ):
                 seen.add(comparable(text))
                 new.append({"text": text, "kind": kind})
         in_vain = 0 if new else in_vain + 1
         if in_vain == FEW:
             raise ValueError(
-                f"The model wrote {found} distinct anchors of kind {kind}, and nothing new in {FEW} batches; {count} were "
+                f"The model wrote {found} distinct anchors of kind {kind}, and nothing new in {FEW} batches; {count} "
+                "were "
                 "asked for. Raise temperature, top_p or max_tokens, give more prefixes, or ask for fewer anchors."
             )
         found += len(new)

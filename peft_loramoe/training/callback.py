@@ -25,34 +25,35 @@ UNNUMBERED = "other_layers"
 class RouterCallback(TrainerCallback):
     """Logs the routers' state at every step at which the trainer logs.
 
-    The metrics are of the last forward pass of the step (with gradient accumulation, the last micro-batch), over the samples of
-    all processes. Each is a mean over the adapted linears of a block of layers, and, but for the balance term, over the real
-    tokens of one task type in the batch; types that do not occur are left out:
+    The metrics are of the last forward pass of the step (with gradient accumulation, the last micro-batch), over the
+    samples of all processes. Each is a mean over the adapted linears of a block of layers, and, but for the balance
+    term, over the real tokens of one task type in the batch; types that do not occur are left out:
 
         router/{block}/{type}/entropy           of the router's probabilities, in nats; ln N where routing is uniform
         router/{block}/{type}/weight_{group}    router probability of an expert group; they sum to 1 over the groups
         router/{block}/{type}/load_min          mean router probability of the linear's least used expert
         router/{block}/{type}/load_max          and of its most used one
         router/{block}/balance_term             unweighted balance term of one linear, mean over the processes
-        router/balance_loss                     weighted sum of all terms: what a loss of this batch alone contains; mean
-                                                over the processes
-        router/null/{type}                      router probability of the null groups, mean over all adapted linears; only
-                                                with `null_groups`
+        router/balance_loss                     weighted sum of all terms: what a loss of this batch alone contains;
+                                                mean over the processes
+        router/null/{type}                      router probability of the null groups, mean over all adapted linears;
+                                                only with `null_groups`
 
     A block is named by its first and last layer ("layers_0-7"), after its stack where there are several
     ("encoder.block_0-3"); linears whose names contain no number are "other_layers". Types and groups have the names of
-    `task_type_names`, or are type_0, group_0, ...; samples without a type are "unknown". If more than one adapter is active,
-    its name comes after "router/".
+    `task_type_names`, or are type_0, group_0, ...; samples without a type are "unknown". If more than one adapter is
+    active, its name comes after "router/".
 
-    Reporters run before other callbacks, so this one cannot add to the logs by itself: the trainer's `log` has to, which is
-    what `LoRAMoETrainerMixin` is for. Between log steps nothing is computed.
+    Reporters run before other callbacks, so this one cannot add to the logs by itself: the trainer's `log` has to,
+    which is what `LoRAMoETrainerMixin` is for. Between log steps nothing is computed.
 
-    With null groups it also watches whether the routers learn to tell the task types apart. After the warm-up, and not before
-    a quarter of the steps, it warns once if the null groups' weight on the null groups' own types is hardly larger than on
-    the others, or if one of the two kinds does not occur.
+    With null groups it also watches whether the routers learn to tell the task types apart. After the warm-up, and not
+    before a quarter of the steps, it warns once if the null groups' weight on the null groups' own types is hardly
+    larger than on the others, or if one of the two kinds does not occur.
 
     Args:
-        layer_groups: number of blocks that the adapted layers of each stack are divided into; 0 for the last two metrics only.
+        layer_groups: number of blocks that the adapted layers of each stack are divided into; 0 for the last two
+            metrics only.
 
     Raises:
         ValueError: `layer_groups` is negative or no integer.
@@ -77,7 +78,8 @@ class RouterCallback(TrainerCallback):
         """Refuse models that have no routers."""
         if not any(isinstance(module, LoRAMoELinear) for module in model.modules()):
             raise ValueError(
-                f"{type(model).__name__} has no LoRAMoE layers: attach them with get_peft_model, or leave RouterCallback out."
+                f"{type(model).__name__} has no LoRAMoE layers: attach them with get_peft_model, or leave "
+                "RouterCallback out."
             )
         self._metrics, self._step_done, self._separation = {}, None, _Separation()
 
@@ -85,8 +87,8 @@ class RouterCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Compute the metrics if the trainer is about to log."""
-        # A step that was logged, or followed by an evaluation, is not logged at the end of the epoch again: the forward pass
-        # that could be read then is another one.
+        # A step that was logged, or followed by an evaluation, is not logged at the end of the epoch again: the
+        # forward pass that could be read then is another one.
         if control.should_log and self._step_done != state.global_step:
             self._step_done = state.global_step
             with torch.no_grad():
@@ -100,7 +102,9 @@ class RouterCallback(TrainerCallback):
 
     on_epoch_end = on_step_end  # logging_strategy="epoch" decides there
 
-    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Note that the last forward pass is no longer the training step's, and keep evaluation logs clean."""
         self._metrics, self._step_done = {}, state.global_step
 
@@ -112,7 +116,8 @@ class RouterCallback(TrainerCallback):
         """
         if self.take():
             raise ValueError(
-                "The trainer logged without taking RouterCallback's metrics, which would be lost. Put the mixin before the "
+                "The trainer logged without taking RouterCallback's metrics, which would be lost. Put the mixin "
+                "before the "
                 "trainer, `class MyTrainer(LoRAMoETrainerMixin, SFTTrainer)`, or leave the callback out."
             )
 
@@ -137,11 +142,15 @@ class _Separation:
         if not warm:
             return None
         own = [weight for task_type, weight in weights.items() if task_type in config.null_groups]
-        others = [weight for task_type, weight in weights.items() if task_type >= 0 and task_type not in config.null_groups]
+        others = [
+            weight for task_type, weight in weights.items() if task_type >= 0 and task_type not in config.null_groups
+        ]
         self._last.append((_mean(own), _mean(others)))
         if len(self._last) < self.MEASUREMENTS:
             return None
-        known, tasks = (_mean([w for w in column if w is not None]) for column in zip(*self._last[-self.MEASUREMENTS :]))
+        known, tasks = (
+            _mean([w for w in column if w is not None]) for column in zip(*self._last[-self.MEASUREMENTS :])
+        )
         if known is None:
             self._judged = True
             types = " or ".join(map(str, config.null_groups))
@@ -153,8 +162,10 @@ class _Separation:
             return None
         self._judged = True
         return (
-            f"the routers hardly tell the task types apart: the null group's weight is {known:.2f} on what the model knows and "
-            f"{tasks:.2f} on the tasks. Raise router_lr_multiplier (now {config.router_lr_multiplier:g}), the learning rate or "
+            f"the routers hardly tell the task types apart: the null group's weight is {known:.2f} on what the model "
+            "knows and "
+            f"{tasks:.2f} on the tasks. Raise router_lr_multiplier (now {config.router_lr_multiplier:g}), the "
+            "learning rate or "
             f"balance_loss_weight (now {config.balance_loss_weight:g}), train for longer, or check the task types."
         )
 
@@ -244,7 +255,9 @@ def _metrics(table: _Table, model: nn.Module, layer_groups: int) -> dict[str, fl
     config, nulls = configs[active[0]], {}
     if len(active) == 1:
         unknown, names = _type_names(config.task_type_names, len(config.groups_of()))
-        nulls = {f"router/null/{[unknown, *names][i + 1]}": weight for i, weight in _null_weights(table, config).items()}
+        nulls = {
+            f"router/null/{[unknown, *names][i + 1]}": weight for i, weight in _null_weights(table, config).items()
+        }
     metrics = {name: sum(of_layers) / len(of_layers) for name, of_layers in values.items()}
     return {**metrics, **nulls, "router/balance_loss": _ratio(table.terms[-1])}
 
@@ -280,8 +293,8 @@ def _ratio(sum_and_count: Tensor) -> float:
 def layer_blocks(layers: list[str], layer_groups: int) -> dict[str, list[str]]:
     """Divide layers into contiguous blocks by depth.
 
-    A layer's depth is the first component of its name that is a number, its stack what stands before it. Each stack is divided
-    into blocks of nearly equal numbers of depths, at most as many as it has depths.
+    A layer's depth is the first component of its name that is a number, its stack what stands before it. Each stack is
+    divided into blocks of nearly equal numbers of depths, at most as many as it has depths.
 
     Args:
         layers: names, in any order.

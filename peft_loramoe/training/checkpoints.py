@@ -25,31 +25,32 @@ ZIP_START = b"PK\x03\x04"
 def last_complete_checkpoint(output_dir: str | Path, num_processes: int | None = None) -> str | None:
     """The newest `checkpoint-N` folder of a Trainer run that was written to its end.
 
-    For `trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))` after a run that was killed at
-    whatever moment; transformers' `get_last_checkpoint` returns a folder that the run was killed in.
+    For `trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))` after a run that was killed
+    at whatever moment; transformers' `get_last_checkpoint` returns a folder that the run was killed in.
 
     A checkpoint is complete if
 
     - `trainer_state.json`, which Trainer writes last, is an object whose `global_step` is that of the folder's name;
-    - there are weights: the model's, an adapter's beside each readable `adapter_config.json`, or DeepSpeed's, in the folder
-      that its `latest` names;
-    - there are an optimizer's, a scheduler's and every process's random state, or none of the three (`save_only_model`);
-    - no file is cut off: the headers of safetensors files describe what is there, zip files have their directory, and sharded
-      folders their `.metadata`.
+    - there are weights: the model's, an adapter's beside each readable `adapter_config.json`, or DeepSpeed's, in the
+      folder that its `latest` names;
+    - there are an optimizer's, a scheduler's and every process's random state, or none of the three
+      (`save_only_model`);
+    - no file is cut off: the headers of safetensors files describe what is there, zip files have their directory, and
+      sharded folders their `.metadata`.
 
-    Other processes than the one that writes `trainer_state.json` write some of the files, and deleting an old checkpoint can be
-    cut short too. Only file ends and headers are read, so a value that changed inside a tensor goes unnoticed. Nor can it
-    recognise a folder of a finished earlier run that a run started anew in the same `output_dir` had begun to overwrite.
-    Whatever is in a folder, it is skipped or taken, and never raises.
+    Other processes than the one that writes `trainer_state.json` write some of the files, and deleting an old
+    checkpoint can be cut short too. Only file ends and headers are read, so a value that changed inside a tensor goes
+    unnoticed. Nor can it recognise a folder of a finished earlier run that a run started anew in the same `output_dir`
+    had begun to overwrite. Whatever is in a folder, it is skipped or taken, and never raises.
 
     Args:
         output_dir: the run's `output_dir`, on storage that all processes share.
-        num_processes: number of processes that wrote the checkpoints: all their random states must be there. None: as many
-            as the highest number among those files says.
+        num_processes: number of processes that wrote the checkpoints: all their random states must be there. None: as
+            many as the highest number among those files says.
 
     Returns:
-        The folder, or None if `output_dir` has no complete checkpoint or does not exist. Newer folders that are torn are
-        named in a warning.
+        The folder, or None if `output_dir` has no complete checkpoint or does not exist. Newer folders that are torn
+        are named in a warning.
 
     Raises:
         ValueError: `num_processes` is not a positive integer.
@@ -152,7 +153,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def _is_whole_safetensors(path: Path) -> bool:
-    """Whether the tensors of the header follow each other to the end of the file: 8 bytes, its length; JSON; their bytes."""
+    """Whether the tensors of the header follow each other to the end of the file: 8 bytes, its length; JSON.
+
+    Their bytes.
+    """
     with path.open("rb") as file:
         length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
         if 8 + length > size:

@@ -19,12 +19,13 @@ COLUMN = "task_type"
 class TaskTypeCollator:
     """A data collator around another one: takes the examples' `task_type` and adds `task_types` to the batch.
 
-    An example's `task_type` is an integer (the expert group; -1 is unknown) or one of the config's `task_type_names` (None is
-    unknown). A packed example, several samples one after the other, has a list of them: one for each entry of its
-    `seq_lengths`, or one for each token.
+    An example's `task_type` is an integer (the expert group; -1 is unknown) or one of the config's `task_type_names`
+    (None is unknown). A packed example, several samples one after the other, has a list of them: one for each entry of
+    its `seq_lengths`, or one for each token.
 
-    The batch may be padded on either side, or flattened to one row (padding-free). `task_types` is int64, shape (examples,),
-    or, where a row holds several samples, (rows, tokens). Batches without the column are passed on as they are.
+    The batch may be padded on either side, or flattened to one row (padding-free). `task_types` is int64, shape
+    (examples,), or, where a row holds several samples, (rows, tokens). Batches without the column are passed on as
+    they are.
 
     Args:
         collator: gets the examples without their `task_type`.
@@ -32,8 +33,8 @@ class TaskTypeCollator:
 
     Raises:
         TypeError: the column mixes names and integers, or holds anything else.
-        ValueError: some examples lack the column, a type is unknown, or it cannot be told which tokens a type belongs to, or
-            where a sample ends.
+        ValueError: some examples lack the column, a type is unknown, or it cannot be told which tokens a type belongs
+            to, or where a sample ends.
     """
 
     def __init__(self, collator: Callable[[list], Any], config: LoRAMoEConfig) -> None:
@@ -48,13 +49,16 @@ class TaskTypeCollator:
             return self.collator(examples)
         if len(given) < len(examples):
             raise ValueError(
-                f"{len(examples) - len(given)} of the {len(examples)} examples of a batch have no {COLUMN}; give every example "
+                f"{len(examples) - len(given)} of the {len(examples)} examples of a batch have no {COLUMN}; give "
+                "every example "
                 "one, -1 for unknown."
             )
         values = [value.tolist() if hasattr(value, "tolist") else value for value in (e[COLUMN] for e in examples)]
         _check_kinds(values)
         types = [self._indices(value) for value in values]
-        batch = self.collator([{key: value for key, value in example.items() if key != COLUMN} for example in examples])
+        batch = self.collator(
+            [{key: value for key, value in example.items() if key != COLUMN} for example in examples]
+        )
         batch["task_types"] = self._arrange(types, examples, batch)
         if self.config.balance_loss_weight > 0:
             _check_boundaries(examples, batch)
@@ -65,7 +69,8 @@ class TaskTypeCollator:
         if not self._warned and (task_types < 0).all():
             self._warned = True
             warnings.warn(
-                f"Every {COLUMN} of a batch is unknown (-1): there the balance term only spreads the load evenly over the "
+                f"Every {COLUMN} of a batch is unknown (-1): there the balance term only spreads the load evenly "
+                "over the "
                 f"experts. Check the column {COLUMN}, or set balance_loss_weight=0."
             )
 
@@ -78,7 +83,9 @@ class TaskTypeCollator:
 
     def _arrange(self, types: list[Tensor], examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> Tensor:
         tensors = (batch.get(name) for name in (*BATCH_INPUTS, *batch))
-        rows = next((tensor.shape[0] for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim() > 0), len(examples))
+        rows = next(
+            (tensor.shape[0] for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim() > 0), len(examples)
+        )
         flattened = rows == 1 and len(examples) > 1
         if not flattened and all(t.dim() == 0 for t in types):
             return torch.stack(types)
@@ -89,7 +96,8 @@ class TaskTypeCollator:
             where = _real_tokens(batch, row)
             if len(real) > where.sum() or ("attention_mask" in batch and len(real) < where.sum()):
                 raise ValueError(
-                    f"Row {row} of the batch has {int(where.sum())} tokens, but {COLUMN} speaks of {len(real)}: does the "
+                    f"Row {row} of the batch has {int(where.sum())} tokens, but {COLUMN} speaks of {len(real)}: does "
+                    "the "
                     "collator truncate or flatten? Truncate the data set before."
                 )
             arranged[row, where.nonzero().flatten()[: len(real)]] = real
@@ -102,7 +110,8 @@ def _check_kinds(values: list[Any]) -> None:
     if len(kinds) > 1 or not kinds <= {int, str}:
         raise TypeError(
             f"{COLUMN} holds values of type {', '.join(sorted(kind.__name__ for kind in kinds))}, such as "
-            f"{', '.join(repr(next(e for e in entries if type(e) is kind)) for kind in kinds)}; write integers only, or names "
+            f"{', '.join(repr(next(e for e in entries if type(e) is kind)) for kind in kinds)}; write integers only, "
+            "or names "
             "only."
         )
 
@@ -110,11 +119,14 @@ def _check_kinds(values: list[Any]) -> None:
 def _check_boundaries(examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> None:
     """Positions, which start again with each sample, tell samples of one type apart."""
     segments = (example.get("seq_lengths") for example in examples)
-    joined = len(batch["task_types"]) < len(examples) or any(lengths is not None and len(lengths) > 1 for lengths in segments)
+    joined = len(batch["task_types"]) < len(examples) or any(
+        lengths is not None and len(lengths) > 1 for lengths in segments
+    )
     positions = batch.get("position_ids")
     if joined and not (isinstance(positions, Tensor) and positions.dim() == 2):
         raise ValueError(
-            "The collator joins several samples in a row but returns no 2-D position_ids, so samples of one type that follow "
+            "The collator joins several samples in a row but returns no 2-D position_ids, so samples of one type "
+            "that follow "
             "each other would be balanced as one. Have it return position_ids that start again with each sample "
             "(DataCollatorWithFlattening: return_position_ids=True), or set balance_loss_weight=0."
         )
@@ -129,7 +141,8 @@ def _of_tokens(types: Tensor, example: Mapping[str, Any]) -> Tensor:
     """The type of each token of one example, shape (tokens,)."""
     if (input_ids := example.get("input_ids")) is None:
         raise ValueError(
-            f"The batch joins several samples in a row, but the examples (columns {', '.join(example)}) have no input_ids that "
+            f"The batch joins several samples in a row, but the examples (columns {', '.join(example)}) have no "
+            "input_ids that "
             f"tell where a {COLUMN} begins. Tokenize the data set before, or collate without padding_free."
         )
     length = len(input_ids)
@@ -141,7 +154,8 @@ def _of_tokens(types: Tensor, example: Mapping[str, Any]) -> Tensor:
     if segments is None or len(segments) != len(types) or sum(segments) != length:
         found = "no seq_lengths" if segments is None else f"seq_lengths {list(segments)}"
         raise ValueError(
-            f"A packed example of {length} tokens has {len(types)} values in {COLUMN} and {found}; give one {COLUMN} for each "
+            f"A packed example of {length} tokens has {len(types)} values in {COLUMN} and {found}; give one {COLUMN} "
+            "for each "
             "entry of seq_lengths, or one for each token."
         )
     return types.repeat_interleave(torch.as_tensor(segments))

@@ -23,24 +23,25 @@ def optimizer_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer.
 
-    Every trainable parameter is in exactly one group. `LoRAMoETrainerMixin` gives the routers their rate by itself; pass these
-    groups to it for other rates, as `optimizer_cls_and_kwargs=(AdamW, {"params": groups, "lr": lr})` or
-    `optimizers=(AdamW(groups), None)`. Its scheduler scales every group, and `learning_rate` in its logs is that of the first
-    one. `weight_decay` of TrainingArguments has no effect then: give it here. FSDP1, which replaces parameters, is not
-    supported.
+    Every trainable parameter is in exactly one group. `LoRAMoETrainerMixin` gives the routers their rate by itself;
+    pass these groups to it for other rates, as `optimizer_cls_and_kwargs=(AdamW, {"params": groups, "lr": lr})` or
+    `optimizers=(AdamW(groups), None)`. Its scheduler scales every group, and `learning_rate` in its logs is that of
+    the first one. `weight_decay` of TrainingArguments has no effect then: give it here. FSDP1, which replaces
+    parameters, is not supported.
 
     Args:
         model: the adapted model, before it is wrapped for distributed training.
         lr: learning rate of the A matrices and of what else is trainable (biases, `modules_to_save`).
-        router_lr: learning rate of the routers; None for `lr` times the configuration's `router_lr_multiplier`. With adapters
-            that differ in it, each has a group "router" of its own.
+        router_lr: learning rate of the routers; None for `lr` times the configuration's `router_lr_multiplier`. With
+            adapters that differ in it, each has a group "router" of its own.
         loraplus_lr_ratio: the B matrices' learning rate divided by `lr`, above 1 in LoRA+ (Hayou et al. 2024, arXiv
             2402.12354); None for 1.
         weight_decay: of all parameters but biases and norms (those with fewer than two dimensions).
 
     Returns:
-        Those of the groups "A", "B", "router", "other" and "no_decay" that are not empty, in this order. Each is a dictionary
-        of `name` (str, kept in the optimizer's `param_groups`), `params` (list of parameters), `lr` and `weight_decay`.
+        Those of the groups "A", "B", "router", "other" and "no_decay" that are not empty, in this order. Each is a
+        dictionary of `name` (str, kept in the optimizer's `param_groups`), `params` (list of parameters), `lr` and
+        `weight_decay`.
 
     Raises:
         TypeError: an option is not a number.
@@ -66,16 +67,21 @@ def optimizer_groups(
     params: dict[str, list[nn.Parameter]] = {name: [] for name in ("A", "B", "router", "other", "no_decay")}
     for parameter in model.parameters():  # gives shared ones once
         if parameter.requires_grad:
-            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves a partitioned matrix flat
+            dimensions = len(
+                getattr(parameter, "ds_shape", parameter.shape)
+            )  # ZeRO-3 leaves a partitioned matrix flat
             params[roles.get(id(parameter), "other" if dimensions > 1 else "no_decay")].append(parameter)
     if not (params["A"] or params["B"] or params["router"]):
         raise ValueError(
-            "None of the model's LoRAMoE parameters is trainable: the adapter was loaded for inference, or set_adapter chose "
+            "None of the model's LoRAMoE parameters is trainable: the adapter was loaded for inference, or "
+            "set_adapter chose "
             "another one. Load it with is_trainable=True."
         )
     for option, value, role in (("router_lr", router_lr, "router"), ("loraplus_lr_ratio", loraplus_lr_ratio, "B")):
         if value is not None and not params[role]:
-            raise ValueError(f"{option}={value} would have no effect: no {role} is trainable. Unfreeze them or leave it out.")
+            raise ValueError(
+                f"{option}={value} would have no effect: no {role} is trainable. Unfreeze them or leave it out."
+            )
     multipliers = router_multipliers(model)
     groups: dict[tuple[str, float], list[nn.Parameter]] = defaultdict(list)
     for name, members in params.items():
@@ -108,10 +114,11 @@ def router_multipliers(model: nn.Module) -> dict[int, float]:
 
 
 def set_router_rates(optimizer: Optimizer, model: nn.Module) -> None:
-    """Give the routers of a new optimizer `router_lr_multiplier` times the learning rate of the group that they are in.
+    """Give the routers of a new optimizer `router_lr_multiplier` times the learning rate of the group that they are
+    in.
 
-    They move to groups of their own, named "router", with all other options of the group that they leave. Groups without a name
-    are named "experts" if they hold A or B matrices, "other" if not.
+    They move to groups of their own, named "router", with all other options of the group that they leave. Groups
+    without a name are named "experts" if they hold A or B matrices, "other" if not.
 
     Args:
         optimizer: has not made a step yet.
@@ -131,7 +138,8 @@ def set_router_rates(optimizer: Optimizer, model: nn.Module) -> None:
         for multiplier, routers in by_multiplier.items():
             if group["lr"] is None:
                 raise ValueError(
-                    f"{type(optimizer).__name__} was made with lr=None and sets its learning rate itself, so the routers "
+                    f"{type(optimizer).__name__} was made with lr=None and sets its learning rate itself, so the "
+                    "routers "
                     f"cannot have {multiplier:g} times that. Give it a learning rate, or set router_lr_multiplier=1."
                 )
             rate = group["lr"] * multiplier

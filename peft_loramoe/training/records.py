@@ -1,4 +1,4 @@
-"""Training records: read from JSON or the Hub, checked one by one, and turned into the token ids and labels of a data set."""
+"""Training records: read from JSON or the Hub, checked one by one, turned into token ids and labels."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class Record:
 
     Attributes:
         place: where the record stands, for messages.
-        prompt: a text, used as it is, or the turns of a conversation, which go through the chat template. Empty for prose.
+        prompt: a text, used as it is, or the turns of a conversation, which go through the chat template. Empty for
+            prose.
         completion: the same for what is learned.
         task_type: index of the expert group, -1 for unknown.
     """
@@ -80,8 +81,8 @@ def read_records(path: str | Path, config: LoRAMoEConfig) -> list[Record]:
         {"prompt": "The capital of France is", "completion": " Paris."}
         {"text": "Paris is the capital of France."}
 
-    A file may mix them. Its records either all have a `task_type`, an index, one of the config's `task_type_names` or -1 for
-    unknown, or none has; then all are of type 1, the tasks (of type 0 where there is one expert group only).
+    A file may mix them. Its records either all have a `task_type`, an index, one of the config's `task_type_names` or
+    -1 for unknown, or none has; then all are of type 1, the tasks (of type 0 where there is one expert group only).
 
     Args:
         path: the file, in UTF-8.
@@ -136,15 +137,16 @@ def tokenize_records(
 ) -> Tokenized:
     """The records as a data set for TRL's `SFTTrainer`, which takes it as it is.
 
-    Conversations are rendered by the tokenizer's chat template (without one, a question and its answer by a plain prompt),
-    texts get the tokenizer's special tokens and an end-of-sequence token. Labels are the ids of the answers, -100 elsewhere.
+    Conversations are rendered by the tokenizer's chat template (without one, a question and its answer by a plain
+    prompt), texts get the tokenizer's special tokens and an end-of-sequence token. Labels are the ids of the answers,
+    -100 elsewhere.
 
     Args:
         records: of any formats.
         tokenizer: the model's.
         answers_only: learn the answers; otherwise every token.
-        marked_template: a chat template that marks the assistant's turns ({% generation %}): all answers of a conversation
-            are learned. None: the last one only.
+        marked_template: a chat template that marks the assistant's turns ({% generation %}): all answers of a
+            conversation are learned. None: the last one only.
         max_length: cut records to this many tokens, and leave out those in which nothing to learn remains.
         progress: what the progress bar says; None for no bar.
 
@@ -163,7 +165,8 @@ def tokenize_records(
     return Tokenized(Dataset.from_list(rows), cut, len(records) - len(rows))
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _parse(text: str, path: Path) -> Iterator[tuple[str, Any]]:
@@ -182,7 +185,8 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg}, column {error.colno}); write a list of "
+            f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg}, column {error.colno}); write a "
+            "list of "
             "objects, or one object a line."
         ) from error
 
@@ -197,7 +201,9 @@ def _check_record(place: str, value: Any, typed: str | None, config: LoRAMoEConf
         raise ValueError(f"{place}: {value!r} is not an object; write one with {_formats()}.")
     # A data set's row has all columns, with None where the record had none.
     given = {name: content for name, content in value.items() if content is not None}
-    kind = next((name for name in ("messages", "prompt", "instruction", "output", "text") if name in given), "instruction")
+    kind = next(
+        (name for name in ("messages", "prompt", "instruction", "output", "text") if name in given), "instruction"
+    )
     columns = FORMATS["instruction" if kind == "output" else kind]
     for column in columns:
         if column not in given and not (column == "instruction" and "input" in given):
@@ -206,7 +212,9 @@ def _check_record(place: str, value: Any, typed: str | None, config: LoRAMoEConf
                 f"a record has {_formats()}."
             )
     if typed is not None and COLUMN not in value:
-        raise ValueError(f"{place}: {COLUMN} is missing, but {typed} has one; give all records one (-1 for unknown), or none.")
+        raise ValueError(
+            f"{place}: {COLUMN} is missing, but {typed} has one; give all records one (-1 for unknown), or none."
+        )
     if kind == "messages":
         turns = _check_turns(given["messages"], f"{place}: messages")
         prompt, completion = turns[:-1], turns[-1:]
@@ -232,7 +240,9 @@ def _check_turns(value: Any, name: str) -> Turns:
     for number, turn in enumerate(value, 1):
         keys = {key for key, content in turn.items() if content is not None} if isinstance(turn, Mapping) else {}
         if keys != {"role", "content"} or not all(isinstance(turn[key], str) for key in keys):
-            raise ValueError(f"{name}: turn {number} is {turn!r}; write an object with the strings role and content, no more.")
+            raise ValueError(
+                f"{name}: turn {number} is {turn!r}; write an object with the strings role and content, no more."
+            )
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
@@ -245,7 +255,9 @@ def _check_text(value: Any, name: str) -> str:
 def _check_answer(prompt: str | Turns, completion: str | Turns, name: str) -> None:
     if isinstance(completion, list):
         if completion[-1]["role"] != "assistant":
-            raise ValueError(f"{name} ends with a turn of '{completion[-1]['role']}'; end with the assistant's answer.")
+            raise ValueError(
+                f"{name} ends with a turn of '{completion[-1]['role']}'; end with the assistant's answer."
+            )
         if not prompt:
             raise ValueError(f"{name} has one turn only; write what is asked before the answer.")
     answer = completion if isinstance(completion, str) else completion[-1]["content"]
@@ -265,15 +277,19 @@ def _check_task_type(record: Mapping[str, Any], place: str, config: LoRAMoEConfi
     known = f"one of {', '.join(map(repr, names))}, " if names else ""
     fix = "" if names else "; to use names, give task_type_names (--task-type-names)"
     raise ValueError(
-        f"{place}: unknown task_type {task_type!r}; write {known}an integer from 0 to {count - 1} (one for each expert group), "
+        f"{place}: unknown task_type {task_type!r}; write {known}an integer from 0 to {count - 1} (one for each "
+        "expert group), "
         f"or -1 for unknown{fix}."
     )
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------------
+# --- tokens
+# -----------------------------------------------------------------------------------------------------------
 
 
-def _tokens(record: Record, tokenizer: PreTrainedTokenizerBase, marked_template: str | None) -> tuple[list[int], list[bool]]:
+def _tokens(
+    record: Record, tokenizer: PreTrainedTokenizerBase, marked_template: str | None
+) -> tuple[list[int], list[bool]]:
     """Token ids of a record, and which of them belong to an answer."""
     if isinstance(record.prompt, str):
         return _text_tokens(record.prompt, record.completion, tokenizer)
@@ -281,7 +297,8 @@ def _tokens(record: Record, tokenizer: PreTrainedTokenizerBase, marked_template:
     if not tokenizer.chat_template:
         if [turn["role"] for turn in turns] != ["user", "assistant"]:
             raise ValueError(
-                f"{record.place}: the tokenizer has no chat template, without which a conversation can be one question and "
+                f"{record.place}: the tokenizer has no chat template, without which a conversation can be one "
+                "question and "
                 "its answer only; give it one (--chat-template)."
             )
         return _text_tokens(PLAIN_PROMPT.format(turns[0]["content"]), turns[1]["content"], tokenizer)
@@ -305,7 +322,9 @@ def _text_tokens(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBas
     return ids, [position >= start for position in range(len(ids))]
 
 
-def _render(turns: Turns, tokenizer: PreTrainedTokenizerBase, template: str | None, **options: Any) -> Mapping[str, list[int]]:
+def _render(
+    turns: Turns, tokenizer: PreTrainedTokenizerBase, template: str | None, **options: Any
+) -> Mapping[str, list[int]]:
     return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=True, return_dict=True, **options)
 
 

@@ -28,8 +28,8 @@ class Retention:
         samples: how many.
         loss_before: loss of the base model, nats per label token.
         loss_after: loss with the adapter.
-        kept_weight: router weight on the groups that stand for what the model knows (the null groups; without any, group 0),
-            mean over the adapted linears and the tokens.
+        kept_weight: router weight on the groups that stand for what the model knows (the null groups; without any,
+            group 0), mean over the adapted linears and the tokens.
     """
 
     samples: int
@@ -52,7 +52,9 @@ def measure_retention(trainer: Trainer, dataset: Dataset) -> Retention:
     """
     wrapped, model = trainer.model_wrapped, trainer.accelerator.unwrap_model(trainer.model)
     groups = knowledge_groups(model.peft_config[model.active_adapter])
-    sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64, device=trainer.args.device))
+    sums: dict[str, torch.Tensor] = defaultdict(
+        lambda: torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
+    )
     with evaluation_mode(model), torch.no_grad():
         for batch in trainer.get_eval_dataloader(dataset):
             inputs = {name: value for name, value in trainer._prepare_inputs(batch).items() if name != "task_types"}

@@ -15,12 +15,13 @@ from .trainer import LoRAMoETrainerMixin
 class LoRAMoESFTTrainer(LoRAMoETrainerMixin, SFTTrainer):
     """TRL's `SFTTrainer` with all that `LoRAMoETrainerMixin` adds.
 
-    The adapter of a quantised model stays in float32: SFTTrainer alone casts it to bfloat16, in which the small steps of an
-    optimizer are rounded away.
+    The adapter of a quantised model stays in float32: SFTTrainer alone casts it to bfloat16, in which the small steps
+    of an optimizer are rounded away.
 
     Args:
         *args: those of `SFTTrainer`.
-        loraplus_lr_ratio: the B matrices learn this many times faster than the A matrices (LoRA+); None for the same rate.
+        loraplus_lr_ratio: the B matrices learn this many times faster than the A matrices (LoRA+); None for the same
+            rate.
         **kwargs: those of `LoRAMoETrainerMixin` and `SFTTrainer`.
 
     Raises:

@@ -31,23 +31,24 @@ class LoRAMoETrainerMixin:
 
         class MyTrainer(LoRAMoETrainerMixin, SFTTrainer): ...
 
-    A column `task_type` of the data sets (see `TaskTypeCollator`) reaches the model, also where the trainer calls it with
-    arguments of its own choice, packs samples (TRL's "bfd" and "bfd_split") or flattens them. The balance term is added to
-    the loss that `compute_loss` returns, in training only; the micro-batches of an accumulated batch count equally, and all
-    passes of one `compute_loss` form one batch. A micro-batch without label tokens has a task loss of zero, and its term. A
-    `RouterCallback` among the callbacks adds its numbers to the trainer's log, which also has the parts of `loss`: the task
-    loss `model_loss` and the weighted `balance_loss`. With a model without LoRAMoE layers the trainer is the plain one.
+    A column `task_type` of the data sets (see `TaskTypeCollator`) reaches the model, also where the trainer calls it
+    with arguments of its own choice, packs samples (TRL's "bfd" and "bfd_split") or flattens them. The balance term is
+    added to the loss that `compute_loss` returns, in training only; the micro-batches of an accumulated batch count
+    equally, and all passes of one `compute_loss` form one batch. A micro-batch without label tokens has a task loss of
+    zero, and its term. A `RouterCallback` among the callbacks adds its numbers to the trainer's log, which also has
+    the parts of `loss`: the task loss `model_loss` and the weighted `balance_loss`. With a model without LoRAMoE
+    layers the trainer is the plain one.
 
-    Anchors are short texts that stand for what the model knows (`sample_anchors`). Every training micro-batch draws a few of
-    them for a forward pass of their own, as samples of type 0: the balance term is computed over both. Samples are of type 1
-    then, unless the data set has a column `task_type`. `anchor_loss_weight` times the anchors' mean loss per token is added,
-    also for models without LoRAMoE layers, and logged, unweighted, as `anchor_loss`. The loss of the tasks, its labels and its
-    normalisation stay as they are.
+    Anchors are short texts that stand for what the model knows (`sample_anchors`). Every training micro-batch draws a
+    few of them for a forward pass of their own, as samples of type 0: the balance term is computed over both. Samples
+    are of type 1 then, unless the data set has a column `task_type`. `anchor_loss_weight` times the anchors' mean loss
+    per token is added, also for models without LoRAMoE layers, and logged, unweighted, as `anchor_loss`. The loss of
+    the tasks, its labels and its normalisation stay as they are.
 
     Args:
         *args: those of the trainer.
-        anchors: texts, or records with a `text`: a JSONL file of them, a data set with a column `text`, or a list. Needs a
-            tokenizer as `processing_class`.
+        anchors: texts, or records with a `text`: a JSONL file of them, a data set with a column `text`, or a list.
+            Needs a tokenizer as `processing_class`.
         anchor_loss_weight: weight of the language-modelling loss on the anchors; with 0 they are given no labels.
         anchors_per_batch: anchors of each micro-batch; None for a tenth of its samples, at least one.
         anchors_every: draw anchors for every n-th micro-batch only.
@@ -101,7 +102,9 @@ class LoRAMoETrainerMixin:
         config = _config_of(model)
         training = model.training and torch.is_grad_enabled()
         if not training or (config is None and self._anchors is None):
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
         anchors = None if self._anchors is None else self._anchors.draw(inputs)
         if task_types is None and self._anchors is not None and config is not None:
             task_types = min(1, config.num_groups - 1)
@@ -111,7 +114,8 @@ class LoRAMoETrainerMixin:
             result = super().compute_loss(model, inputs, **options)
             if config is not None and config.balance_loss_weight > 0 and not find_recorder(model).recorded:
                 raise ValueError(
-                    f"{type(self).__name__}.compute_loss called no LoRAMoE layer through the model's forward, so there is "
+                    f"{type(self).__name__}.compute_loss called no LoRAMoE layer through the model's forward, so "
+                    "there is "
                     "no balance term: are the adapters disabled, or does a fused loss read the weights itself? Change "
                     "that, or set balance_loss_weight=0."
                 )
@@ -123,7 +127,9 @@ class LoRAMoETrainerMixin:
         for name, term in added.items():
             if term is not None:
                 loss = loss + (term * self._share(num_items_in_batch)).to(loss.device, loss.dtype)
-                self._added[name] = self._added.get(name, 0.0) + term.detach() / self.current_gradient_accumulation_steps
+                self._added[name] = (
+                    self._added.get(name, 0.0) + term.detach() / self.current_gradient_accumulation_steps
+                )
         self._steps_added += 1 / self.current_gradient_accumulation_steps
         return (loss, *result[1:]) if return_outputs else loss
 
@@ -182,7 +188,8 @@ class LoRAMoETrainerMixin:
         own_rate = "lomo" in name or name.endswith("layerwise")
         if own_rate and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             raise ValueError(
-                f"optim='{name}' updates all parameters with one learning rate during the backward pass; choose another, "
+                f"optim='{name}' updates all parameters with one learning rate during the backward pass; choose "
+                "another, "
                 "or set router_lr_multiplier=1."
             )
         if self.is_deepspeed_enabled:
@@ -190,7 +197,8 @@ class LoRAMoETrainerMixin:
             for section in ("optimizer", "scheduler"):
                 if section in config:
                     raise ValueError(
-                        f"The DeepSpeed configuration has a section '{section}', which gives all parameters one learning rate. "
+                        f"The DeepSpeed configuration has a section '{section}', which gives all parameters one "
+                        "learning rate. "
                         "Remove it, so that `optim` and `lr_scheduler_type` of the training arguments count, or set "
                         "router_lr_multiplier=1."
                     )
@@ -274,7 +282,8 @@ def _check_parallelism(accelerator: Any) -> None:
     for kind in ("cp", "sp"):
         if getattr(parallelism, f"{kind}_enabled", False):
             raise ValueError(
-                f"{kind}_size={getattr(parallelism, f'{kind}_size')} splits samples between processes, and a sample's routing "
+                f"{kind}_size={getattr(parallelism, f'{kind}_size')} splits samples between processes, and a "
+                "sample's routing "
                 f"cannot be balanced in parts; set {kind}_size=1."
             )
 
@@ -285,7 +294,8 @@ def _pack(dataset: Any, options: Any) -> Any:
 
     if options.packing_strategy == "wrapped":
         raise ValueError(
-            "packing_strategy='wrapped' keeps no boundaries between samples, so task types cannot be attributed; use 'bfd' or "
+            "packing_strategy='wrapped' keeps no boundaries between samples, so task types cannot be attributed; use "
+            "'bfd' or "
             f"'bfd_split', or leave the column {COLUMN} out."
         )
     dataset = dataset.map(lambda example: {COLUMN: [example[COLUMN]] * len(example["input_ids"])})

@@ -1,1 +1,4 @@
-"""What a real language model, SmolLM2-135M-Instruct, forgets when it is fine-tuned, and what keeps it: see protocol.md."""
+"""What a real language model, SmolLM2-135M-Instruct, forgets when it is fine-tuned, and what keeps it.
+
+See protocol.md.
+"""

@@ -52,7 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     command.add_argument("--seeds", nargs="+", type=int, required=True)
     command.add_argument("--samples", type=int, default=Run.samples, help="of the tasks (default: %(default)s)")
-    command.add_argument("--part", type=float, default=Run.part, help="share of the items that is scored (default: all)")
+    command.add_argument(
+        "--part", type=float, default=Run.part, help="share of the items that is scored (default: all)"
+    )
     command.add_argument("--set", nargs="+", default=[], metavar="NAME=JSON", help="options of the method to replace")
     command.add_argument("--output", type=Path, default=RESULTS / "screening.jsonl")
     command.add_argument("--model", help="name or folder of another base model")

@@ -1,4 +1,7 @@
-"""What the base model knew: facts, ordinary prose and anchors, fixed before any training (`make_sets.py` wrote them)."""
+"""What the base model knew: facts, ordinary prose and anchors, fixed before any training.
+
+(`make_sets.py` wrote them).
+"""
 
 from __future__ import annotations
 

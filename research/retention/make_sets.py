@@ -41,7 +41,8 @@ CURRENCIES = listed(
 )
 WITH_ARTICLE = {"United States", "United Kingdom", "Netherlands", "Philippines", "United Arab Emirates"}
 OPENINGS = listed(
-    "The In A It He She They This There When One For Many Some At As If On Most After People You We What How During An While By"
+    "The In A It He She They This There When One For Many Some At As If On Most After People You We What How During "
+    "An While By"
 )
 QUESTION_OPENINGS = listed("What How Why Who Where When Which Is Can Tell Explain Do")
 OF_A_KIND = 48  # facts that are looked at
@@ -61,21 +62,33 @@ def geography() -> Iterator[Fact]:
     for c in countries.values():
         name = f"the {c['name']}" if c["name"] in WITH_ARTICLE else c["name"]
         if c["capital"] and c["capital"] != c["name"]:
-            yield Fact("capital", c["name"], f"The capital of {name} is", f"What is the capital of {name}?", c["capital"])
+            yield Fact(
+                "capital", c["name"], f"The capital of {name} is", f"What is the capital of {name}?", c["capital"]
+            )
         yield Fact(
             "continent", c["name"], f"{name[0].upper() + name[1:]} is a country in", f"Which continent is {name} in?",
             CONTINENTS[c["continentcode"]],
         )  # fmt: skip
         currency = (c["currencyname"] or " ").lower().split()[-1:]
         if currency and currency[0] in CURRENCIES:
-            yield Fact("currency", c["name"], f"The currency of {name} is the", f"What is the currency of {name}?", currency[0])
+            yield Fact(
+                "currency",
+                c["name"],
+                f"The currency of {name} is the",
+                f"What is the currency of {name}?",
+                currency[0],
+            )
     seen: Counter = Counter()
     for city in sorted(cache.get_cities().values(), key=lambda city: -city["population"])[:700]:
         country = countries.get(city["countrycode"], {}).get("name")
         if country and seen[country] < 8 and city["name"] not in country and country not in city["name"]:
             seen[country] += 1
             yield Fact(
-                "city", country, f"{city['name']} is a city in", f"In which country is the city of {city['name']}?", country
+                "city",
+                country,
+                f"{city['name']} is a city in",
+                f"In which country is the city of {city['name']}?",
+                country,
             )
 
 
@@ -85,10 +98,18 @@ def chemistry() -> Iterator[Fact]:
 
     for e in list(periodictable.elements)[1:104]:
         yield Fact(
-            "symbol", e.name, f"The chemical symbol for {e.name} is", f"What is the chemical symbol for {e.name}?", e.symbol
+            "symbol",
+            e.name,
+            f"The chemical symbol for {e.name} is",
+            f"What is the chemical symbol for {e.name}?",
+            e.symbol,
         )
         yield Fact(
-            "element", e.name, f"{e.symbol} is the chemical symbol for", f"Which element has the symbol {e.symbol}?", e.name
+            "element",
+            e.name,
+            f"{e.symbol} is the chemical symbol for",
+            f"Which element has the symbol {e.symbol}?",
+            e.name,
         )
 
 
@@ -98,7 +119,9 @@ def states() -> Iterator[Fact]:
 
     for s in us.states.STATES:
         state = f"the U.S. state of {s.name}"
-        yield Fact("state capital", s.name, f"The capital of {state} is", f"What is the capital of {state}?", s.capital)
+        yield Fact(
+            "state capital", s.name, f"The capital of {state} is", f"What is the capital of {state}?", s.capital
+        )
         yield Fact(
             "abbreviation", s.name, f"The postal abbreviation for {s.name} is",
             f"What is the postal abbreviation for {s.name}?", s.abbr,
@@ -132,16 +155,23 @@ def language(wordnet: Path) -> Iterator[Fact]:
     pairs = [(a, b) for a, b in pairs if (a + b).isalpha() and not a.endswith(b) and not b.endswith(a)]
     pairs.sort(key=lambda pair: -min(frequency[pair[0], "3"], frequency[pair[1], "3"]))
     for word, opposite in pairs[:120]:
-        yield Fact("antonym", min(word, opposite), f"The opposite of {word} is", f"What is the opposite of {word}?", opposite)
+        yield Fact(
+            "antonym", min(word, opposite), f"The opposite of {word} is", f"What is the opposite of {word}?", opposite
+        )
     verbs = {line.split()[1] for line in (wordnet / "verb.exc").read_text().splitlines()} - {"be"}
     for verb in sorted(verbs, key=lambda verb: (-frequency[verb, "2"], verb))[:110]:
         past = lemminflect.getInflection(verb, tag="VBD")
         if past and past[0] != verb:
-            yield Fact("past tense", verb, f"The past tense of {verb} is", f"What is the past tense of {verb}?", past[0])
+            yield Fact(
+                "past tense", verb, f"The past tense of {verb} is", f"What is the past tense of {verb}?", past[0]
+            )
 
 
 def with_options(facts: list[Fact], encoder: Encoder) -> list[Fact]:
-    """Facts with nine wrong answers of their kind each, which differ from the right one and each other in the first token."""
+    """Facts with nine wrong answers of their kind each.
+
+    Which differ from the right one and each other in the first token.
+    """
     answers = defaultdict(list)
     for fact in facts:
         if fact.answer not in answers[fact.kind]:
@@ -200,7 +230,10 @@ def choose_texts(debian: Path, encoder: Encoder) -> list[dict]:
         entries = [t for t in _paragraphs(file.read()) if re.match(r"[A-Z' -]+, *[a-z]", t)]
     literary = [re.sub(r"^[A-Z' -]+, *[a-z. &]+ ", "", entry) for entry in entries]
     technical = [
-        t for topic in topics.topics.values() for t in _paragraphs(topic) if t[0].isupper() and "*" not in t and "`" not in t
+        t
+        for topic in topics.topics.values()
+        for t in _paragraphs(topic)
+        if t[0].isupper() and "*" not in t and "`" not in t
     ]
     definitions = []
     for part in ("noun", "verb", "adj"):
@@ -215,14 +248,18 @@ def choose_texts(debian: Path, encoder: Encoder) -> list[dict]:
 
 
 def _paragraphs(text: str) -> list[str]:
-    return [joined for p in re.split(r"\n\s*\n", text) if (joined := re.sub(r"\s+", " ", p).strip()) and len(joined) > 150]
+    return [
+        joined for p in re.split(r"\n\s*\n", text) if (joined := re.sub(r"\s+", " ", p).strip()) and len(joined) > 150
+    ]
 
 
 def sample_anchors(model: PreTrainedModel, encoder: Encoder) -> list[dict]:
     """Texts of the model's own: half prose from short openings, half a user's question with the beginning of an answer."""
     torch.manual_seed(0)
     prompts = [
-        f"<|im_start|>user\n{opening}" for opening in QUESTION_OPENINGS for _ in range(ANCHORS // len(QUESTION_OPENINGS))
+        f"<|im_start|>user\n{opening}"
+        for opening in QUESTION_OPENINGS
+        for _ in range(ANCHORS // len(QUESTION_OPENINGS))
     ]
     questions = []
     for text in _generate(model, encoder, prompts, 16):
@@ -235,7 +272,9 @@ def sample_anchors(model: PreTrainedModel, encoder: Encoder) -> list[dict]:
     return anchors + [{"kind": "prose", "text": text.split("<|im")[0]} for text in prose]
 
 
-def _generate(model: PreTrainedModel, encoder: Encoder, prompts: list[str], new_tokens: int, batch_size: int = 50) -> list[str]:
+def _generate(
+    model: PreTrainedModel, encoder: Encoder, prompts: list[str], new_tokens: int, batch_size: int = 50
+) -> list[str]:
     tokenizer = encoder.tokenizer
     texts = []
     for start in range(0, len(prompts), batch_size):
@@ -270,7 +309,9 @@ def all_facts(wordnet: Path, encoder: Encoder) -> list[Fact]:
     for fact in with_options(list(facts.values()), encoder):
         if len(fact.options) >= 5 and len(encoder.ids(f" {fact.answer}")) <= 5:
             of_kind[fact.kind].append(fact)
-    return [f for kind, group in of_kind.items() for f in random.Random(kind).sample(group, min(OF_A_KIND, len(group)))]
+    return [
+        f for kind, group in of_kind.items() for f in random.Random(kind).sample(group, min(OF_A_KIND, len(group)))
+    ]
 
 
 def main(debian: Path) -> None:

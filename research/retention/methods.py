@@ -9,7 +9,8 @@ from typing import Any
 
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 SHARED = {"target_modules": FEED_FORWARD, "task_type": "CAUSAL_LM"}
-# LoRA has no fewer parameters than the others, and the same scale at the start: the gates of six of twelve experts sum to 1/2.
+# LoRA has no fewer parameters than the others, and the same scale at the start: the gates of six of twelve experts sum
+# to 1/2.
 LORA = {"r": 30, "lora_alpha": 40, **SHARED}
 PAPER = {
     "r": 4, "lora_alpha": 32, "num_experts": 6, "balance_target": "paper", "balance_importance": "sum", "balance_delta": 0.1,

@@ -1,8 +1,8 @@
 """Screening of the router alone: what it learns from the balance term on the base model's activations.
 
-A detached term trains nothing but the router, which reads what the base model computes. So terms, learning rates, starts and
-batches are compared on activations that are computed once, in seconds each; the tasks' loss, which pulls the router too, is
-left out. The best go through `run`.
+A detached term trains nothing but the router, which reads what the base model computes. So terms, learning rates,
+starts and batches are compared on activations that are computed once, in seconds each; the tasks' loss, which pulls
+the router too, is left out. The best go through `run`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ VARIANTS = {
 
 
 class Activations:
-    """What the linears of some blocks read, one tensor (rows, width, in_features) for each, and the mask of the tokens."""
+    """What the linears of some blocks read, one tensor.
+
+    (rows, width, in_features) for each, and the mask of the tokens.
+    """
 
     def __init__(self, model: nn.Module, items: list[Item]) -> None:
         self.inputs: dict[str, Tensor] = {}
@@ -118,7 +121,12 @@ def screen(seed: int, model_name: str | None = None, names: list[str] | None = N
 
 
 def train_routers(
-    name: str, variant: Variant, seed: int, steps: list[Activations], pool: list[Activations], scored: dict[str, Activations]
+    name: str,
+    variant: Variant,
+    seed: int,
+    steps: list[Activations],
+    pool: list[Activations],
+    scored: dict[str, Activations],
 ) -> dict[str, Any]:
     """Train one router for each linear with the balance term alone; returns a row."""
     torch.manual_seed(seed)

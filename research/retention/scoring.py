@@ -1,6 +1,7 @@
 """Scoring what a model knows: likelihoods of answers and texts, without generating anything.
 
-An answer is greedy if each of its tokens is the likeliest after the ones before, which is what greedy decoding would give.
+An answer is greedy if each of its tokens is the likeliest after the ones before, which is what greedy decoding would
+give.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Score:
-    """Of one item: sum of the log-likelihoods (nats); whether it is greedy; whether it is likelier than all options."""
+    """Of one item: sum of the log-likelihoods (nats); whether it is greedy.
+
+    Whether it is likelier than all options.
+    """
 
     log_likelihood: float
     greedy: bool
@@ -68,7 +72,8 @@ def score(model: nn.Module, items: list[Item], batch_size: int = 48) -> tuple[li
     """Score items in batches of similar length.
 
     Returns:
-        A score for each item; for a LoRAMoE model the mean router weight of the first expert group, shape (items, linears).
+        A score for each item; for a LoRAMoE model the mean router weight of the first expert group, shape (items,
+        linears).
     """
     order = sorted(range(len(items)), key=lambda i: len(items[i].before) + len(items[i].answer))
     scores: dict[int, Score] = {}
@@ -79,7 +84,9 @@ def score(model: nn.Module, items: list[Item], batch_size: int = 48) -> tuple[li
         log_likelihoods = logits.log_softmax(-1)
         greedy = log_likelihoods.argmax(-1) == tokens
         sizes = [len(items[i].answer) for i in indices]
-        for i, table, hits, answer in zip(indices, log_likelihoods.split(sizes), greedy.split(sizes), tokens.split(sizes)):
+        for i, table, hits, answer in zip(
+            indices, log_likelihoods.split(sizes), greedy.split(sizes), tokens.split(sizes)
+        ):
             right = table.gather(1, answer[:, None])
             ranked = bool((table[0, list(items[i].options)] < right[0]).all())
             scores[i] = Score(float(right.sum()), bool(hits.all()), ranked)
@@ -94,6 +101,7 @@ def first_group_weight(model: nn.Module) -> Tensor | None:
     if not any(isinstance(module, peft_loramoe.LoRAExperts) for module in model.modules()):
         return None
     shares = [
-        layer.importance[:, layer.groups.slices[0]].sum(-1) / layer.token_counts for layer in peft_loramoe.layer_routing(model)
+        layer.importance[:, layer.groups.slices[0]].sum(-1) / layer.token_counts
+        for layer in peft_loramoe.layer_routing(model)
     ]
     return torch.stack(shares, dim=1).cpu()

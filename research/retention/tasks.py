@@ -25,13 +25,25 @@ WORDS = listed(
     "orange pencil rabbit silver table umbrella valley window yellow zebra anchor basket copper dragon "
     "feather glass"
 )
-NAMES = listed("Alice Bruno Clara Dennis Edith Felix Gloria Hugo Irene Jonas Karin Leo Maria Nils Olga Peter Ruth Simon")
-TOWNS = listed("Athens Berlin Boston Cairo Dublin Geneva Lima Lisbon London Madrid Oslo Paris Prague Rome Tokyo Vienna")
+NAMES = listed(
+    "Alice Bruno Clara Dennis Edith Felix Gloria Hugo Irene Jonas Karin Leo Maria Nils Olga Peter Ruth Simon"
+)
+TOWNS = listed(
+    "Athens Berlin Boston Cairo Dublin Geneva Lima Lisbon London Madrid Oslo Paris Prague Rome Tokyo Vienna"
+)
 CLASSES = {  # an invented classification, to be learned from the examples
-    "zel": listed("lion tiger wolf horse sheep goat eagle shark whale frog snake bear duck monkey mouse fox owl deer pig"),
-    "pim": listed("bread cheese rice soup banana cake pasta butter salad honey sugar carrot onion potato lemon egg bean pie"),
-    "tov": listed("saw drill wrench shovel knife scissors axe pliers rope brush rake chisel nail pump lever broom spoon fork"),
-    "lur": listed("shirt hat coat shoe dress sock glove scarf skirt boot belt tie sweater jeans cap vest suit apron robe"),
+    "zel": listed(
+        "lion tiger wolf horse sheep goat eagle shark whale frog snake bear duck monkey mouse fox owl deer pig"
+    ),
+    "pim": listed(
+        "bread cheese rice soup banana cake pasta butter salad honey sugar carrot onion potato lemon egg bean pie"
+    ),
+    "tov": listed(
+        "saw drill wrench shovel knife scissors axe pliers rope brush rake chisel nail pump lever broom spoon fork"
+    ),
+    "lur": listed(
+        "shirt hat coat shoe dress sock glove scarf skirt boot belt tie sweater jeans cap vest suit apron robe"
+    ),
 }
 ONES = listed(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
@@ -85,7 +97,9 @@ def _reverse(draw: random.Random) -> tuple[str, str]:
 
 def _json(draw: random.Random) -> tuple[str, str]:
     name, age, town = draw.choice(NAMES), draw.randint(18, 79), draw.choice(TOWNS)
-    text = draw.choice([f"{name}, {age}, lives in {town}.", f"In {town}: {name}, {age}.", f"{name} of {town} is {age}."])
+    text = draw.choice(
+        [f"{name}, {age}, lives in {town}.", f"In {town}: {name}, {age}.", f"{name} of {town} is {age}."]
+    )
     return f"To JSON: {text}", f'{{"name": "{name}", "age": {age}}}'
 
 

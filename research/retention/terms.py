@@ -42,7 +42,10 @@ class Importance:
 
 
 def sample_weights(types: Tensor) -> Tensor:
-    """Weights of the samples with which each type that is present counts equally; they sum to one, shape (samples,)."""
+    """Weights of the samples with which each type that is present counts equally.
+
+    They sum to one, shape (samples,).
+    """
     counts = torch.bincount(types)[types]
     return 1 / counts / len(types.unique())
 

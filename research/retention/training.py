@@ -122,7 +122,9 @@ def train(model: nn.Module, method: Method, one: Run, encoder: Encoder) -> dict[
     began = time.perf_counter()
     model.train()
     for step, (items, types, anchors) in enumerate(batches):
-        task, anchor, term, weights = losses(model, method, items, types, anchors, importance, log=step % LOG_EVERY == 0)
+        task, anchor, term, weights = losses(
+            model, method, items, types, anchors, importance, log=step % LOG_EVERY == 0
+        )
         if method.is_mixture and not method.config.get("balance_detach") and step in GRADIENT_STEPS:
             log["gradients"].append({"step": step, "loss": gradients(model, task), "term": gradients(model, term)})
         (task + method.anchor_lm_weight * anchor + term).backward()
@@ -222,12 +224,18 @@ def evaluate(model: nn.Module, encoder: Encoder, one: Run) -> dict[str, Any]:
         found, null = score(model, items)
         scores[name] = summary(found, items, kinds)
         if null is not None:
-            weights[name] = {"mean": round(float(null.mean()), 4), "linears": [round(w, 3) for w in null.mean(0).tolist()]}
+            weights[name] = {
+                "mean": round(float(null.mean()), 4),
+                "linears": [round(w, 3) for w in null.mean(0).tolist()],
+            }
     return {"scores": scores, "null_weight": weights}
 
 
 def summary(scores: list[Score], items: list[Item], kinds: list[str]) -> dict[str, Any]:
-    """Loss in nats per token, also by kind; for each item, whether it is greedy and ranked right, as strings of 0 and 1."""
+    """Loss in nats per token, also by kind.
+
+    For each item, whether it is greedy and ranked right, as strings of 0 and 1.
+    """
 
     def loss(chosen: Sequence[int]) -> float:
         total = sum(scores[i].log_likelihood for i in chosen)

@@ -1,1 +1,4 @@
-"""When does fine-tuning with LoRAMoE keep what the model knew? A study from scratch; docs/evidence.md is its protocol."""
+"""When does fine-tuning with LoRAMoE keep what the model knew? A study from scratch.
+
+Docs/evidence.md is its protocol.
+"""

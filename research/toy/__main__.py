@@ -30,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run everything that has no row yet, and write the report")
     run.add_argument("--variant", choices=VARIANTS, default="toy", help="default: toy (large is for a GPU)")
     run.add_argument("--output", type=Path, help="folder for models, rows and report (default: build/study/VARIANT)")
-    run.add_argument("--jobs", type=int, default=_jobs(), help="processes (default: one for each core, with a GPU one)")
+    run.add_argument(
+        "--jobs", type=int, default=_jobs(), help="processes (default: one for each core, with a GPU one)"
+    )
     report = commands.add_parser("report", help="write the tables and figures of a file of rows")
     report.add_argument("rows", type=Path, help="JSONL file that `run` wrote")
     report.add_argument("--output", type=Path, required=True, help="folder for report.md and the figures")

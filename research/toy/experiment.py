@@ -77,7 +77,9 @@ class World:
         return {
             "questions": [self.facts.questions[i] for i in scored],
             "statements": [statement for i in scored for statement in self.facts.statements[i]],
-            "tasks": [draw_task(self.facts.cities, generator, scored=True) for _ in range(self.variant.scored_exercises)],
+            "tasks": [
+                draw_task(self.facts.cities, generator, scored=True) for _ in range(self.variant.scored_exercises)
+            ],
         }
 
 
@@ -142,10 +144,15 @@ def run_experiment(variant: Variant, run: Run, pretrained: Path, output: Path | 
 
 
 def write_texts(variant: Variant, seed: int, pretrained: Path, folder: Path, size: int = 200) -> None:
-    """What is scored for a seed, as files for `peft-loramoe analyze` (texts.jsonl) and `evaluate` (questions.jsonl)."""
+    """What is scored for a seed, as files for `peft-loramoe analyze` (texts.jsonl) and `evaluate`.
+
+    (questions.jsonl).
+    """
     scored, tokenizer = World(variant).scored_samples(seed), AutoTokenizer.from_pretrained(pretrained)
     types, bos = {"questions": KNOWLEDGE, "statements": -1, "tasks": DOWNSTREAM}, tokenizer.bos_token
-    texts = [{"text": bos + s.text, "task_type": types[kind]} for kind, samples in scored.items() for s in samples[:size]]
+    texts = [
+        {"text": bos + s.text, "task_type": types[kind]} for kind, samples in scored.items() for s in samples[:size]
+    ]
     questions = []
     for sample in scored["questions"]:
         decoded = tokenizer.decode(tokenizer(sample.answer, add_special_tokens=False).input_ids)  # 86 becomes "8 6"
@@ -193,7 +200,9 @@ def train(
             train_dataset=[_encode(sample, tokenizer) for sample in samples],
         )
         if arguments.n_gpu > 1:
-            raise ValueError(f"{arguments.n_gpu} GPUs are visible, and Trainer would use them all; set CUDA_VISIBLE_DEVICES=0.")
+            raise ValueError(
+                f"{arguments.n_gpu} GPUs are visible, and Trainer would use them all; set CUDA_VISIBLE_DEVICES=0."
+            )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # scored in float32, as before the training

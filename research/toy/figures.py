@@ -39,7 +39,9 @@ def plot_learning_rates(results: Results, path: Path) -> None:
     for method in (name for name in CURVES if name in results.variant.methods):
         for rate, runs in results.selection(method).items():
             kept, solved = mean(map(results.kept, runs)), mean(map(results.tasks, runs))
-            records.append({"label": f"{rate:g}", "series": METHODS[method].title, "downstream": solved, "retention": kept})
+            records.append(
+                {"label": f"{rate:g}", "series": METHODS[method].title, "downstream": solved, "retention": kept}
+            )
     plot_frontier(records, path)
 
 
@@ -58,7 +60,9 @@ def plot_growth(results: Results, path: Path) -> None:
                 means, lows, highs = zip(
                     *(mean_interval([measure(run) for run in results.tested(method, size)]) for size in sizes)
                 )
-                shift = 1 + 0.03 * (number - len(results.variant.growth) / 2)  # so that the bars do not hide each other
+                shift = 1 + 0.03 * (
+                    number - len(results.variant.growth) / 2
+                )  # so that the bars do not hide each other
                 errors = [[m - low for m, low in zip(means, lows)], [high - m for m, high in zip(means, highs)]]
                 points = [size * shift for size in sizes]
                 panel.errorbar(points, means, errors, label=METHODS[method].title, capsize=2, **style(number))

@@ -20,8 +20,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float, float]:
     """Ratio of the means of paired values and Fieller's 95 % interval of it; infinite if the denominator may be zero.
 
-    The interval holds the ratios q for which the paired differences numerator - q * denominator have a mean that does not
-    differ from zero by Student's test.
+    The interval holds the ratios q for which the paired differences numerator - q * denominator have a mean that does
+    not differ from zero by Student's test.
     """
     count = len(numerators)
     a, b = sum(numerators) / count, sum(denominators) / count

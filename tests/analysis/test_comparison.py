@@ -35,7 +35,8 @@ def test_the_interval_is_that_of_resampled_pairs():
 
 def test_the_interval_depends_on_the_seed_alone():
     intervals = [
-        compare_results(result([True, False] * 500), result([False] * 700 + [True] * 300), s).interval for s in (3, 3, 4)
+        compare_results(result([True, False] * 500), result([False] * 700 + [True] * 300), s).interval
+        for s in (3, 3, 4)
     ]
     assert intervals[0] == intervals[1] != intervals[2]
 
@@ -62,7 +63,9 @@ def test_the_test_of_many_questions_does_not_overflow():
 @pytest.mark.parametrize("lost", [True, False])
 def test_a_change_of_all_questions_has_no_spread(lost):
     comparison = compare_results(result([lost] * 9), result([not lost] * 9))
-    assert comparison.interval == (comparison.difference, comparison.difference) == ((-1.0, -1.0) if lost else (1.0, 1.0))
+    assert (
+        comparison.interval == (comparison.difference, comparison.difference) == ((-1.0, -1.0) if lost else (1.0, 1.0))
+    )
 
 
 @pytest.mark.parametrize("after", [result([True]), result([True, True], name="other")])

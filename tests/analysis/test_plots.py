@@ -28,7 +28,9 @@ NAMES = ["facts", "skills"]
 WEIGHTS = {-1: (0.25, 0.25, 0.25, 0.25), 0: (0.4, 0.3, 0.2, 0.1), 1: (0.1, 0.2, 0.3, 0.4)}
 
 
-def statistics(adapter="default", layers=LAYERS, task_types=(0, 1), sizes=(2, 2), names=NAMES, weights=WEIGHTS, null=()):
+def statistics(
+    adapter="default", layers=LAYERS, task_types=(0, 1), sizes=(2, 2), names=NAMES, weights=WEIGHTS, null=()
+):
     """The same weights in every layer; `weights` is by task type, or by layer and task type."""
     groups = [group for group, size in enumerate(sizes) for _ in range(size)]
     experts, of_layers = [], []
@@ -61,10 +63,17 @@ def joined(*parts):
 def trace(tokens=("<s>", " The", " sun", "\n"), layers=LAYERS, **options):
     """The weight of group 0 is 0.1 more for each token and layer."""
     probabilities = {
-        layer: [[w / 4, 3 * w / 4, 1 - w] for w in ((0.1 * (position + number)) % 1 for position in range(len(tokens)))]
+        layer: [
+            [w / 4, 3 * w / 4, 1 - w] for w in ((0.1 * (position + number)) % 1 for position in range(len(tokens)))
+        ]
         for number, layer in enumerate(layers)
     }
-    options = {"task_type_names": NAMES, "null_groups": [], "expert_groups": {layer: [2, 1] for layer in layers}, **options}
+    options = {
+        "task_type_names": NAMES,
+        "null_groups": [],
+        "expert_groups": {layer: [2, 1] for layer in layers},
+        **options,
+    }
     return RouterTrace("default", "".join(tokens), list(tokens), [*range(len(tokens))], probabilities, **options)
 
 
@@ -96,7 +105,9 @@ def shown(figure, labels):
     """Boxes of the labels that are not empty, in pixels."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
-    return {label.get_text(): Text.get_window_extent(label, renderer) for label in labels if label.get_text()}  # no pointers
+    return {
+        label.get_text(): Text.get_window_extent(label, renderer) for label in labels if label.get_text()
+    }  # no pointers
 
 
 def assert_apart(boxes):
@@ -165,7 +176,10 @@ def test_dollar_signs_are_no_mathematics(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 KINDS = {
-    "one kind": (["model.layers.3.up", "model.layers.11.up"], {"up": {3: "model.layers.3.up", 11: "model.layers.11.up"}}),
+    "one kind": (
+        ["model.layers.3.up", "model.layers.11.up"],
+        {"up": {3: "model.layers.3.up", 11: "model.layers.11.up"}},
+    ),
     "by number": (["h.10.fc", "h.9.fc"], {"fc": {9: "h.9.fc", 10: "h.10.fc"}}),
     "same last part": (
         ["layer.0.attention.output.dense", "layer.0.output.dense"],
@@ -241,7 +255,10 @@ def test_group_weights_have_panels_and_curves(tmp_path):
 def test_groups_of_different_sizes_have_even_weights_of_their_own(tmp_path):
     figure = plot_group_weights(statistics(sizes=(1, 3), names=None, null=[0]), tmp_path / "router.png")
     first, second, *even = figure.axes[0].get_lines()
-    assert [(line.get_ydata()[0], line.get_color()) for line in even] == [(0.25, first.get_color()), (0.75, second.get_color())]
+    assert [(line.get_ydata()[0], line.get_color()) for line in even] == [
+        (0.25, first.get_color()),
+        (0.75, second.get_color()),
+    ]
     assert texts(figure.legends[0].get_texts())[:2] == ["expert group 0 (null)", "expert group 1"]
 
 
@@ -411,7 +428,11 @@ def test_the_frontier_joins_models_that_no_other_beats(tmp_path):
 CROWDS = {
     "spread": [model(f"model {i}", 80 + 7 * i % 10, 90 - 3 * i % 10) for i in range(10)],
     "close": [model(f"model {i}", 80 + 0.05 * i, 90 + 0.02 * i) for i in range(8)],
-    "at the right": [model("base", 1, 90), model("a model with a long name", 80, 90), model("another long name", 80, 89)],
+    "at the right": [
+        model("base", 1, 90),
+        model("a model with a long name", 80, 90),
+        model("another long name", 80, 89),
+    ],
     "joined": [model(f"model {i}", 80 + i, 90 + i, series="a") for i in range(5)],
 }
 
@@ -442,13 +463,19 @@ BAD = {
     "nothing": ([], "There are no records"),
     "no dictionary": ([["LoRA", 1, 2]], r"records\[0\]=\['LoRA', 1, 2\] must be a dictionary"),
     "no retention": ([{"label": "LoRA", "downstream": 1}], r"records\[0\] lacks retention"),
-    "an unknown field": ([model("a", 1, 2), model("b", 1, 2, colour="red")], r"records\[1\] has unknown fields: colour"),
+    "an unknown field": (
+        [model("a", 1, 2), model("b", 1, 2, colour="red")],
+        r"records\[1\] has unknown fields: colour",
+    ),
     "a label that is no text": ([model(3, 1, 2)], "label=3 must be a string"),
     "a series that is no text": ([model("a", 1, 2, series=None)], "series=None must be a string"),
     "text for a number": ([model("a", "1", 2)], "downstream='1' must be a finite number"),
     "true for a number": ([model("a", 1, True)], "retention=True must be a finite number"),
     "nan": ([model("a", 1, math.nan)], "retention=nan must be a finite number"),
-    "an infinite end": ([model("a", 1, 2, downstream_low=0, downstream_high=math.inf)], "downstream_high=inf must be a finite"),
+    "an infinite end": (
+        [model("a", 1, 2, downstream_low=0, downstream_high=math.inf)],
+        "downstream_high=inf must be a finite",
+    ),
     "one end": ([model("a", 1, 2, retention_low=1)], "only one of retention_low and retention_high"),
     "outside": (
         [model("a", 1, 2, downstream_low=2, downstream_high=3)],

@@ -6,7 +6,10 @@ import pytest
 from peft_loramoe.analysis import Question, read_questions
 
 
-PLAIN = [{"question": "Capital of France?", "answer": "Paris"}, {"question": "Two times two?", "answer": ["4", "four"]}]
+PLAIN = [
+    {"question": "Capital of France?", "answer": "Paris"},
+    {"question": "Two times two?", "answer": ["4", "four"]},
+]
 EXPECTED = [Question("Capital of France?", ("Paris",)), Question("Two times two?", ("4", "four"))]
 # The layouts of https://nlp.cs.washington.edu/triviaqa and of mandarjoshi/trivia_qa on the Hub.
 TRIVIA = {
@@ -27,7 +30,11 @@ TRIVIA = {
 TRIVIA_ROW = {
     "question": "Where in England was Dame Judi Dench born?",
     "question_id": "tc_3",
-    "answer": {"aliases": ["Park Grove (1895)", "York", "York UK", ""], "normalized_aliases": ["york"], "value": "York"},
+    "answer": {
+        "aliases": ["Park Grove (1895)", "York", "York UK", ""],
+        "normalized_aliases": ["york"],
+        "value": "York",
+    },
 }
 
 
@@ -102,8 +109,16 @@ BAD = {
     "no question": ("questions.jsonl", {"answer": "a"}, "{file}, line 1: must be a record like"),
     "a blank question": ("questions.json", [{"question": " ", "answer": "a"}], "the question is missing"),
     "no answer": ("questions.jsonl", {"question": "q"}, "{file}, line 1: the answer must be a string, .* not null"),
-    "a number as answer": ("questions.jsonl", {"question": "q", "answer": [4]}, r"the answer must be a string, .* not \[4\]"),
-    "no value": ("questions.json", {"Data": [{"Question": "q", "Answer": {}}]}, "record 1: the answer must be .* not {}"),
+    "a number as answer": (
+        "questions.jsonl",
+        {"question": "q", "answer": [4]},
+        r"the answer must be a string, .* not \[4\]",
+    ),
+    "no value": (
+        "questions.json",
+        {"Data": [{"Question": "q", "Answer": {}}]},
+        "record 1: the answer must be .* not {}",
+    ),
     "a blank answer": ("questions.json", [{"question": "q", "answer": ["", " "]}], "record 1: the answer is blank"),
     "nothing": ("questions.jsonl", "\n", "{file} contains no questions"),
 }

@@ -57,7 +57,10 @@ def test_paths_may_be_strings(tmp_path):
         ('[{"expert": 0}]', "the content is not a JSON object with a `kind`"),
         ('{"experts": []}', "the content is not a JSON object with a `kind`"),
         ('{"kind": "RouterTrace"}', "its kind is 'RouterTrace'"),
-        ('{"kind": "RouterStatistics", "experts": []}', r"its fields are \['experts'\], not \['experts', 'layers', 'task_type"),
+        (
+            '{"kind": "RouterStatistics", "experts": []}',
+            r"its fields are \['experts'\], not \['experts', 'layers', 'task_type",
+        ),
         (
             '{"kind": "RouterStatistics", "experts": [], "layers": [], "task_type_names": {}, "more": 1}',
             r"its fields are \['experts', 'layers', 'more', 'task_type_names'\], not",
@@ -75,7 +78,10 @@ def test_other_files_are_refused(content, problem, tmp_path):
 @pytest.mark.parametrize(
     ("experts", "problem"),
     [
-        ([EXPERT, {k: v for k, v in EXPERT.items() if k not in ("block", "null")}], r"experts\[1\] lacks block, null\."),
+        (
+            [EXPERT, {k: v for k, v in EXPERT.items() if k not in ("block", "null")}],
+            r"experts\[1\] lacks block, null\.",
+        ),
         ([7], r"experts\[0\]=7 is not a record\."),
         (7, r"experts is not a list of records\."),
     ],

@@ -44,7 +44,10 @@ def test_similarity_is_that_of_the_whole_matrices():
 def test_one_record_for_each_adapter_layer_and_pair():
     model = loramoe(num_experts=3, expert_groups=[1, 2], num_experts_pattern={"down_proj": [1, 1]})
     model.add_adapter("other", LoRAMoEConfig(r=1, num_experts=2, target_modules=["up_proj"], init_weights=False))
-    keys = [(r["adapter"], r["layer"].removeprefix("model.layers."), r["expert"], r["other"]) for r in expert_similarity(model)]
+    keys = [
+        (r["adapter"], r["layer"].removeprefix("model.layers."), r["expert"], r["other"])
+        for r in expert_similarity(model)
+    ]
     pairs = [(0, 1), (0, 2), (1, 2)]
     assert keys == [
         key
@@ -105,7 +108,8 @@ def test_models_without_experts_are_refused():
 def test_experts_without_values_are_refused():
     model = inject_adapter_in_model(LoRAMoEConfig(r=2), tiny_llama(), low_cpu_mem_usage=True)
     with pytest.raises(
-        ValueError, match=r"adapter 'default' in layer 'model\.layers\.0\.mlp\.gate_proj' have no values in this process"
+        ValueError,
+        match=r"adapter 'default' in layer 'model\.layers\.0\.mlp\.gate_proj' have no values in this process",
     ):
         expert_similarity(model)
 
@@ -115,5 +119,7 @@ def test_experts_that_are_not_finite_are_refused(name):
     model = loramoe()
     with torch.no_grad():
         getattr(first_experts(model), name)[0, 0] = float("inf")
-    with pytest.raises(ValueError, match=r"adapter 'default' in layer 'model\.layers\.0\.mlp\.gate_proj' are not finite"):
+    with pytest.raises(
+        ValueError, match=r"adapter 'default' in layer 'model\.layers\.0\.mlp\.gate_proj' are not finite"
+    ):
         expert_similarity(model)

@@ -18,7 +18,8 @@ BATCHES = [batch(0, [0, 1, 0]), batch(1, [1, 1, -1], width=5), batch(2, [0, 0, 0
 
 
 def observed(model, batches, samples):
-    """Router probabilities of each sample's real tokens by (adapter, layer, task type), read by hooks of the test's own.
+    """Router probabilities of each sample's real tokens by (adapter, layer, task type), read by hooks of the test's
+    own.
 
     `samples` gives, for each batch, its samples: (task type, row, columns).
     """
@@ -27,7 +28,9 @@ def observed(model, batches, samples):
         if isinstance(module, LoRAExperts):
             layer, adapter = name.removeprefix("base_model.model.").split(".loramoe_experts.")
             calls = outputs.setdefault((adapter, layer), [])
-            handles.append(module.register_forward_hook(lambda m, args, output, calls=calls: calls.append(output[1].double())))
+            handles.append(
+                module.register_forward_hook(lambda m, args, output, calls=calls: calls.append(output[1].double()))
+            )
     model.eval()
     for inputs in batches:
         with torch.no_grad():
@@ -68,7 +71,11 @@ def check(statistics, seen):
         expected = zip(weight.tolist(), importance.tolist())
         assert found[key] == [pytest.approx(weight_and_importance, abs=1e-6) for weight_and_importance in expected]
         record = layers[key]
-        assert (record["samples"], record["tokens"], record["num_experts"]) == (len(samples), len(tokens), tokens.shape[1])
+        assert (record["samples"], record["tokens"], record["num_experts"]) == (
+            len(samples),
+            len(tokens),
+            tokens.shape[1],
+        )
         assert record["entropy"] == pytest.approx(-(tokens * tokens.log()).sum(-1).mean().item(), abs=1e-6)
         assert record["load_entropy"] == pytest.approx(-(weight * weight.log()).sum().item(), abs=1e-6)
 
@@ -106,7 +113,10 @@ def test_each_segment_of_a_packed_row_is_a_sample(task_types):
 
 def test_batches_without_task_types_are_of_unknown_type():
     model, inputs = loramoe(), token_batch()
-    check(router_statistics(model, [inputs]), observed(model, [inputs], rows_of([{**inputs, "task_types": -torch.ones(3)}])))
+    check(
+        router_statistics(model, [inputs]),
+        observed(model, [inputs], rows_of([{**inputs, "task_types": -torch.ones(3)}])),
+    )
 
 
 def test_every_active_adapter_has_its_statistics():
@@ -136,7 +146,12 @@ def test_null_experts_are_marked_and_have_their_weight():
 
 def test_a_layer_that_is_used_several_times_counts_a_token_each_time():
     config = AlbertConfig(
-        vocab_size=64, embedding_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+        vocab_size=64,
+        embedding_size=8,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
     )
     torch.manual_seed(0)
     model = loramoe(AlbertModel(config), target_modules=["ffn"], task_type=None)
@@ -169,7 +184,9 @@ def test_records_name_block_and_kind_of_their_linear():
 def logits_shapes(model, batches):
     """The shapes of the logits that the model computes while its statistics are taken."""
     shapes = []
-    handle = model.get_base_model().register_forward_hook(lambda m, args, output: shapes.append(tuple(output.logits.shape)))
+    handle = model.get_base_model().register_forward_hook(
+        lambda m, args, output: shapes.append(tuple(output.logits.shape))
+    )
     router_statistics(model, batches)
     handle.remove()
     return shapes
@@ -252,7 +269,9 @@ def test_probabilities_that_are_not_finite_are_refused():
     model = loramoe()
     with torch.no_grad():
         model.base_model.model.model.layers[1].mlp.up_proj.loramoe_experts["default"].router.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"adapter 'default' in layer 'model\.layers\.1\.mlp\.up_proj' are not finite"):
+    with pytest.raises(
+        ValueError, match=r"adapter 'default' in layer 'model\.layers\.1\.mlp\.up_proj' are not finite"
+    ):
         router_statistics(model, BATCHES)
 
 

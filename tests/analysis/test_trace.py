@@ -36,7 +36,9 @@ def test_a_trace_has_the_probabilities_of_every_token():
     for name, module in model.named_modules():
         if isinstance(module, LoRAExperts):
             layer = name.removeprefix("base_model.model.").removesuffix(".loramoe_experts.default")
-            module.register_forward_hook(lambda m, args, output, layer=layer: seen.__setitem__(layer, output[1][0].tolist()))
+            module.register_forward_hook(
+                lambda m, args, output, layer=layer: seen.__setitem__(layer, output[1][0].tolist())
+            )
     with torch.no_grad():
         model.eval()(torch.tensor([IDS]))
     assert found.layers == seen and list(found.layers) == list(seen) and len(seen) == 6
@@ -98,7 +100,12 @@ def test_the_active_adapter_is_the_default():
 
 def test_each_use_of_a_layer_has_its_own_entry():
     config = AlbertConfig(
-        vocab_size=64, embedding_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+        vocab_size=64,
+        embedding_size=8,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
     )
     torch.manual_seed(0)
     found = trace(loramoe(AlbertModel(config), target_modules=["ffn"], task_type=None))
@@ -108,7 +115,9 @@ def test_each_use_of_a_layer_has_its_own_entry():
 
 
 def bert(**options):
-    config = BertConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
     torch.manual_seed(0)
     return loramoe(BertForSequenceClassification(config), task_type="SEQ_CLS", **options)
 
@@ -129,12 +138,16 @@ def test_a_text_that_begins_with_bos_gets_no_second_one():
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w2 $A", special_tokens=[("w2", 2)])
     model = loramoe()
     assert (
-        router_trace(model, tokenizer, "w5 w9").token_ids == router_trace(model, tokenizer, "w2 w5 w9").token_ids == [2, 5, 9]
+        router_trace(model, tokenizer, "w5 w9").token_ids
+        == router_trace(model, tokenizer, "w2 w5 w9").token_ids
+        == [2, 5, 9]
     )
 
 
 def test_a_model_none_of_whose_layers_reads_tokens_is_refused():
-    with pytest.raises(ValueError, match=r"No adapted layer processes the text's 4 tokens one by one.*bert\.pooler\.dense"):
+    with pytest.raises(
+        ValueError, match=r"No adapted layer processes the text's 4 tokens one by one.*bert\.pooler\.dense"
+    ):
         trace(bert(target_modules=["pooler.dense"]))
 
 
@@ -147,7 +160,9 @@ def test_several_active_adapters_are_refused_without_a_name():
 
 @pytest.mark.parametrize("adapter", ["other", "missing", ""])
 def test_an_adapter_that_is_not_active_is_refused(adapter):
-    with pytest.raises(ValueError, match=rf"adapter='{adapter}' is not active .default is.*set_adapter\('{adapter}'\)"):
+    with pytest.raises(
+        ValueError, match=rf"adapter='{adapter}' is not active .default is.*set_adapter\('{adapter}'\)"
+    ):
         trace(two_adapters(), adapter=adapter)
 
 
@@ -166,7 +181,8 @@ def test_encoder_decoders_are_refused():
     config = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=64, decoder_start_token_id=0)
     model = loramoe(T5ForConditionalGeneration(config), task_type="SEQ_2_SEQ_LM")
     with pytest.raises(
-        ValueError, match=r"encoder-decoders such as PeftModelForSeq2SeqLM; .* read peft_loramoe\.layer_routing\(model\)"
+        ValueError,
+        match=r"encoder-decoders such as PeftModelForSeq2SeqLM; .* read peft_loramoe\.layer_routing\(model\)",
     ):
         trace(model)
 
@@ -185,5 +201,7 @@ def test_probabilities_that_are_not_finite_are_refused():
     model = loramoe()
     with torch.no_grad():
         model.base_model.model.model.layers[0].mlp.down_proj.loramoe_experts["default"].router.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"adapter 'default' in layer 'model\.layers\.0\.mlp\.down_proj' are not finite"):
+    with pytest.raises(
+        ValueError, match=r"adapter 'default' in layer 'model\.layers\.0\.mlp\.down_proj' are not finite"
+    ):
         trace(model)

@@ -9,9 +9,14 @@ pytestmark = pytest.mark.version_independent
 
 
 def authors_blcls(route_weight, task_types, blc_alpha, lora_nums):
-    """The balance term of the authors' released code, written once more: unmasked sums, var / mean^2, types 1 and 0."""
+    """The balance term of the authors' released code, written once more.
+
+    Unmasked sums, var / mean^2, types 1 and 0.
+    """
     half = lora_nums // 2
-    matches = torch.cat([(task_types == 1).view(-1, 1).repeat(1, half), (task_types == 0).view(-1, 1).repeat(1, half)], -1)
+    matches = torch.cat(
+        [(task_types == 1).view(-1, 1).repeat(1, half), (task_types == 0).view(-1, 1).repeat(1, half)], -1
+    )
     weighted = (route_weight.sum(dim=1) * torch.where(matches, 1.0 + blc_alpha, 1.0 - blc_alpha)).flatten()
     return weighted.float().var() / (weighted.float().mean() ** 2 + 1e-10)
 
@@ -51,7 +56,9 @@ def test_authors_loss_and_gradient_are_reproduced():
         probabilities = leaf.softmax(-1)
         if ours:
             targets = balance_targets(1 - authors_types, ExpertGroups([3, 3]), 0.1)
-            term = balance_term(*whole_batch(probabilities), targets, formula="cv_squared", target="paper", importance="sum")
+            term = balance_term(
+                *whole_batch(probabilities), targets, formula="cv_squared", target="paper", importance="sum"
+            )
         else:
             term = authors_blcls(probabilities, authors_types, 0.1, 6)
         gradients.append(torch.autograd.grad(term, leaf)[0])

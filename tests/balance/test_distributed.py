@@ -52,7 +52,9 @@ def test_rows_and_gradients_of_several_processes_are_those_of_one():
     for rank in "01":
         environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank}
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-        processes.append(subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, stderr=subprocess.PIPE, text=True))
+        processes.append(
+            subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, stderr=subprocess.PIPE, text=True)
+        )
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors

@@ -31,7 +31,10 @@ def expected_terms(model, batch, task_types, config=None):
     ids, real = torch.arange(rows).repeat_interleave(width), batch["attention_mask"].flatten().bool()
     options = dict(formula=config.balance_formula, target=config.balance_target, importance=config.balance_importance)
     targets = balance_targets(task_types, config.groups_of(), config.balance_delta)
-    return {layer: balance_term(*importance(p.flatten(0, 1), ids, real, rows), targets, **options) for layer, p in seen.items()}
+    return {
+        layer: balance_term(*importance(p.flatten(0, 1), ids, real, rows), targets, **options)
+        for layer, p in seen.items()
+    }
 
 
 def test_the_training_loss_is_the_models_loss_plus_the_weighted_terms():
@@ -171,7 +174,9 @@ def test_transformers_add_adapter_balances_too():
     batch, model = labelled(token_batch()), tiny_llama()
     torch.manual_seed(1)
     model.add_adapter(LoRAMoEConfig(r=2, init_weights=False), adapter_name="default")
-    torch.testing.assert_close(model.train()(**batch, task_types=TYPES).loss, loramoe()(**batch, task_types=TYPES).loss)
+    torch.testing.assert_close(
+        model.train()(**batch, task_types=TYPES).loss, loramoe()(**batch, task_types=TYPES).loss
+    )
 
 
 def test_tuples_of_outputs_carry_the_term_in_the_loss():
@@ -207,7 +212,14 @@ def test_a_model_that_is_no_transformer():
 
 def test_encoder_decoder_models():
     config = T5Config(
-        d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=64, decoder_start_token_id=0, dropout_rate=0.0
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+        vocab_size=64,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
     )
     torch.manual_seed(0)
     model = loramoe(T5ForConditionalGeneration(config), task_type="SEQ_2_SEQ_LM")
@@ -222,7 +234,9 @@ def test_encoder_decoder_models():
 
 
 def test_sequence_classification():
-    config = BertConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
     torch.manual_seed(0)
     model = loramoe(BertForSequenceClassification(config), task_type="SEQ_CLS")
     model.eval()
@@ -318,7 +332,12 @@ def test_a_call_that_failed_leaves_nothing_behind():
 
 def test_a_layer_that_runs_several_times_balances_all_of_its_samples():
     config = AlbertConfig(
-        vocab_size=64, embedding_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+        vocab_size=64,
+        embedding_size=8,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
     )
     torch.manual_seed(0)
     model = loramoe(AlbertModel(config), target_modules=["ffn"], task_type=None).eval()
@@ -452,7 +471,11 @@ def test_copies_and_pickles_of_a_model_record_for_themselves():
     ("task_types", "error", "message"),
     [
         (torch.tensor([0, 1]), ValueError, r"shape \(2,\), but the batch has 3 rows"),
-        (torch.zeros(3, 2, dtype=torch.long), ValueError, r"shape \(3, 2\); .* shape \(3,\), or per token, shape \(3, 7\)"),
+        (
+            torch.zeros(3, 2, dtype=torch.long),
+            ValueError,
+            r"shape \(3, 2\); .* shape \(3,\), or per token, shape \(3, 7\)",
+        ),
         (torch.tensor([0, 1, 2]), ValueError, "contains 2, but the adapter has 2 expert groups"),
         (torch.tensor([0.0, 1.0, 1.0]), TypeError, "dtype torch.float32"),
         (["facts"] * 3, ValueError, "no task_type_names"),

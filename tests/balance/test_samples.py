@@ -98,7 +98,9 @@ def test_labels_tell_the_decoders_padding():
 
 
 def test_tokens_that_belong_to_no_row_are_refused():
-    with pytest.raises(ValueError, match=r"which of the 2 rows.*\(5,\) tokens of layer 'experts.3.w1'.*exclude_modules"):
+    with pytest.raises(
+        ValueError, match=r"which of the 2 rows.*\(5,\) tokens of layer 'experts.3.w1'.*exclude_modules"
+    ):
         samples((5,), layer="experts.3.w1", attention_mask=torch.ones(2, 4))
 
 
@@ -108,7 +110,9 @@ def test_a_mask_that_is_not_two_dimensional_is_refused():
 
 
 def test_task_types_of_another_width_are_refused():
-    with pytest.raises(ValueError, match=r"task_types has shape \(1, 2\); .* shape \(1,\), or per token, shape \(1, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"task_types has shape \(1, 2\); .* shape \(1,\), or per token, shape \(1, 3\)"
+    ):
         samples((1, 3), torch.tensor([[0, 1]]), input_ids=torch.ones(1, 3))
 
 

@@ -32,7 +32,9 @@ def test_more_layers_hardly_take_more_operations():
 
 
 def test_layers_with_other_experts_have_terms_of_their_own():
-    model = loramoe(num_experts=4, num_experts_pattern={"down_proj": 6, "layers.0.mlp.up_proj": [1, 3]}, balance_delta=0.3)
+    model = loramoe(
+        num_experts=4, num_experts_pattern={"down_proj": 6, "layers.0.mlp.up_proj": [1, 3]}, balance_delta=0.3
+    )
     model(**labelled(token_batch()), task_types=[0, 1, -1])
     terms = balance_terms(model)["default"]
     assert list(terms) == [record.layer for record in layer_routing(model)]

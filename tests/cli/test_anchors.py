@@ -134,7 +134,10 @@ def test_label_takes_a_low_loss_for_known(base, tmp_path):
 BAD_DATA = {
     "typed": ([{"prompt": "w20", "completion": "w21", "task_type": 1}], "has a task_type already"),
     "text": ([{"text": "w20 w21"}], "record 1: a text has no answer to label"),
-    "no answer": ([{"prompt": "w20", "completion": "w21"}, {"prompt": "w20"}], "record 2: the column 'completion' is missing"),
+    "no answer": (
+        [{"prompt": "w20", "completion": "w21"}, {"prompt": "w20"}],
+        "record 2: the column 'completion' is missing",
+    ),
     "empty": ([], "has no record"),
 }
 

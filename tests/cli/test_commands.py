@@ -93,7 +93,8 @@ def printed(capsys, *words):
     return json.loads(capsys.readouterr().out)
 
 
-# --- inspect ----------------------------------------------------------------------------------------------------------
+# --- inspect
+# ----------------------------------------------------------------------------------------------------------
 
 LAYOUTS = {
     "plain": {},
@@ -138,7 +139,13 @@ def test_inspect_prints_configuration_size_and_experts(adapter, capsys):
     call("inspect", adapter)
     output = capsys.readouterr().out
     size = sum(tensor.numel() for tensor in load_file(adapter / WEIGHTS).values())
-    for part in (f"{size:,} parameters, float32", "4 experts in each of 6 linears", "lora_alpha=16", "1 skills", "2+2"):
+    for part in (
+        f"{size:,} parameters, float32",
+        "4 experts in each of 6 linears",
+        "lora_alpha=16",
+        "1 skills",
+        "2+2",
+    ):
         assert part in output, output
 
 
@@ -163,7 +170,8 @@ def changed_copy(source, folder, change):
     return folder
 
 
-# --- convert, upcycle -------------------------------------------------------------------------------------------------
+# --- convert, upcycle
+# -------------------------------------------------------------------------------------------------
 
 
 def test_convert_to_the_authors_layout_and_back(tmp_path, base, adapter, capsys):
@@ -177,7 +185,14 @@ def test_convert_to_the_authors_layout_and_back(tmp_path, base, adapter, capsys)
 
 def test_loras_become_experts(tmp_path, loras, capsys):
     call(
-        "upcycle", *loras, "-o", tmp_path / "both", "--set", "freeze_experts=true", "--set", "balance_formula=variance_to_mean"
+        "upcycle",
+        *loras,
+        "-o",
+        tmp_path / "both",
+        "--set",
+        "freeze_experts=true",
+        "--set",
+        "balance_formula=variance_to_mean",
     )
     assert "2 experts of rank 4, in groups of [2]" in capsys.readouterr().out
     config = json.loads((tmp_path / "both" / "adapter_config.json").read_text())
@@ -190,7 +205,8 @@ def test_a_lora_is_split(tmp_path, base, loras):
     torch.testing.assert_close(logits(tmp_path / "split", base), logits(loras[0], base))
 
 
-# --- export-lora ------------------------------------------------------------------------------------------------------
+# --- export-lora
+# ------------------------------------------------------------------------------------------------------
 
 EXPORTS = {
     "uniform": ([], {"gates": "uniform", "rank": 8}),
@@ -227,7 +243,8 @@ def test_an_unmeasured_export_says_so(tmp_path, adapter, capsys):
     assert "peft-loramoe: warning: The error of the LoRA" in errors
 
 
-# --- surgery ----------------------------------------------------------------------------------------------------------
+# --- surgery
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_experts_are_listed_with_their_load(adapter, calibration, capsys):
@@ -271,7 +288,8 @@ def test_an_operation_prints_what_it_did(tmp_path, adapter, calibration, capsys)
     assert "measured" not in capsys.readouterr().out
 
 
-# --- analyze, trace, plot ---------------------------------------------------------------------------------------------
+# --- analyze, trace, plot
+# ---------------------------------------------------------------------------------------------
 
 
 def test_analyze_measures_every_text(base, adapter, calibration, capsys):
@@ -284,7 +302,9 @@ def test_analyze_measures_every_text(base, adapter, calibration, capsys):
     assert found["task_type_names"] == {"default": ["facts", "skills"]}
     for name, fields in {"experts": ("weight", "importance"), "layers": ("entropy", "load_entropy")}.items():
         for one, other in zip(found[name], getattr(expected, name), strict=True):
-            assert [one.pop(field) for field in fields] == pytest.approx([other.pop(field) for field in fields], abs=1e-5)
+            assert [one.pop(field) for field in fields] == pytest.approx(
+                [other.pop(field) for field in fields], abs=1e-5
+            )
             assert one == other
     assert {record["status"] for record in found["expert_usage"]} <= {"dead", "dominating", "used"}
     assert found["expert_similarity"] == [pytest.approx(pair, abs=1e-5) for pair in expert_similarity(model)]
@@ -301,7 +321,8 @@ def test_texts_are_padded_on_the_right_for_models_that_count_from_the_left(tmp_p
     file = tmp_path / "texts.jsonl"
     file.write_text("\n".join(json.dumps({"text": text}) for text, _ in TEXTS))
     together, alone = (
-        printed(capsys, "analyze", adapter, "--data", file, "--batch-size", size)["experts"] for size in (len(TEXTS), 1)
+        printed(capsys, "analyze", adapter, "--data", file, "--batch-size", size)["experts"]
+        for size in (len(TEXTS), 1)
     )
     assert [one["weight"] for one in together] == pytest.approx([one["weight"] for one in alone], abs=1e-6)
 
@@ -313,7 +334,10 @@ def test_texts_that_begin_with_bos_get_no_second_one(tmp_path):
     file = tmp_path / "texts.jsonl"
     file.write_text('{"text": "w2 w5 w9"}\n{"text": "w5"}')
     (batch,) = read_batches(file, tokenizer, 2, 512)
-    assert [ids[mask == 1].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])] == [[2, 5, 9], [2, 5]]
+    assert [ids[mask == 1].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])] == [
+        [2, 5, 9],
+        [2, 5],
+    ]
 
 
 def test_analyze_prints_weights_entropy_usage_and_similarity(adapter, calibration, capsys):
@@ -385,14 +409,18 @@ def test_a_text_is_traced_and_drawn(tmp_path, adapter, capsys):
 
 
 def test_a_frontier_is_drawn(tmp_path, capsys):
-    records = [{"label": "LoRA", "downstream": 81, "retention": 86.5}, {"label": "base", "downstream": 3, "retention": 100}]
+    records = [
+        {"label": "LoRA", "downstream": 81, "retention": 86.5},
+        {"label": "base", "downstream": 3, "retention": 100},
+    ]
     (tmp_path / "models.json").write_text(json.dumps(records))
     call("plot", "frontier", tmp_path / "models.json", "-o", tmp_path / "frontier.png")
     assert f"Wrote {tmp_path / 'frontier.png'}." in capsys.readouterr().out
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
+# --- models
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -422,17 +450,31 @@ def test_the_dtype_stays(tmp_path, adapter):
 
 def test_what_belongs_to_no_expert_stays(tmp_path, base):
     saved(tmp_path / "more", base, modules_to_save=["lm_head"])
-    changed_copy(tmp_path / "more", tmp_path / "trained", lambda tensors: tensors["base_model.model.lm_head.weight"].fill_(3))
+    changed_copy(
+        tmp_path / "more", tmp_path / "trained", lambda tensors: tensors["base_model.model.lm_head.weight"].fill_(3)
+    )
     call("surgery", "reorder", tmp_path / "trained", "-o", tmp_path / "new", "--order", 0, 1, 2, 3)
     head = load_file(tmp_path / "new" / WEIGHTS)["base_model.model.lm_head.weight"]
     assert (head == 3).all()
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_every_command_has_a_help_text(capsys):
-    commands = ["inspect", "convert", "upcycle", "export-lora", "surgery", "analyze", "trace", "plot", "evaluate", "run"]
+    commands = [
+        "inspect",
+        "convert",
+        "upcycle",
+        "export-lora",
+        "surgery",
+        "analyze",
+        "trace",
+        "plot",
+        "evaluate",
+        "run",
+    ]
     operations = ["list", "add", "remove", "reorder", "merge"]
     figures = ["groups", "load", "entropy", "trace", "frontier"]
     nested = [["surgery", operation] for operation in operations] + [["plot", figure] for figure in figures]
@@ -459,13 +501,22 @@ BAD = {
     "an unknown format": ("convert {adapter} -o {out} --to qlora", "invalid choice: 'qlora'"),
     "one LoRA alone": ("upcycle {lora} -o {out}", "One source needs num_experts"),
     "no value": ("upcycle {lora} -o {out} --set top_k", "--set top_k: must be OPTION=VALUE"),
-    "an unknown option": ("upcycle {lora} -o {out} --num-experts 2 --set speed=3", "speed is not an option of LoRAMoEConfig"),
+    "an unknown option": (
+        "upcycle {lora} -o {out} --num-experts 2 --set speed=3",
+        "speed is not an option of LoRAMoEConfig",
+    ),
     "a wrong type": ("upcycle {lora} -o {out} --num-experts 2 --set top_k=two", "top_k='two' must be an integer"),
     "a name for a number": ("upcycle {lora} -o {out} --num-experts two", "invalid int value: 'two'"),
     "no base model": ("export-lora {homeless} -o {out}", "name it with --base-model"),
     "an unknown base model": ("export-lora {adapter} -o {out} --base-model {nowhere}", "nowhere"),
-    "another base model": ("export-lora {adapter} -o {out} --base-model {other}", "size mismatch for base_model.model"),
-    "gates that are not measured": ("export-lora {adapter} -o {out} --gates mean", "gates='mean' is measured on calibration"),
+    "another base model": (
+        "export-lora {adapter} -o {out} --base-model {other}",
+        "size mismatch for base_model.model",
+    ),
+    "gates that are not measured": (
+        "export-lora {adapter} -o {out} --gates mean",
+        "gates='mean' is measured on calibration",
+    ),
     "an unknown task type": (
         "export-lora {adapter} -o {out} --gates mean --task-type sports --calibration {texts}",
         "unknown name 'sports'",
@@ -475,7 +526,10 @@ BAD = {
     "an empty file": ("surgery list {adapter} --calibration {nothing}", "has no record"),
     "no JSON": ("surgery list {adapter} --calibration {config}", "line 1: no valid JSON"),
     "no text": ("surgery list {adapter} --calibration {textless}", "line 2: must be a record like"),
-    "batches of none": ("surgery list {adapter} --calibration {texts} --batch-size 0", "'0' must be an integer, at least 1"),
+    "batches of none": (
+        "surgery list {adapter} --calibration {texts} --batch-size 0",
+        "'0' must be an integer, at least 1",
+    ),
     "texts for a classifier": (
         "surgery list {classifier} --calibration {texts}",
         "Texts need a causal language model",
@@ -489,7 +543,10 @@ BAD = {
         "half_type, line 2: task_type=0.5 must be an index or a name",
     ),
     "an unknown type of text": ("analyze {adapter} --data {sports}", "unknown name 'sports'"),
-    "statistics without a folder": ("analyze {adapter} --data {texts} -o {out}/s.json", "does not exist; make it first"),
+    "statistics without a folder": (
+        "analyze {adapter} --data {texts} -o {out}/s.json",
+        "does not exist; make it first",
+    ),
     "no text to trace": ("trace {adapter}", "arguments are required: --text"),
     "an empty text": ("trace {adapter} --text=", "text='' has no tokens"),
     "a classifier's trace": ("trace {classifier} --text w3", "Texts need a causal language model"),
@@ -519,7 +576,19 @@ BAD = {
 @pytest.fixture(scope="module")
 def paths(base, adapter, loras, calibration, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
-    names = ("out", "empty", "nowhere", "homeless", "wrong", "half", "nothing", "textless", "config", "classifier", "other")
+    names = (
+        "out",
+        "empty",
+        "nowhere",
+        "homeless",
+        "wrong",
+        "half",
+        "nothing",
+        "textless",
+        "config",
+        "classifier",
+        "other",
+    )
     names += ("sports", "half_type", "models")
     found = {name: folder / name for name in names} | {"adapter": adapter, "lora": loras[0], "texts": calibration}
     found["empty"].mkdir()
@@ -563,7 +632,8 @@ def test_the_traceback_is_shown_on_demand(paths):
         main(["--traceback", "inspect", str(paths["nowhere"])])
 
 
-# --- run --------------------------------------------------------------------------------------------------------------
+# --- run
+# ---
 
 PROGRAM = """
 import json, os, sys
@@ -654,7 +724,9 @@ def test_child_processes_know_loramoe_once_they_import_peft(code, expected, tmp_
 
 
 def test_a_sitecustomize_that_raises_does_not_keep_loramoe_from_children(tmp_path):
-    result = child(tmp_path, "import peft; print(peft.PeftType)", **{"sitecustomize.py": "raise RuntimeError('its own')"})
+    result = child(
+        tmp_path, "import peft; print(peft.PeftType)", **{"sitecustomize.py": "raise RuntimeError('its own')"}
+    )
     assert result.stdout.split() == ["LORAMOE"] and "its own" in result.stderr
 
 
@@ -698,7 +770,17 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_a_command_that_is_terminated_leaves_nothing_behind(adapter, tmp_path):
-    command = [sys.executable, "-c", TERMINATED, "convert", str(adapter), "-o", str(tmp_path / "output"), "--to", "authors"]
+    command = [
+        sys.executable,
+        "-c",
+        TERMINATED,
+        "convert",
+        str(adapter),
+        "-o",
+        str(tmp_path / "output"),
+        "--to",
+        "authors",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 128 + 15, result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -710,7 +792,8 @@ def test_a_child_of_another_environment_is_told(tmp_path):
     assert result.stdout.splitlines()[1] == "old" and "peft_loramoe is not installed for" in result.stderr
 
 
-# --- lm-eval ----------------------------------------------------------------------------------------------------------
+# --- lm-eval
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

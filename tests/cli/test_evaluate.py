@@ -76,7 +76,9 @@ def questions(base):
     """Of every three questions the base model knows two."""
     model, file = loaded(base), base.parent / "questions.jsonl"
     texts = [f"w{i} w{i + 1}" for i in range(20, 50)]
-    records = [{"question": q, "answer": [first_tokens(model, q) if i % 3 else "w3", "w4"]} for i, q in enumerate(texts)]
+    records = [
+        {"question": q, "answer": [first_tokens(model, q) if i % 3 else "w3", "w4"]} for i, q in enumerate(texts)
+    ]
     file.write_text("\n".join(map(json.dumps, records)))
     return file
 
@@ -94,7 +96,9 @@ def report(capsys, *words):
 
 def test_each_adapter_is_compared_with_the_base_model(base, adapters, questions, capsys):
     order = ["lora", "loramoe"]  # what the LoRA does to the base model's biases must not reach the mixture
-    found = report(capsys, "--adapter", *(adapters[name] for name in order), "--questions", questions, "--shots", 0, *ASK)
+    found = report(
+        capsys, "--adapter", *(adapters[name] for name in order), "--questions", questions, "--shots", 0, *ASK
+    )
     (asked,) = found["closed_book"]
     assert (asked["questions"], asked["count"], asked["shots"]) == (str(questions), 30, [])
     assert [model["adapter"] for model in asked["models"]] == [None, *(str(adapters[name]) for name in order)]
@@ -120,7 +124,14 @@ def test_the_report_says_how_it_came_about(base, questions, capsys):
     assert found["versions"] == {name: version(name) for name in ("peft_loramoe", "peft", "transformers", "torch")}
     assert len(found["date"]) == 10 and found["lm_eval"] == []
     named = {"model": str(base), "adapter": [], "questions": [str(questions)], "lm_eval": [], "include_path": None}
-    prompt = {"shots": 5, "shots_file": None, "template": "{question}", "chat": False, "max_new_tokens": 2, "limit": None}
+    prompt = {
+        "shots": 5,
+        "shots_file": None,
+        "template": "{question}",
+        "chat": False,
+        "max_new_tokens": 2,
+        "limit": None,
+    }
     running = {"batch_size": 4, "load_in_4bit": False, "dtype": "auto", "device": "cpu"}
     assert found["options"] == {**named, **prompt, **running, "tokenizer": None, "revision": "main"}
 
@@ -227,7 +238,9 @@ def test_a_tokenizer_of_choice(base, questions, tmp_path, capsys):
     words = ["--base-model", base, "--tokenizer", tmp_path / "tokenizer", "--questions", questions, "--chat", *ASK]
     found = report(capsys, *words)
     every = in_the_file(questions)
-    expected = answer_questions(loaded(base), tokenizer, every[5:], every[:5], "{question}", chat=True, max_new_tokens=2)
+    expected = answer_questions(
+        loaded(base), tokenizer, every[5:], every[:5], "{question}", chat=True, max_new_tokens=2
+    )
     (asked,) = found["closed_book"]
     assert asked["models"][0]["loss"] == pytest.approx(expected.loss, abs=1e-6)
     assert found["options"]["tokenizer"] == str(tmp_path / "tokenizer")
@@ -269,10 +282,14 @@ def test_another_base_model_is_warned_about(base, adapters, questions, tmp_path,
     tiny_llama(attention_bias=True, **SIDES).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     call("--model", tmp_path / "other", "--adapter", adapters["lora"], "--questions", questions, "--limit", 1, *ASK)
-    assert f"warning: '{adapters['lora']}' names '{base}' as its base model; it is evaluated on" in capsys.readouterr().err
+    assert (
+        f"warning: '{adapters['lora']}' names '{base}' as its base model; it is evaluated on"
+        in capsys.readouterr().err
+    )
 
 
-# --- lm-eval ----------------------------------------------------------------------------------------------------------
+# --- lm-eval
+# ----------------------------------------------------------------------------------------------------------
 
 TEXTS = ["w3 w4 w5 w6 w7", "w8 w9 w20", "w21 w22 w23 w24 w25 w26"]
 
@@ -329,7 +346,8 @@ def test_tasks_need_lm_eval(base, capsys, monkeypatch):
     assert "--lm-eval needs lm-eval: pip install lm_eval[hf]" in capsys.readouterr().err
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input
+# --------------------------------------------------------------------------------------------------------
 
 # (words, part of the message); {base}, {questions} and so on are replaced by paths.
 BAD = {
@@ -342,7 +360,10 @@ BAD = {
     ),
     "two revisions": ("--adapter {lora} {revision} --questions {questions}", "name '{base}' (main) and '{base}' (v2)"),
     "no adapter": ("--model {base} --adapter {nowhere} --questions {questions}", "nowhere"),
-    "a classifier": ("--adapter {classifier} --questions {questions}", "has task_type='SEQ_CLS'; only causal language models"),
+    "a classifier": (
+        "--adapter {classifier} --questions {questions}",
+        "has task_type='SEQ_CLS'; only causal language models",
+    ),
     "no such model": ("--model {nowhere} --questions {questions}", "nowhere"),
     "no such questions": ("--model {base} --questions {nowhere}.json", "No such file or directory"),
     "the output is a folder": (
@@ -353,7 +374,10 @@ BAD = {
         "--model {base} --questions {questions} -o {nowhere}/a.json",
         "there is no folder '{nowhere}'",
     ),
-    "too few examples": ("--model {base} --questions {questions} --shots 31", "--shots 31: {questions} has 30 questions only"),
+    "too few examples": (
+        "--model {base} --questions {questions} --shots 31",
+        "--shots 31: {questions} has 30 questions only",
+    ),
     "too few in the other file": (
         "--model {base} --questions {questions} --shots-file {two} --shots 3",
         "{two} has 2 questions",
@@ -362,12 +386,18 @@ BAD = {
     "a negative number of examples": ("--model {base} --shots -1", "'-1' must be an integer, at least 0"),
     "a limit of nothing": ("--model {base} --limit 0", "'0' must be an integer, at least 1"),
     "an unknown dtype": ("--model {base} --dtype int8", "invalid choice: 'int8'"),
-    "a template without the question": ("--model {base} --questions {questions} --template Q", "must contain {{question}}"),
+    "a template without the question": (
+        "--model {base} --questions {questions} --template Q",
+        "must contain {{question}}",
+    ),
     "no chat template": (
         "--model {base} --tokenizer {plain} --chat --questions {questions}",
         "The tokenizer '{plain}' has no chat template",
     ),
-    "examples without questions": ("--model {base} --lm-eval x --shots 2", "--shots 2 has no effect without --questions"),
+    "examples without questions": (
+        "--model {base} --lm-eval x --shots 2",
+        "--shots 2 has no effect without --questions",
+    ),
     "a file of examples without questions": (
         "--model {base} --lm-eval x --shots-file {two}",
         "--shots-file {two} has no effect without --questions",
@@ -395,7 +425,13 @@ BAD = {
 @pytest.fixture(scope="module")
 def paths(base, adapters, questions, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
-    found = {"base": base, "questions": questions, "nowhere": folder / "nowhere", "two": folder / "two.jsonl", **adapters}
+    found = {
+        "base": base,
+        "questions": questions,
+        "nowhere": folder / "nowhere",
+        "two": folder / "two.jsonl",
+        **adapters,
+    }
     found["two"].write_text("\n".join(questions.read_text().splitlines()[:2]))
     changes = {
         "homeless": {"base_model_name_or_path": None},

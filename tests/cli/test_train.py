@@ -61,7 +61,8 @@ def parse(*options):
     return build_parser().parse_args(["train", "--model", "m", "--train-file", "t.json", *options])
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
+# --- options
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_every_config_option_has_a_flag(capsys):
@@ -145,7 +146,8 @@ def test_options_that_exclude_each_other(capsys, options, message):
     assert message in capsys.readouterr().err
 
 
-# --- --config ---------------------------------------------------------------------------------------------------------
+# --- --config
+# ---------------------------------------------------------------------------------------------------------
 
 
 def config_file(folder, text):
@@ -204,7 +206,8 @@ def test_a_file_that_does_not_exist_is_named(capsys):
     assert "--config missing.yaml: cannot be read" in capsys.readouterr().err
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
+# --- data
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_splits_of_a_data_set(tmp_path):
@@ -257,7 +260,9 @@ def test_last_answer_is_learned_where_it_does_not_and_that_is_said(trainer, tmp_
 
 @pytest.mark.parametrize("packing", ["--packing", "--no-packing"])
 def test_what_max_length_takes_away_is_said(trainer, packing):
-    with pytest.warns(UserWarning, match="training data: 1 of 2 records are longer than --max-length 40; their end is cut off"):
+    with pytest.warns(
+        UserWarning, match="training data: 1 of 2 records are longer than --max-length 40; their end is cut off"
+    ):
         trainer(packing, "--max-length", 40, records=[RECORD, {**RECORD, "output": "1 " * 50}])
 
 
@@ -274,7 +279,8 @@ def test_data_of_one_type_without_anchors_are_warned_about(trainer):
         trainer(records=[{"prompt": "x", "completion": "y"}] * 2)
 
 
-# --- model and training -----------------------------------------------------------------------------------------------
+# --- model and training
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -326,7 +332,9 @@ def test_packed_training_saves_an_adapter_that_loads(arguments, tmp_path, toy_fo
     options = ["--packing", "--max-length", "64", "--logging-steps", "1", "--task-type-names", json.dumps(NAMES)]
     assert main(arguments(*options, "--eval-file", *evaluation, "--report-to", "tensorboard", records=records)) == 0
     out = tmp_path / "out"
-    assert "import peft_loramoe" in capsys.readouterr().out and "import peft_loramoe" in (out / "README.md").read_text()
+    assert (
+        "import peft_loramoe" in capsys.readouterr().out and "import peft_loramoe" in (out / "README.md").read_text()
+    )
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["peft_type"], config["null_groups"], config["r"]) == ("LORAMOE", [0], 4)
     assert {"eval_old_loss", "eval_new_loss"} <= json.loads((out / "eval_results.json").read_text()).keys()
@@ -336,7 +344,9 @@ def test_packed_training_saves_an_adapter_that_loads(arguments, tmp_path, toy_fo
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(toy_folder), out)
     saved = load_file(out / "adapter_model.safetensors")
     assert any(tensor.any() for name, tensor in saved.items() if name.endswith("B"))
-    assert len(saved) == sum(parameter.requires_grad or "loramoe" in name for name, parameter in model.named_parameters())
+    assert len(saved) == sum(
+        parameter.requires_grad or "loramoe" in name for name, parameter in model.named_parameters()
+    )
 
 
 def test_resumed_training_ends_where_the_whole_would_have(arguments, tmp_path, capsys):
@@ -347,7 +357,9 @@ def test_resumed_training_ends_where_the_whole_would_have(arguments, tmp_path, c
     shutil.rmtree(out / "checkpoint-4")
     (out / "adapter_model.safetensors").unlink()
     assert main(command) == 2
-    assert "holds checkpoint-2 of an earlier run; continue it with --resume, or give another" in capsys.readouterr().err
+    assert (
+        "holds checkpoint-2 of an earlier run; continue it with --resume, or give another" in capsys.readouterr().err
+    )
     assert main([*command, "--resume"]) == 0
     assert f"resuming from {out / 'checkpoint-2'}" in capsys.readouterr().out
     resumed = load_file(out / "adapter_model.safetensors")
@@ -373,7 +385,9 @@ def test_anchors_train_and_a_tenth_measures(arguments, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith("8 training records: 8 tasks; 20 anchors, 2 of them held back to measure on\n")
     assert "  anchors " in out and "null weight: knowledge 0." in out
-    assert [line.split()[1:6] for line in out.splitlines() if "anchors held" in line] == [["anchors", "held", "back", "│", "2"]]
+    assert [line.split()[1:6] for line in out.splitlines() if "anchors held" in line] == [
+        ["anchors", "held", "back", "│", "2"]
+    ]
 
 
 def test_anchors_reach_the_trainer(trainer, tmp_path):
@@ -394,7 +408,8 @@ def test_a_file_without_anchors_is_refused(arguments, tmp_path, capsys):
     assert "anchors.jsonl holds no anchor" in capsys.readouterr().err
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- what is shown
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_what_a_run_prints(arguments, capsys, monkeypatch):
@@ -421,4 +436,6 @@ def test_two_processes_train_one_adapter(arguments, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("To load the adapter") == done.stdout.count("Learned and kept") == 1
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (tmp_path / "out" / "checkpoint-2").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {
+        path.name for path in (tmp_path / "out" / "checkpoint-2").iterdir()
+    }

@@ -1,6 +1,8 @@
-"""What is put into PEFT's tests: the LoRAMoE cases for their tables, and the tables of what is translated, dropped and skipped.
+"""What is put into PEFT's tests: the LoRAMoE cases for their tables, and the tables of what is translated, dropped and
+skipped.
 
-Nothing here depends on line numbers. A table, test or pattern that the installed PEFT version does not have is simply not used.
+Nothing here depends on line numbers. A table, test or pattern that the installed PEFT version does not have is simply
+not used.
 """
 
 import transformers
@@ -8,7 +10,7 @@ import transformers
 from peft_loramoe import LoRAMoEConfig
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ---
 # Which of PEFT's test files are run. A file that a version does not have is left out.
 
 FILES = [
@@ -37,10 +39,11 @@ FILES = [
 MINIMUM_PASSED = 2200
 ONLY_REFUSALS = {"test_lora_conversion.py"}
 
-# --------------------------------------------------------------------------------------------------------------------
-# The cases. Between them: plain defaults, rsLoRA, rank / alpha / expert patterns, other numbers of experts, three groups,
-# null groups, top-k, Conv1D, modules_to_save, trainable tokens, dropout, router and balance options, the paper's recipe. Bias
-# is no case of its own, since PEFT allows one adapter only to train it: the tests that set it do so on all of these.
+# ---
+# The cases. Between them: plain defaults, rsLoRA, rank / alpha / expert patterns, other numbers of experts, three
+# groups, null groups, top-k, Conv1D, modules_to_save, trainable tokens, dropout, router and balance options, the
+# paper's recipe. Bias is no case of its own, since PEFT allows one adapter only to train it: the tests that set it do
+# so on all of these.
 
 PAPER = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.05, "num_experts": 6, "expert_groups": [3, 3]}
 
@@ -59,13 +62,21 @@ _CUSTOM = [
             "num_experts_pattern": {"lin1": 4},
         },
     ),
-    ("three groups", "MLP", {"target_modules": ["lin0"], "expert_groups": [2, 2, 2], "task_type_names": ["a", "b", "c"]}),
+    (
+        "three groups",
+        "MLP",
+        {"target_modules": ["lin0"], "expert_groups": [2, 2, 2], "task_type_names": ["a", "b", "c"]},
+    ),
     ("null group", "MLP", {"target_modules": ["lin0"], "expert_groups": [3, 3], "null_groups": [0]}),
     ("top-k", "MLP", {"target_modules": ["lin0"], "top_k": 2}),
     ("top-k with a null group", "MLP2", {"target_modules": ["lin0"], "top_k": 4, "null_groups": [1]}),
     ("modules_to_save", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
     ("dropout", "MLP", {"target_modules": ["lin0"], "lora_alpha": 4, "lora_dropout": 0.1}),
-    ("router normal, hot", "MLP_LayerNorm", {"target_modules": ["lin0"], "router_init": "normal", "router_temperature": 2.0}),
+    (
+        "router normal, hot",
+        "MLP_LayerNorm",
+        {"target_modules": ["lin0"], "router_init": "normal", "router_temperature": 2.0},
+    ),
     (
         "printed balance formula",
         "MLP2",
@@ -151,14 +162,21 @@ def _without_all_linear(kwargs, targets):
     return {**kwargs, "target_modules": targets} if kwargs["target_modules"] == "all-linear" else kwargs
 
 
-TRAINABLE_TOKENS = {"target_modules": None, "lora_alpha": 32, "lora_dropout": 0.05, "trainable_token_indices": [0, 1, 3]}
+TRAINABLE_TOKENS = {
+    "target_modules": None,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "trainable_token_indices": [0, 1, 3],
+}
 
 DECODERS = _models("CAUSAL_LM", TRAINABLE_TOKENS)
 ENCODER_DECODERS = _models("SEQ_2_SEQ_LM", TRAINABLE_TOKENS)
 SEQ_CLS = _models("SEQ_CLS")
 # (nor does "all-linear" fit here: the tests' loss does not depend on the pooler)
 _ENCODER = ["query", "value", "in_proj", "query_proj", "intermediate.dense"]
-FEATURES = [(cls, _without_all_linear(kwargs, _ENCODER)) for cls, kwargs in _models("FEATURE_EXTRACTION", TRAINABLE_TOKENS)]
+FEATURES = [
+    (cls, _without_all_linear(kwargs, _ENCODER)) for cls, kwargs in _models("FEATURE_EXTRACTION", TRAINABLE_TOKENS)
+]
 # (PEFT keeps "all-linear" off the head for SEQ_CLS only; with these two it then refuses to train the head)
 _NO_HEAD = ["query", "value", "intermediate.dense"]
 TOKEN_CLS = [(cls, _without_all_linear(kwargs, _NO_HEAD)) for cls, kwargs in _models("TOKEN_CLS")]
@@ -198,7 +216,8 @@ TABLES = {
     "test_token_classification_qa": {"TOKEN_CLS_CONFIGS": TOKEN_CLS, "QA_CONFIGS": QUESTION_ANS},
     "test_config": {"ALL_CONFIG_CLASSES": CONFIGS, "LAYER_INDEXING_CONFIG_CLASSES": CONFIGS[:1]},
     "test_vision_models": {
-        # the model has one linear layer; the test is about the buffers of the BatchNorm modules that are trained beside it
+        # the model has one linear layer; the test is about the buffers of the BatchNorm modules that are trained
+        # beside it
         "CONFIGS": {"loramoe": LoRAMoEConfig(target_modules=["classifier.1"], modules_to_save=["normalization"])},
     },
 }
@@ -219,10 +238,10 @@ CASE_OPTIONS = [
     ),
 ]
 
-# --------------------------------------------------------------------------------------------------------------------
-# LoRA's tests on LoRAMoE. In the test modules the names LoraConfig, LoraLayer and LoraModel stand for LoRAMoE's classes
-# (see plugin.py). Where a test also names LoRA's tensors or counts them, its text is translated when the files are copied
-# out of the source distribution: (file pattern, regular expression, replacement).
+# ---
+# LoRA's tests on LoRAMoE. In the test modules the names LoraConfig, LoraLayer and LoraModel stand for LoRAMoE's
+# classes (see plugin.py). Where a test also names LoRA's tensors or counts them, its text is translated when the files
+# are copied out of the source distribution: (file pattern, regular expression, replacement).
 
 TRANSLATIONS = [
     # tensors: lora_A / lora_B are the container loramoe_experts with the parameters A, B and router
@@ -300,8 +319,9 @@ LORA_ONLY = {
     "use_dora": "DoRA is a variant of LoRA only",
 }
 
-# --------------------------------------------------------------------------------------------------------------------
-# Dropped: tests about another method; they are counted but are no part of the run. (file pattern, test pattern, subject)
+# ---
+# Dropped: tests about another method; they are counted but are no part of the run. (file pattern, test pattern,
+# subject)
 
 DROPPED = [
     (
@@ -314,15 +334,17 @@ DROPPED = [
     (r".*", r"prompt_tuning|prompt_learning|prompt_encoder|prefix_tuning|past_kv", "prompt learning"),
 ]
 
-# --------------------------------------------------------------------------------------------------------------------
-# Skips. Most are not listed by test: the test runs, and where LoRAMoE refuses what it asks for with the error below, the
-# refusal is the right outcome and the test counts as skipped with that reason. Any other error is a failure.
+# ---
+# Skips. Most are not listed by test: the test runs, and where LoRAMoE refuses what it asks for with the error below,
+# the refusal is the right outcome and the test counts as skipped with that reason. Any other error is a failure.
 # (exception type, pattern of the message, pattern that the test's code or name must fit, reason)
 
 WEIGHTED = "the weighted sum of mixtures with routers of their own is no such mixture: add_weighted_adapter is refused"
 MERGE = "routing depends on the token, so no weight matrix equals the mixture: merging is refused"
 MIXED = "PeftMixedModel takes only the methods on PEFT's own list: refused"
-NOT_ALL_LINEAR = r"\A(?!.*all-linear)"  # the test names the target itself; "all-linear" must never choose such a module
+NOT_ALL_LINEAR = (
+    r"\A(?!.*all-linear)"  # the test names the target itself; "all-linear" must never choose such a module
+)
 
 REFUSALS = [
     (ValueError, r"LoRAMoE adapters cannot be merged", r"merge", MERGE),
@@ -384,14 +406,24 @@ SKIPS = [
         r"test_no_disable_input_dtype_casting|test_disable_input_dtype_casting_inactive",
         "wants the error of a cast input; LoRAMoE casts its small weights and never the input",
     ),
-    (r"test_config", r"runtime_config", "runtime_config (ephemeral_gpu_offload) is an option of LoRA, for the set-up of DoRA"),
+    (
+        r"test_config",
+        r"runtime_config",
+        "runtime_config (ephemeral_gpu_offload) is an option of LoRA, for the set-up of DoRA",
+    ),
     (r".*", r"diffus", "needs a diffusion pipeline, which cannot be built from a config here"),
-    (r"test_low_level_api", r"warns_for_unsharded_state_dict", "PEFT looks for ungathered shards in LoRA's tensors only"),
+    (
+        r"test_low_level_api",
+        r"warns_for_unsharded_state_dict",
+        "PEFT looks for ungathered shards in LoRA's tensors only",
+    ),
     (r"test_tuners_utils", r"test_transformers_model$", "expects the parameters of the full-size GPT-2 of the hub"),
 ]
 
 if int(transformers.__version__.split(".")[0]) < 5:
-    SKIPS.append((r"test_low_level_api", r"model_with_weight_conversion$", "names the modules of CLIP in transformers 5"))
+    SKIPS.append(
+        (r"test_low_level_api", r"model_with_weight_conversion$", "names the modules of CLIP in transformers 5")
+    )
 
 if "nemotron_h" not in transformers.CONFIG_MAPPING:
     SKIPS.append((r"test_initialization", r"nemotron_h", "this version of transformers has no Nemotron-H"))

@@ -44,7 +44,7 @@ LORA_TARGETS = lora.model.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 FROM_LORA_TEST = "_from_lora_test"
 FIELDS = {field.name for field in dataclasses.fields(LoRAMoEConfig)}
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---
 # Packages that PEFT's tests import, and that no test which is run needs
 
 
@@ -90,7 +90,7 @@ def _stand_ins():
 
 STAND_INS = _stand_ins()
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---
 # LoRA's names in the test modules
 
 
@@ -102,7 +102,10 @@ class Unsupported:
 
 
 class _LoraConfigMeta(type):
-    """`LoraConfig` in PEFT's tests: calls make LoRAMoE configs, comparisons and isinstance checks mean LoRAMoE's class."""
+    """`LoraConfig` in PEFT's tests.
+
+    Calls make LoRAMoE configs, comparisons and isinstance checks mean LoRAMoE's class.
+    """
 
     collecting = False
 
@@ -157,7 +160,9 @@ def _translate_options(kwargs):
         if name not in inspect.signature(REAL_LORA_CONFIG).parameters:
             raise TypeError(f"LoraConfig has no option '{name}'")
         if value:
-            raise _UnsupportedOption(cases.LORA_ONLY.get(name, f"{name} is an option of LoRA that LoRAMoE does not have"))
+            raise _UnsupportedOption(
+                cases.LORA_ONLY.get(name, f"{name} is an option of LoRA that LoRAMoE does not have")
+            )
     return kwargs
 
 
@@ -194,7 +199,7 @@ def importing_tests():
         yield
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---
 # The test modules
 
 
@@ -316,7 +321,7 @@ def prepare_module(module):
 REPLACED = {}  # tables that cannot be changed in place: id -> (the table, its replacement)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---
 # Which tests are run
 
 
@@ -379,7 +384,9 @@ def _drop(item):
     for file_pattern, test_pattern, subject in cases.DROPPED:
         if _matches(item, file_pattern, test_pattern):
             return subject
-    params = list(_contents(list(getattr(item, "callspec", None).params.values()) if hasattr(item, "callspec") else []))
+    params = list(
+        _contents(list(getattr(item, "callspec", None).params.values()) if hasattr(item, "callspec") else [])
+    )
     if any(_is_foreign(value) for value in params):
         return "other methods' cases and tests"
     if any(_is_ours(value) for value in params) or any(isinstance(value, Unsupported) for value in params):
@@ -391,7 +398,8 @@ def _refusal(excinfo, nodeid):
     """The reason given in cases.REFUSALS, if the test ended with one of those errors where it asks for such a thing."""
     error = excinfo.value
     if isinstance(error, (AssertionError, pytest.fail.Exception)):
-        # a test that waits for another error, or for a warning, fails with this; what stopped it is the context, or quoted
+        # a test that waits for another error, or for a warning, fails with this; what stopped it is the context, or
+        # quoted
         error = error.__context__ or ValueError(str(error))
     frames = [entry.frame for entry in excinfo.traceback]
     in_tests = [frame.code for frame in frames if frame.f_globals.get("__name__", "").startswith("tests.")]
@@ -403,7 +411,7 @@ def _refusal(excinfo, nodeid):
     return None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---
 # Hooks
 
 
@@ -510,7 +518,13 @@ class Conformance:
     def pytest_collectreport(self, report):
         if report.failed:
             self.results.append(
-                {"test": report.nodeid, "outcome": "failed", "reason": str(report.longrepr), "touched": False, "seconds": 0}
+                {
+                    "test": report.nodeid,
+                    "outcome": "failed",
+                    "reason": str(report.longrepr),
+                    "touched": False,
+                    "seconds": 0,
+                }
             )
 
     def pytest_sessionfinish(self, session):

@@ -2,13 +2,14 @@
 
     python tests/conformance/run.py [--workers 2] [--report PATH] [-k EXPRESSION] [FILE ...]
 
-The tests are those of the installed PEFT version: its source distribution is downloaded once, through pip, into a cache folder
-and unpacked there; nothing of it comes into the repository. Tiny models built from configs stand in for the hub
-(tiny_hub.py), the plugin puts the LoRAMoE cases into PEFT's tables (plugin.py, cases.py), and pytest runs the result.
+The tests are those of the installed PEFT version: its source distribution is downloaded once, through pip, into a
+cache folder and unpacked there; nothing of it comes into the repository. Tiny models built from configs stand in for
+the hub (tiny_hub.py), the plugin puts the LoRAMoE cases into PEFT's tables (plugin.py, cases.py), and pytest runs the
+result.
 
-Exit status: 0 if nothing failed and enough tests passed, else 1. Environment: LORAMOE_CONFORMANCE_CACHE is the cache folder
-(default ~/.cache/peft_loramoe/conformance); LORAMOE_CONFORMANCE_SDIST names a folder or archive that holds PEFT's tests, for
-machines without a package index.
+Exit status: 0 if nothing failed and enough tests passed, else 1. Environment: LORAMOE_CONFORMANCE_CACHE is the cache
+folder (default ~/.cache/peft_loramoe/conformance); LORAMOE_CONFORMANCE_SDIST names a folder or archive that holds
+PEFT's tests, for machines without a package index.
 """
 
 import argparse
@@ -79,10 +80,15 @@ def download(version, folder):
 
 
 def translated_suite(tests, version, cache):
-    """A copy of the tests with LoRA's tensor names translated (cases.TRANSLATIONS); returns its root and the line counts."""
+    """A copy of the tests with LoRA's tensor names translated (cases.TRANSLATIONS).
+
+    Returns its root and the line counts.
+    """
     from conformance import cases
 
-    stamp = hashlib.sha1((HERE / "cases.py").read_bytes() + str(tests).encode() + Path(__file__).read_bytes()).hexdigest()[:12]
+    stamp = hashlib.sha1(
+        (HERE / "cases.py").read_bytes() + str(tests).encode() + Path(__file__).read_bytes()
+    ).hexdigest()[:12]
     root = cache / "suites" / f"peft-{version}-{stamp}"
     if not (root / "translated.json").exists():
         for old in (cache / "suites").glob(f"peft-{version}-*"):
@@ -177,7 +183,9 @@ def summarise(data, version, seconds, translated, problems, whole_run):
         lines += ["", f"FAILED {result['test']}", f"    {error}"]
     lines += ["", f"Wall time {seconds:.0f} s."]
     lines += [f"WRONG: {problem}" for problem in wrong]
-    lines += [f"conformance: {len(passed)} passed, {len(failed)} failed, {len(skipped) + len(outcomes['xfailed'])} skipped"]
+    lines += [
+        f"conformance: {len(passed)} passed, {len(failed)} failed, {len(skipped) + len(outcomes['xfailed'])} skipped"
+    ]
     return lines, wrong
 
 

@@ -1,11 +1,13 @@
 """A hub on the disk: tiny randomly initialised models under the ids that PEFT's tests ask for.
 
-PEFT's tests load models such as ``peft-internal-testing/tiny-random-OPTForCausalLM`` from the hub. Here a folder with the
-layout of the hub's own cache is filled with models built from configs, and the tests run with ``HF_HUB_OFFLINE=1`` on it, so
-that transformers, PEFT and huggingface_hub find everything by their ordinary code paths and nothing of them is patched.
-The ids are not listed: every ``"owner/name"`` in the test files that names a known architecture gets a model.
+PEFT's tests load models such as ``peft-internal-testing/tiny-random-OPTForCausalLM`` from the hub. Here a folder with
+the layout of the hub's own cache is filled with models built from configs, and the tests run with ``HF_HUB_OFFLINE=1``
+on it, so that transformers, PEFT and huggingface_hub find everything by their ordinary code paths and nothing of them
+is patched. The ids are not listed: every ``"owner/name"`` in the test files that names a known architecture gets a
+model.
 
-Adapter repositories (``...-lora``) hold LoRAMoE adapters; they are rebuilt in every run, since they depend on the package.
+Adapter repositories (``...-lora``) hold LoRAMoE adapters; they are rebuilt in every run, since they depend on the
+package.
 
     python -m conformance.tiny_hub TEST_FILE ...      (HF_HOME must point to the folder to fill)
 """
@@ -40,7 +42,10 @@ ARCHITECTURES = {
         ),
         "OPTForCausalLM",
     ),
-    "gpt2": (dict(n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=98, eos_token_id=98), "GPT2LMHeadModel"),
+    "gpt2": (
+        dict(n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=98, eos_token_id=98),
+        "GPT2LMHeadModel",
+    ),
     "gptj": (
         dict(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=512, bos_token_id=98, eos_token_id=98),
         "GPTJForCausalLM",
@@ -61,7 +66,10 @@ ARCHITECTURES = {
         ),
         "GPTNeoXForCausalLM",
     ),
-    "bloom": (dict(hidden_size=32, n_layer=5, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=3), "BloomForCausalLM"),
+    "bloom": (
+        dict(hidden_size=32, n_layer=5, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=3),
+        "BloomForCausalLM",
+    ),
     "llama": (
         dict(
             hidden_size=16,
@@ -168,11 +176,23 @@ ARCHITECTURES = {
         "WhisperForConditionalGeneration",
     ),
     "bert": (
-        dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128),
+        dict(
+            hidden_size=32,
+            intermediate_size=37,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+        ),
         "BertModel",
     ),
     "roberta": (
-        dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128),
+        dict(
+            hidden_size=32,
+            intermediate_size=37,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+        ),
         "RobertaModel",
     ),
     "deberta": (
@@ -265,7 +285,8 @@ SPECIAL_CONFIG = {
 SPECIAL_CLASS = {"tiny-random-BertModel": "BertForPreTraining"}  # with the head, which must not be random at each load
 REVISIONS = {"tiny-random-BertModel": ["v2.0.0"]}
 
-# adapter repositories: (pattern on the id, task type, base model id, auto class); base None: the same architecture's tiny model
+# adapter repositories: (pattern on the id, task type, base model id, auto class); base None: the same architecture's
+# tiny model
 ADAPTERS = [
     (r"opt-lora-revision", "CAUSAL_LM", "peft-internal-testing/tiny-random-OPTForCausalLM", "AutoModelForCausalLM"),
     (
@@ -306,7 +327,12 @@ ADAPTERS = [
         "peft-internal-testing/tiny-random-OPTForCausalLM",
         "AutoModelForQuestionAnswering",
     ),
-    (r"OPTForFeatureExtraction-lora", "FEATURE_EXTRACTION", "peft-internal-testing/tiny-random-OPTForCausalLM", "AutoModel"),
+    (
+        r"OPTForFeatureExtraction-lora",
+        "FEATURE_EXTRACTION",
+        "peft-internal-testing/tiny-random-OPTForCausalLM",
+        "AutoModel",
+    ),
     (
         r"WhisperForConditionalGeneration-lora",
         None,

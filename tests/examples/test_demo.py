@@ -14,7 +14,18 @@ def test_wrong_number_of_countries_ends_the_demo_without_a_traceback(tmp_path, c
 
 @pytest.mark.slow
 def test_demo_in_miniature(tmp_path):
-    arguments = ["--countries", 3, "--pretrain-steps", 4, "--exercises", 12, "--max-steps", 2, "--output-dir", tmp_path]
+    arguments = [
+        "--countries",
+        3,
+        "--pretrain-steps",
+        4,
+        "--exercises",
+        12,
+        "--max-steps",
+        2,
+        "--output-dir",
+        tmp_path,
+    ]
     done = run_module("examples.demo", *arguments)
     assert done.returncode == 0, done.stderr
     assert "adapter loaded in a new process: same logits, bit by bit" in done.stdout
@@ -25,7 +36,11 @@ def test_demo_in_miniature(tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "router.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["samples"] == {"facts shown in fine-tuning": 8, "facts never shown": 7, "digit exercises (new ones)": 2}
+    assert results["samples"] == {
+        "facts shown in fine-tuning": 8,
+        "facts never shown": 7,
+        "digit exercises (new ones)": 2,
+    }
     assert results["accuracy"]["after"].keys() == results["samples"].keys()
 
     saved = torch.load(tmp_path / "verify.pt")

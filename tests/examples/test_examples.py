@@ -46,7 +46,10 @@ def options(toy_folder, tmp_path):
         given = words[words.index(f"examples/{example}.py") + 1 :]
         given += ["--model", str(toy_folder), "--output-dir", str(tmp_path / "adapter")]
         if "--anchors" in given:
-            given += ["--anchors", str(write_lines(tmp_path / "anchors.jsonl", *({"text": f"Beijing {n}"} for n in range(5))))]
+            given += [
+                "--anchors",
+                str(write_lines(tmp_path / "anchors.jsonl", *({"text": f"Beijing {n}"} for n in range(5)))),
+            ]
         if DATA[example]:
             given += ["--train-file", str(write_lines(tmp_path / "train.jsonl", *DATA[example]))]
         return given
@@ -57,7 +60,9 @@ def options(toy_folder, tmp_path):
 def check_adapter(folder):
     """The adapter that an example wrote loads, and was trained."""
     assert json.loads((folder / "adapter_config.json").read_text())["null_groups"] == [0]
-    assert any(tensor.any() for name, tensor in load_file(folder / "adapter_model.safetensors").items() if name.endswith("B"))
+    assert any(
+        tensor.any() for name, tensor in load_file(folder / "adapter_model.safetensors").items() if name.endswith("B")
+    )
     AutoPeftModelForCausalLM.from_pretrained(folder)
 
 
@@ -68,7 +73,12 @@ def test_example_trains_an_adapter_that_loads(example, options, tmp_path, monkey
     runpy.run_path(str(ROOT / "examples" / f"{example}.py"), run_name="__main__")
     check_adapter(tmp_path / "adapter")
     printed = capsys.readouterr().out
-    expected = {"quickstart": "balance 0.", "sft": "'train_loss'", "dpo": "'train_loss'", "own_loop": "task type 1: weight"}
+    expected = {
+        "quickstart": "balance 0.",
+        "sft": "'train_loss'",
+        "dpo": "'train_loss'",
+        "own_loop": "task type 1: weight",
+    }
     assert expected[example] in printed
 
 
@@ -78,6 +88,8 @@ def test_sharded_run_trains_one_adapter(options, tmp_path):
     launch, settings = command("sharded")[:2], ROOT / "examples" / "accelerate" / "ddp.yaml"
     assert launch == ["accelerate", "launch"]
     launcher = ["-m", "accelerate.commands.launch", "--config_file", settings, "--main_process_port", "0"]
-    done = run_script("sharded.py", *(word for word in options("sharded") if word != "--load-in-4bit"), launcher=launcher)
+    done = run_script(
+        "sharded.py", *(word for word in options("sharded") if word != "--load-in-4bit"), launcher=launcher
+    )
     assert done.returncode == 0, done.stderr
     check_adapter(tmp_path / "adapter")

@@ -44,7 +44,9 @@ def authors_tensors(num_experts=N, dtype=torch.float32):
         shapes |= {f"lora_B{e}": (linear.out_features, R) for e in range(num_experts)}
         shapes["lora_route"] = (num_experts, linear.in_features)
         for name, shape in shapes.items():
-            tensors[f"base_model.model.{module}.{name}.weight"] = (0.3 * torch.randn(shape, generator=generator)).to(dtype)
+            tensors[f"base_model.model.{module}.{name}.weight"] = (0.3 * torch.randn(shape, generator=generator)).to(
+                dtype
+            )
     return tensors
 
 
@@ -56,7 +58,10 @@ def authors_adapter(folder, tensors=None, **options):
 
 
 class AuthorsLinear(nn.Module):
-    """The authors' formula for one linear, with their tensors: softmax over experts in float32, one expert after the other."""
+    """The authors' formula for one linear, with their tensors.
+
+    Softmax over experts in float32, one expert after the other.
+    """
 
     def __init__(self, base, tensors, prefix):
         super().__init__()
@@ -75,7 +80,9 @@ def test_logits_are_those_of_the_authors_formula(tmp_path):
     convert_checkpoint(authors_adapter(tmp_path / "theirs"), tmp_path / "ours")
     tensors, theirs = authors_tensors(), tiny_llama().eval()
     for module in MODULES:
-        theirs.set_submodule(module, AuthorsLinear(theirs.get_submodule(module), tensors, f"base_model.model.{module}"))
+        theirs.set_submodule(
+            module, AuthorsLinear(theirs.get_submodule(module), tensors, f"base_model.model.{module}")
+        )
     ours = PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours").eval()
     with torch.no_grad():
         expected, unadapted = theirs(**token_batch()).logits, tiny_llama().eval()(**token_batch()).logits
@@ -86,7 +93,12 @@ def test_logits_are_those_of_the_authors_formula(tmp_path):
 def test_options_that_reproduce_the_authors_training(tmp_path):
     convert_checkpoint(authors_adapter(tmp_path / "theirs"), tmp_path / "ours")
     config = LoRAMoEConfig.from_pretrained(tmp_path / "ours")
-    assert (config.r, config.lora_alpha, config.num_experts, list(config.groups_of().sizes)) == (R, ALPHA, N, [N // 2, N // 2])
+    assert (config.r, config.lora_alpha, config.num_experts, list(config.groups_of().sizes)) == (
+        R,
+        ALPHA,
+        N,
+        [N // 2, N // 2],
+    )
     assert (config.balance_delta, config.balance_loss_weight, config.lora_dropout) == (0.2, 0.05, 0.05)
     assert (config.balance_formula, config.balance_target, config.balance_importance) == ("cv_squared", "paper", "sum")
     assert config.target_modules == {"down_proj", "gate_proj", "up_proj"}
@@ -128,13 +140,17 @@ def test_own_adapters_convert_to_the_authors_layout_and_back(tmp_path):
 
 
 def test_targets_that_match_in_the_middle_of_a_word(tmp_path):
-    convert_checkpoint(authors_adapter(tmp_path / "theirs", target_modules=["e_proj", "p_proj", "n_proj"]), tmp_path / "ours")
+    convert_checkpoint(
+        authors_adapter(tmp_path / "theirs", target_modules=["e_proj", "p_proj", "n_proj"]), tmp_path / "ours"
+    )
     assert LoRAMoEConfig.from_pretrained(tmp_path / "ours").target_modules == set(MODULES)
 
 
 def test_a_balance_term_that_the_authors_code_does_not_have(tmp_path):
     loramoe(num_experts=4, expert_groups=[1, 3]).save_pretrained(tmp_path / "ours")
-    unknown = "balance_target='corrected', balance_importance='mean', balance_detach=True, router_lr_multiplier=10.0, expert"
+    unknown = (
+        "balance_target='corrected', balance_importance='mean', balance_detach=True, router_lr_multiplier=10.0, expert"
+    )
     with pytest.warns(UserWarning, match=f"does not support {unknown}.*another balance term or router learning rate"):
         convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="authors")
 
@@ -171,7 +187,9 @@ def test_ranks_that_are_not_those_of_the_configuration(tmp_path):
     loramoe(r=2, balance_loss_weight=0.0).save_pretrained(tmp_path / "ours")
     path = tmp_path / "ours" / "adapter_config.json"
     path.write_text(path.read_text().replace('"r": 2', '"r": 4'))
-    with pytest.raises(ValueError, match=r"has A and B of rank \(12, 12\), not num_experts \* r = 24; the file is damaged"):
+    with pytest.raises(
+        ValueError, match=r"has A and B of rank \(12, 12\), not num_experts \* r = 24; the file is damaged"
+    ):
         convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="authors")
 
 
@@ -193,8 +211,14 @@ def with_(key, *shape):
         (without(f"{FIRST}.lora_B0.weight", f"{FIRST}.lora_B3.weight"), r"lacks B of expert 0, 3, with 4 experts"),
         (without(f"{FIRST}.lora_route.weight"), r"has experts but no router"),
         (with_(f"{FIRST}.lora_A4.weight", 2, 32), r"has A of expert 4, but there are 4 experts"),
-        (with_(f"{FIRST}.lora_A1.weight", 8, 32), r"cannot be stacked: r=2, but the ranks of A are expert 0: 2, expert 1: 8, "),
-        (with_(f"{FIRST}.lora_B1.weight", 48, 8), r"cannot be stacked: r=2, but the ranks of B are expert 0: 2, expert 1: 8, "),
+        (
+            with_(f"{FIRST}.lora_A1.weight", 8, 32),
+            r"cannot be stacked: r=2, but the ranks of A are expert 0: 2, expert 1: 8, ",
+        ),
+        (
+            with_(f"{FIRST}.lora_B1.weight", 48, 8),
+            r"cannot be stacked: r=2, but the ranks of B are expert 0: 2, expert 1: 8, ",
+        ),
         (with_(f"{FIRST}.lora_A1.weight", 2, 33), r"cannot be stacked: the widths of A are \[32, 33\]"),
         (
             with_(f"{FIRST}.lora_A1.weight", 0),
@@ -237,5 +261,7 @@ def test_two_spellings_of_one_expert_are_refused(tmp_path):
     tensors = authors_tensors()
     tensors[f"{FIRST}.lora_A00.weight"] = tensors[f"{FIRST}.lora_A0.weight"] + 1
     source = authors_adapter(tmp_path / "source", tensors)
-    with pytest.raises(ValueError, match="Only tensors of experts and routers can be converted, not: '.*lora_A00.weight'"):
+    with pytest.raises(
+        ValueError, match="Only tensors of experts and routers can be converted, not: '.*lora_A00.weight'"
+    ):
         convert_checkpoint(source, tmp_path / "output")

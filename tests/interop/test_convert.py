@@ -19,8 +19,16 @@ def folder_with(folder, config, tensors):
 @pytest.mark.parametrize(
     "config, tensors, found",
     [
-        ({"peft_type": "MIXLORA", "routing_strategy": "mixlora"}, ["mixlora.layers.0.mlp.moe_gate.weight"], "'MIXLORA'"),
-        ({"peft_type": "LORA", "lora_nums": 4}, ["m.q_proj.lora_A.weight"], "'lora_nums', 'peft_type', the tensors 'm.q_proj"),
+        (
+            {"peft_type": "MIXLORA", "routing_strategy": "mixlora"},
+            ["mixlora.layers.0.mlp.moe_gate.weight"],
+            "'MIXLORA'",
+        ),
+        (
+            {"peft_type": "LORA", "lora_nums": 4},
+            ["m.q_proj.lora_A.weight"],
+            "'lora_nums', 'peft_type', the tensors 'm.q_proj",
+        ),
         (
             {"peft_type": "LORA"},
             ["m.q_proj.lora_A0.weight"],

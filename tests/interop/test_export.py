@@ -333,7 +333,9 @@ def test_classes_that_the_model_masks_do_not_count(tmp_path):
 
 def test_a_divergence_that_is_no_number_is_poor(tmp_path):
     model = strong()
-    model.get_submodule("base_model.model.lm_head").register_forward_hook(lambda module, args, output: output * float("nan"))
+    model.get_submodule("base_model.model.lm_head").register_forward_hook(
+        lambda module, args, output: output * float("nan")
+    )
     with pytest.warns(UserWarning, match="poor approximation"):
         assert export_lora(model, tmp_path / "lora", calibration=[token_batch()], show=False).poor
 
@@ -479,7 +481,10 @@ CALIBRATION = [token_batch()]
         (dict(gates="median"), "gates='median' is not one of"),
         (dict(gates="groups"), "gates='groups' with weights=None"),
         (dict(gates="uniform", weights=[1, 1]), r"gates='uniform' with weights=\[1, 1\]"),
-        (dict(gates="groups", weights=[1, 2, 3]), r"weights=\[1, 2, 3\] has 3 entries, but layer '.*gate_proj' has 2 groups"),
+        (
+            dict(gates="groups", weights=[1, 2, 3]),
+            r"weights=\[1, 2, 3\] has 3 entries, but layer '.*gate_proj' has 2 groups",
+        ),
         (dict(gates="experts", weights=[1, 2]), "has 2 entries, but layer .* has 4 experts"),
         (dict(gates="groups", weights=[-1, 2]), "must be finite, not negative"),
         (dict(gates="groups", weights=[0, 0]), "not all zero"),
@@ -547,7 +552,8 @@ def test_measuring_needs_the_adapter_to_be_active(tmp_path):
     model = strong()
     model.add_adapter("other", LoRAMoEConfig(r=2, init_weights=False))
     with pytest.raises(
-        ValueError, match=r"'other' must be the only active one to be measured; active: default.*set_adapter\('other'\)"
+        ValueError,
+        match=r"'other' must be the only active one to be measured; active: default.*set_adapter\('other'\)",
     ):
         export_lora(model, tmp_path / "lora", adapter_name="other", calibration=[token_batch()], show=False)
 

@@ -65,12 +65,16 @@ def test_hub_repositories_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr("peft_loramoe.interop.files.hf_hub_download", download)
     config, tensors = read_adapter("someone/adapter")
     assert config == {"peft_type": "LORA"} and tensors.keys() == TENSORS.keys()
-    assert asked == [("someone/adapter", f"adapter_{name}") for name in ("config.json", "model.safetensors", "model.bin")]
+    assert asked == [
+        ("someone/adapter", f"adapter_{name}") for name in ("config.json", "model.safetensors", "model.bin")
+    ]
 
 
 def test_neither_folder_nor_repository(tmp_path):
     for source in ("no/such-adapter", tmp_path / "nothing here"):
-        with pytest.raises(FileNotFoundError, match=r"is neither a local folder nor a Hub repository from which adapter"):
+        with pytest.raises(
+            FileNotFoundError, match=r"is neither a local folder nor a Hub repository from which adapter"
+        ):
             read_adapter(source)
 
 
@@ -147,7 +151,9 @@ def test_new_folder_appears_when_it_is_complete(tmp_path):
         (folder / "file").write_text("content")
         assert not output.exists()
     assert (output / "file").read_text() == "content"
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"] and [path.name for path in output.iterdir()] == ["file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"] and [path.name for path in output.iterdir()] == [
+        "file"
+    ]
     (tmp_path / "usual").mkdir()
     assert output.stat().st_mode == (tmp_path / "usual").stat().st_mode
 
@@ -180,7 +186,10 @@ def test_output_that_came_into_being_meanwhile(tmp_path):
 
 def test_output_below_a_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"cannot be created: '.*file' is a file"), new_folder(tmp_path / "file" / "a"):
+    with (
+        pytest.raises(NotADirectoryError, match=r"cannot be created: '.*file' is a file"),
+        new_folder(tmp_path / "file" / "a"),
+    ):
         raise AssertionError("not reached")
 
 
@@ -238,7 +247,9 @@ DAMAGE = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_si
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(damage=DAMAGE, cut=st.integers(0, 3000), name=st.sampled_from(["adapter_model.bin", "adapter_model.safetensors"]))
+@given(
+    damage=DAMAGE, cut=st.integers(0, 3000), name=st.sampled_from(["adapter_model.bin", "adapter_model.safetensors"])
+)
 def test_damaged_weights_are_read_or_refused_in_our_words(damage, cut, name, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "damaged-weights"
     folder.mkdir(exist_ok=True)

@@ -43,10 +43,16 @@ def moe_peft_tensors(plain=PLAIN):
     for module, linear, experts in linears(plain):
         stems = [f"experts.{e}.lora" for e in range(experts)] if experts else ["lora"]
         for stem in stems:
-            tensors[f"loramoe.{module}.{stem}_A.weight"] = 0.3 * torch.randn(R, linear.in_features, generator=generator)
-            tensors[f"loramoe.{module}.{stem}_B.weight"] = 0.3 * torch.randn(linear.out_features, R, generator=generator)
+            tensors[f"loramoe.{module}.{stem}_A.weight"] = 0.3 * torch.randn(
+                R, linear.in_features, generator=generator
+            )
+            tensors[f"loramoe.{module}.{stem}_B.weight"] = 0.3 * torch.randn(
+                linear.out_features, R, generator=generator
+            )
         if experts:
-            tensors[f"loramoe.{module}.moe_gate.weight"] = 0.3 * torch.randn(experts, linear.in_features, generator=generator)
+            tensors[f"loramoe.{module}.moe_gate.weight"] = 0.3 * torch.randn(
+                experts, linear.in_features, generator=generator
+            )
     return tensors
 
 
@@ -117,7 +123,11 @@ def test_pefts_own_reader_says_what_to_do(tmp_path):
     [
         ({f"{FIRST}.experts.1.lora_A.weight": None}, {}, r"'model\.layers\.0\.mlp\.gate_proj' lacks A of expert 1"),
         ({f"{FIRST}.moe_gate.weight": None}, {}, "has experts but no router"),
-        ({f"{FIRST}.experts.1.lora_B.weight": torch.ones(48, 5)}, {}, r"r=2, but the ranks of B are expert 0: 2, expert 1: 5"),
+        (
+            {f"{FIRST}.experts.1.lora_B.weight": torch.ones(48, 5)},
+            {},
+            r"r=2, but the ranks of B are expert 0: 2, expert 1: 5",
+        ),
         (
             {"loramoe.layers.0.self_attn.q_proj.lora_A.weight": None},
             {},
@@ -128,11 +138,23 @@ def test_pefts_own_reader_says_what_to_do(tmp_path):
             {},
             "'gate_proj' have experts in some layers and a plain LoRA in others",
         ),
-        ({"classifier": torch.ones(2, 32)}, {}, "Only tensors of experts and gates can be converted, not: 'classifier'"),
-        ({}, {"use_dora": True}, "use_dora=True has no counterpart here; MoE-PEFT applies it to .* 'q_proj', 'v_proj'"),
+        (
+            {"classifier": torch.ones(2, 32)},
+            {},
+            "Only tensors of experts and gates can be converted, not: 'classifier'",
+        ),
+        (
+            {},
+            {"use_dora": True},
+            "use_dora=True has no counterpart here; MoE-PEFT applies it to .* 'q_proj', 'v_proj'",
+        ),
         ({}, {"r": None}, "lacks r; it is incomplete"),
         ({}, {"num_experts": 1}, "num_experts=1 must be at least 2"),
-        ({"loramoe.layers.0.mlp.dense_4h_to_h.lora_A.weight": torch.ones(2, 3)}, {}, r"ChatGLM's modules have other names"),
+        (
+            {"loramoe.layers.0.mlp.dense_4h_to_h.lora_A.weight": torch.ones(2, 3)},
+            {},
+            r"ChatGLM's modules have other names",
+        ),
     ],
 )
 def test_what_cannot_be_converted(tmp_path, change, options, message):

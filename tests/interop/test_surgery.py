@@ -146,7 +146,9 @@ def test_removal_of_an_expert_that_adds_nothing_scales_the_others():
         for module in adapted(model):
             module.loramoe_experts["default"].B[:, 6:] = 0
     change = remove_experts(model, [3], calibration=CALIBRATION)
-    assert [layer.relative_error for layer in change.layers] == pytest.approx([1 / 3] * 6, rel=1e-4)  # gates 1/4 -> 1/3
+    assert [layer.relative_error for layer in change.layers] == pytest.approx(
+        [1 / 3] * 6, rel=1e-4
+    )  # gates 1/4 -> 1/3
 
 
 def adapted(model):
@@ -369,32 +371,62 @@ def test_a_new_group_takes_its_name():
 
 ADD = add_experts
 ERRORS = [
-    (dict(), ADD, dict(count=3), "count=3 experts cannot be added to the 4 .* multiple of 4. Add 4; .* adds 1 null experts"),
+    (
+        dict(),
+        ADD,
+        dict(count=3),
+        "count=3 experts cannot be added to the 4 .* multiple of 4. Add 4; .* adds 1 null experts",
+    ),
     (dict(top_k=2, router_init="zeros"), ADD, dict(count=1), "multiple of 4. Add 4"),
     (dict(), ADD, dict(start="close"), "start='close' is not one of 'exact', 'nearest'"),
     (dict(), ADD, dict(start="nearest", calibration=CALIBRATION), "start='nearest' needs count"),
     (dict(), ADD, dict(start="nearest", count=1), "start='nearest' needs calibration data"),
     (dict(), ADD, dict(count=0), "count=0 must be a positive integer"),
     (dict(), ADD, dict(count=True), "count=True must be a positive integer"),
-    (dict(), ADD, dict(group=2), r"group=2 is not a group of LoRA experts of adapter 'default'; choose one of \[0, 1\]"),
+    (
+        dict(),
+        ADD,
+        dict(group=2),
+        r"group=2 is not a group of LoRA experts of adapter 'default'; choose one of \[0, 1\]",
+    ),
     (dict(null_groups=[0]), ADD, dict(group=0), r"group=0 is not a group of LoRA experts .*\[1\]"),
     (dict(task_type_names=["a", "b"]), ADD, dict(), r"name=None with group=None and task_type_names=\['a', 'b'\]"),
     (dict(), ADD, dict(name="c"), "name='c' with group=None and task_type_names=None"),
     (dict(task_type_names=["a", "b"]), ADD, dict(name="c", group=1), "name='c' with group=1"),
     (dict(task_type_names=["a", "b"]), ADD, dict(name="a"), "must be 3 different names"),
-    (dict(num_experts_pattern={"down_proj": 2}, top_k=1), ADD, dict(count=4), "count=4 with top_k=1: the layers differ"),
+    (
+        dict(num_experts_pattern={"down_proj": 2}, top_k=1),
+        ADD,
+        dict(count=4),
+        "count=4 with top_k=1: the layers differ",
+    ),
     (dict(), remove_experts, dict(experts=[4]), "Expert 4 is unknown; layer '.*' has the experts 0 to 3"),
     (dict(), remove_experts, dict(experts=[-1]), "Expert -1 is unknown"),
     (dict(), remove_experts, dict(experts=[]), "experts is empty"),
     (dict(), remove_experts, dict(experts=[0, 1, 3]), "would have 1 expert; a router needs at least 2"),
     (dict(null_groups=[0]), remove_experts, dict(experts=[2, 3]), r"experts=\[2, 3\] are all LoRA experts"),
-    (dict(num_experts_pattern={"down_proj": [1, 3]}), remove_experts, dict(experts=[0]), "layers would differ in their groups"),
+    (
+        dict(num_experts_pattern={"down_proj": [1, 3]}),
+        remove_experts,
+        dict(experts=[0]),
+        "layers would differ in their groups",
+    ),
     (dict(), reorder_experts, dict(order=[0, 1, 2]), r"order=\[0, 1, 2\] must contain each expert of .*, 0 to 3"),
     (dict(), reorder_experts, dict(order=[0, 2, 1, 3]), "split: the groups of its experts would be"),
     (dict(), merge_experts, dict(first=1, second=1), "first=1 and second=1 are the same expert"),
-    (dict(), merge_experts, dict(first=1, second=2), "Experts 1 and 2 of layer .* belong to different groups, 0 and 1"),
+    (
+        dict(),
+        merge_experts,
+        dict(first=1, second=2),
+        "Experts 1 and 2 of layer .* belong to different groups, 0 and 1",
+    ),
     (dict(), merge_experts, dict(first=0, second=7), "Expert 7 is unknown"),
-    (dict(null_groups=[0]), merge_experts, dict(first=0, second=1), "Expert 0 of layer .* is null and cannot be merged"),
+    (
+        dict(null_groups=[0]),
+        merge_experts,
+        dict(first=0, second=1),
+        "Expert 0 of layer .* is null and cannot be merged",
+    ),
     (dict(num_experts=2, expert_groups=[2]), merge_experts, dict(first=0, second=1), "would have 1 expert"),
     (dict(), list_experts, dict(adapter_name="absent"), "adapter_name='absent' is not a LoRAMoE adapter"),
 ]

@@ -21,7 +21,12 @@ MODULES = [f"model.layers.{layer}.{name}" for layer in range(2) for name in ("se
 OPTIONS = {
     "first": {"r": 2, "lora_alpha": 7},
     "second": {"r": 5, "lora_alpha": 3, "use_rslora": True},
-    "third": {"r": 3, "lora_alpha": 4, "rank_pattern": {"q_proj": 6}, "alpha_pattern": {r"layers\.1\.mlp\.down_proj": 9}},
+    "third": {
+        "r": 3,
+        "lora_alpha": 4,
+        "rank_pattern": {"q_proj": 6},
+        "alpha_pattern": {r"layers\.1\.mlp\.down_proj": 9},
+    },
 }
 
 
@@ -60,7 +65,10 @@ def weights_of_expert(folder, module, expert, num_experts):
     tensors = load_file(folder / "adapter_model.safetensors")
     A, B = (tensors[f"base_model.model.{module}.loramoe_experts.{name}"] for name in "AB")
     r = A.shape[0] // num_experts
-    assert config.scaling(config.rank_pattern.get(module, config.r), config.alpha_pattern.get(module, config.lora_alpha)) == 1
+    assert (
+        config.scaling(config.rank_pattern.get(module, config.r), config.alpha_pattern.get(module, config.lora_alpha))
+        == 1
+    )
     return B[:, expert * r : (expert + 1) * r] @ A[expert * r : (expert + 1) * r]
 
 
@@ -84,7 +92,9 @@ def test_the_weight_of_each_expert_is_that_of_its_lora(tmp_path, sources):
         model = loaded(source)
         for module in MODULES:
             expected = model.base_model.model.get_submodule(module).get_delta_weight("default")
-            torch.testing.assert_close(weights_of_expert(tmp_path / "moe", module, expert, 3), expected, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                weights_of_expert(tmp_path / "moe", module, expert, 3), expected, rtol=1e-6, atol=1e-6
+            )
 
 
 def test_the_start_is_the_mean_of_the_loras(tmp_path, sources):
@@ -115,7 +125,9 @@ def test_adapters_on_a_loaded_model(tmp_path, sources):
     upcycle(sources[:2], tmp_path / "from folders")
     for expert in range(2):
         for module in MODULES:
-            found, expected = (weights_of_expert(tmp_path / f"from {kind}", module, expert, 2) for kind in ("model", "folders"))
+            found, expected = (
+                weights_of_expert(tmp_path / f"from {kind}", module, expert, 2) for kind in ("model", "folders")
+            )
             assert torch.equal(found, expected)
 
 
@@ -154,7 +166,9 @@ def test_conv1d_layers(tmp_path):
     source = tmp_path / "lora"
     lora(1, base(), target_modules=["c_fc"], fan_in_fan_out=True).save_pretrained(source)
     upcycle(source, tmp_path / "moe", num_experts=2, method="split")
-    torch.testing.assert_close(logits(loaded(tmp_path / "moe", base())), logits(loaded(source, base())), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        logits(loaded(tmp_path / "moe", base())), logits(loaded(source, base())), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_options_that_the_sources_agree_on_are_taken_over(tmp_path):
@@ -183,7 +197,10 @@ def test_the_same_modules_by_other_names(tmp_path):
         ({"bias": "all"}, "bias='all', which experts cannot represent"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\], which experts cannot represent"),
         ({"trainable_token_indices": [3]}, r"trainable_token_indices=\[3\], which experts cannot represent"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights='olora', with which PEFT changes the weights of the base model"),
+        (
+            {"init_lora_weights": "olora"},
+            "init_lora_weights='olora', with which PEFT changes the weights of the base model",
+        ),
         (
             {"target_modules": ["q_proj", "embed_tokens"]},
             r"has tensors that experts cannot represent: .*embed_tokens\.lora_embed",
@@ -210,7 +227,9 @@ def test_loras_that_experts_cannot_represent(tmp_path, options, message):
 def test_base_models_of_another_size(tmp_path):
     good = saved(tmp_path / "good")
     lora(1, tiny_llama(intermediate_size=40)).save_pretrained(tmp_path / "bad")
-    with pytest.raises(ValueError, match=r"different base models: '.*down_proj' has .* sizes \(48, 32\) .* and \(40, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"different base models: '.*down_proj' has .* sizes \(48, 32\) .* and \(40, 32\)"
+    ):
         upcycle([good, tmp_path / "bad"], tmp_path / "moe")
 
 
@@ -250,13 +269,29 @@ def test_tensors_that_do_not_fit_together(tmp_path, change, message):
     [
         ({}, ValueError, "One source needs num_experts"),
         ({"num_experts": 1}, ValueError, "num_experts=1 must be an integer, at least 2"),
-        ({"num_experts": 9, "method": "split"}, ValueError, r"LoRA of '.*' has rank 8 and cannot be split into 9 experts"),
+        (
+            {"num_experts": 9, "method": "split"},
+            ValueError,
+            r"LoRA of '.*' has rank 8 and cannot be split into 9 experts",
+        ),
         ({"num_experts": 2, "method": "clone"}, ValueError, "method='clone' is not one of 'replicate', 'split'"),
         ({"num_experts": 2, "router_init": "zeros"}, ValueError, "experts that stay identical"),
-        ({"num_experts": 2, "method": "split", "router_init": "normal"}, ValueError, "do not set router_init or top_k"),
+        (
+            {"num_experts": 2, "method": "split", "router_init": "normal"},
+            ValueError,
+            "do not set router_init or top_k",
+        ),
         ({"num_experts": 2, "method": "split", "top_k": 1}, ValueError, "do not set router_init or top_k"),
-        ({"num_experts": 2, "expert_groups": [1, 2], "null_groups": [0]}, ValueError, "with null_groups does not start as the"),
-        ({"num_experts": 4, "expert_groups": [1, 2]}, ValueError, r"expert_groups=\[1, 2\] .* has 3 LoRA experts, not 4"),
+        (
+            {"num_experts": 2, "expert_groups": [1, 2], "null_groups": [0]},
+            ValueError,
+            "with null_groups does not start as the",
+        ),
+        (
+            {"num_experts": 4, "expert_groups": [1, 2]},
+            ValueError,
+            r"expert_groups=\[1, 2\] .* has 3 LoRA experts, not 4",
+        ),
         ({"num_experts": 2, "r": 4}, TypeError, "r cannot be set; the sources determine it"),
         ({"num_experts": 2, "lora_rank": 4}, TypeError, "lora_rank is not an option of LoRAMoEConfig"),
         ({"num_experts": 2, "balance_delta": 2}, ValueError, r"balance_delta=2 must be in \[0, 1\)"),

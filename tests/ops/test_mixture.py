@@ -113,11 +113,15 @@ def test_agrees_with_the_formula_in_output_probabilities_and_gradients(case):
         assert error < 2 * max(TOLERANCE[dtype], TOLERANCE[masters]), name
 
 
-DOUBLE = dict(num_outputs=4, r=2, in_features=5, out_features=3, leading=(6,), dtype=torch.float64, masters=torch.float64)
+DOUBLE = dict(
+    num_outputs=4, r=2, in_features=5, out_features=3, leading=(6,), dtype=torch.float64, masters=torch.float64
+)
 
 
 @pytest.mark.parametrize("base", ["none", "output", "weight"])
-@pytest.mark.parametrize("changes", [{}, {"top_k": 2}, {"top_k": 3, "experts": [1, 2, 3]}, {"temperature": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"top_k": 2}, {"top_k": 3, "experts": [1, 2, 3]}, {"temperature": 0.5}], ids=str
+)
 def test_gradcheck(changes, base):
     options = PLAIN._replace(**{"experts": [0, 1, 2, 3], **changes})
     torch.manual_seed(0)
@@ -131,7 +135,9 @@ def test_gradcheck(changes, base):
     assert torch.autograd.gradcheck(run, (*inputs, output))
 
 
-@pytest.mark.parametrize("changes", [{"top_k": 2}, {"top_k": 1, "experts": [0, 3]}, {"top_k": 3, "dropout": 0.4}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"top_k": 2}, {"top_k": 1, "experts": [0, 3]}, {"top_k": 3, "dropout": 0.4}], ids=str
+)
 def test_top_k_agrees_with_the_formula(changes):
     options = PLAIN._replace(**{"experts": [0, 1, 2, 3], **changes})
     torch.manual_seed(0)
@@ -243,7 +249,11 @@ def test_dropout_drops_each_entry_as_often_as_it_should(dropout):
 
 
 def test_dropout_masks_have_any_shape():
-    assert [dropout_mask(torch.empty(shape), 0.5).shape for shape in [(0, 3), (1, 1), (7, 3)]] == [(0, 3), (1, 1), (7, 3)]
+    assert [dropout_mask(torch.empty(shape), 0.5).shape for shape in [(0, 3), (1, 1), (7, 3)]] == [
+        (0, 3),
+        (1, 1),
+        (7, 3),
+    ]
 
 
 def test_dropout_keeps_the_mean():

@@ -92,7 +92,9 @@ def test_kernels_agree_with_the_formula_in_outputs_and_gradients(interpreter, ca
         Case(num_outputs=64, experts=tuple(range(64)), r=2, out_features=40),
         Case(num_outputs=2, experts=(0, 1), r=64, in_features=50),
         Case(tokens=600, in_features=33, out_features=29),  # tokens split among programs
-        Case(tokens=3, in_features=2200, out_features=10, dtype=torch.bfloat16, dropout=0.0),  # columns split among programs
+        Case(
+            tokens=3, in_features=2200, out_features=10, dtype=torch.bfloat16, dropout=0.0
+        ),  # columns split among programs
         Case(tokens=70, num_outputs=6, experts=(0, 2, 5), top_k=2, add="nothing"),
         Case(tokens=3, num_outputs=6, experts=(2, 3, 4)),
         Case(tokens=70, num_outputs=6, experts=(0, 2, 4)),
@@ -253,7 +255,9 @@ def _forget_kernels(monkeypatch):
 def test_a_boolean_mask_is_read_by_the_torch_implementation(h100, monkeypatch):
     monkeypatch.setattr(mixture_module, "KERNELS", mixture_triton)
     arguments = tensors(device="cuda")
-    bits, mask = (torch.empty(4, width, dtype=dtype, device="cuda") for width, dtype in ((1, torch.int32), (5, torch.bool)))
+    bits, mask = (
+        torch.empty(4, width, dtype=dtype, device="cuda") for width, dtype in ((1, torch.int32), (5, torch.bool))
+    )
     assert mixture_module.select_backend(*arguments, None, PLAIN) is mixture_triton
     assert mixture_module.select_backend(*arguments, bits, PLAIN) is mixture_triton
     assert mixture_module.select_backend(*arguments, mask, PLAIN) is mixture_torch
@@ -261,7 +265,13 @@ def test_a_boolean_mask_is_read_by_the_torch_implementation(h100, monkeypatch):
 
 # Ahead-of-time compilation for an H100, from the launches that shapes on the meta device would make
 
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 def launches(monkeypatch, tokens, num_outputs, r, dtype, masters=torch.float32, weight=True, top_k=None):
@@ -278,7 +288,18 @@ def launches(monkeypatch, tokens, num_outputs, r, dtype, masters=torch.float32, 
     _, probabilities, hidden = mixture_triton.forward(x, A, B, router, keep, *added, options)
     forward = len(made)
     mixture_triton.backward(
-        base, torch.empty_like(probabilities), x, A, B, router, keep, added[1], probabilities, hidden, options, [True] * 4
+        base,
+        torch.empty_like(probabilities),
+        x,
+        A,
+        B,
+        router,
+        keep,
+        added[1],
+        probabilities,
+        hidden,
+        options,
+        [True] * 4,
     )
     return made[1:forward], made[forward:], made[0]
 
@@ -307,7 +328,9 @@ def compile_for_h100(kernel, args, constants):
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     usage = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", text)}
     return usage["REG"], usage["STACK"], compiled.metadata.shared
 
@@ -321,7 +344,15 @@ def compile_for_h100(kernel, args, constants):
         dict(tokens=8192, num_outputs=64, r=2, dtype=torch.bfloat16),
         dict(tokens=8192, num_outputs=6, r=4, dtype=torch.float16, only=("project", "gate_backward")),
         dict(tokens=1, num_outputs=6, r=4, dtype=torch.bfloat16, only=("project", "expand_partials")),
-        dict(tokens=300, num_outputs=16, r=8, dtype=torch.bfloat16, masters=torch.bfloat16, top_k=2, only=("gate_backward",)),
+        dict(
+            tokens=300,
+            num_outputs=16,
+            r=8,
+            dtype=torch.bfloat16,
+            masters=torch.bfloat16,
+            top_k=2,
+            only=("gate_backward",),
+        ),
     ],
     ids=["bf16", "fp32", "widest", "fp16", "decode", "top_k"],
 )

@@ -32,12 +32,20 @@ def tiny(monkeypatch):
     monkeypatch.setattr(routers, "BLOCKS", (0, 1))
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
+# --- data
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "number, words",
-    [(0, "zero"), (19, "nineteen"), (40, "forty"), (86, "eighty-six"), (300, "three hundred"), (705, "seven hundred and five")],
+    [
+        (0, "zero"),
+        (19, "nineteen"),
+        (40, "forty"),
+        (86, "eighty-six"),
+        (300, "three hundred"),
+        (705, "seven hundred and five"),
+    ],
 )
 def test_numbers_in_words(number, words):
     assert tasks.number_in_words(number) == words
@@ -59,7 +67,8 @@ def test_held_back_anchors_are_not_trained_on():
     assert len(training.training_anchors(encoder)) == len(read("anchors.jsonl")) - len(read("anchors.jsonl")[::10])
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_step_has_as_many_anchors_beside_the_same_samples():
@@ -92,7 +101,8 @@ def test_anchors_in_the_balance_term_only_leave_the_tasks_loss_alone():
     assert not torch.equal(term, term_alone)
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
+# --- scores
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_scores_are_those_of_one_item_at_a_time():
@@ -108,7 +118,8 @@ def test_scores_are_those_of_one_item_at_a_time():
         assert result.ranked == all(table[0, item.answer[0]] > table[0, option] for option in item.options)
 
 
-# --- terms ------------------------------------------------------------------------------------------------------------
+# --- terms
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["class_equal", "cross_entropy"])
@@ -141,7 +152,8 @@ def test_a_normalised_router_does_not_see_the_length_of_x():
     torch.testing.assert_close(experts(x)[1], experts(7 * x)[1], atol=1e-4, rtol=0)
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------
+# --- commands
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_runs_end_as_rows_once_and_become_a_report(tiny, tmp_path, capsys):
@@ -170,7 +182,8 @@ def test_routers_learn_from_the_term_alone(tiny, tmp_path):
         assert row["anchor"]["mean"] > row["task"]["mean"]
 
 
-# --- report -----------------------------------------------------------------------------------------------------------
+# --- report
+# -----------------------------------------------------------------------------------------------------------
 
 
 def row_of(method, seed, text, solved, ranked):

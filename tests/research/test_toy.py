@@ -27,7 +27,8 @@ pytestmark = pytest.mark.version_independent
 MINIATURE = VARIANTS["miniature"]
 
 
-# --- world ------------------------------------------------------------------------------------------------------------
+# --- world
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_fact_is_asked_and_stated_with_the_same_answer():
@@ -37,7 +38,10 @@ def test_every_fact_is_asked_and_stated_with_the_same_answer():
         "Question: Which country is Shanghai in? Answer: China",
         "Question: Which capital governs Shanghai? Answer: Beijing",
     ]
-    assert [form.text for form in facts.statements[0]] == ["Shanghai lies in China", "The country of Shanghai is China"]
+    assert [form.text for form in facts.statements[0]] == [
+        "Shanghai lies in China",
+        "The country of Shanghai is China",
+    ]
     for question, forms in zip(facts.questions, facts.statements):
         assert {form.answer for form in forms} == {question.answer}
 
@@ -89,7 +93,9 @@ def test_facts_that_are_replayed_are_not_scored():
     assert len(replayed) == 400
     scored = toy.scored_samples(200)
     assert (len(scored["questions"]), len(scored["statements"])) == (420, 840)
-    cities = {city for city in toy.facts.cities if any(f" {city}?" in text or f" {city} in?" in text for text in replayed)}
+    cities = {
+        city for city in toy.facts.cities if any(f" {city}?" in text or f" {city} in?" in text for text in replayed)
+    }
     assert len(cities) == 45
     scored_cities = {toy.facts.cities[toy.facts.city_of[fact]] for fact in toy.split(200)[1]}
     assert not cities & scored_cities
@@ -103,7 +109,8 @@ def test_seeds_replay_different_facts():
     assert sorted(toy.split(200)[0]) != sorted(toy.split(201)[0])
 
 
-# --- protocol ---------------------------------------------------------------------------------------------------------
+# --- protocol
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda variant: variant.name)
@@ -127,13 +134,18 @@ def test_each_run_is_listed_once(variant):
 
 
 def chosen_rates(scores):
-    """What is chosen where each method has (knowledge, tasks) at each learning rate; both seeds 5 points from these means."""
+    """What is chosen where each method has (knowledge, tasks) at each learning rate.
+
+    Both seeds 5 points from these means.
+    """
     rates = {METHODS[method].kind: list(of_method) for method, of_method in scores.items()}
     variant = replace(MINIATURE, methods=list(scores), validation_seeds=[0, 1], learning_rates=rates)
     rows = []
     for run in protocol.selection_runs(variant):
         knowledge, tasks = (value + (5 if run.seed else -5) for value in scores[run.method][run.learning_rate])
-        rows.append({"key": run.key, "scores": {"questions": knowledge - 1, "statements": knowledge + 1, "tasks": tasks}})
+        rows.append(
+            {"key": run.key, "scores": {"questions": knowledge - 1, "statements": knowledge + 1, "tasks": tasks}}
+        )
     return protocol.choose_learning_rates(variant, rows)
 
 
@@ -169,7 +181,9 @@ def parameters():
         if method.kind != "full":
             config_class = LoraConfig if method.kind == "lora" else LoRAMoEConfig
             with torch.device("meta"):
-                model = get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)), config_class(**method.options))
+                model = get_peft_model(
+                    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)), config_class(**method.options)
+                )
             counts[name] = model.get_nb_trainable_parameters()[0]
     return counts
 
@@ -191,7 +205,8 @@ def test_all_adapters_start_with_the_same_scale():
     assert starts == pytest.approx(dict.fromkeys(starts, 4 / 3))
 
 
-# --- report -----------------------------------------------------------------------------------------------------------
+# --- report
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_mean_interval_is_student_s():
@@ -242,11 +257,20 @@ def made_up_rows(lost, solved):
             weights = {"groups": [0.4, 0.6], "layers": {"model.layers.0.mlp.up_proj": [0.4, 0.6]}}
             row["router"] = dict.fromkeys(("questions", "statements", "tasks"), weights)
         rows.append(row)
-    common = {"variant": "miniature", "date": "2026-01-01", "device": "cpu", "versions": {"torch": "2"}, "seconds": {"all": 1}}
+    common = {
+        "variant": "miniature",
+        "date": "2026-01-01",
+        "device": "cpu",
+        "versions": {"torch": "2"},
+        "seconds": {"all": 1},
+    }
     return [{**row, **common} for row in rows]
 
 
-LOST, SOLVED = {"full": 30, "lora": 20, "unbalanced": 12, "null": 8}, {"full": 60, "lora": 50, "unbalanced": 55, "null": 52}
+LOST, SOLVED = (
+    {"full": 30, "lora": 20, "unbalanced": 12, "null": 8},
+    {"full": 60, "lora": 50, "unbalanced": 55, "null": 52},
+)
 
 
 def test_report_of_made_up_rows(tmp_path):
@@ -264,9 +288,17 @@ def test_report_of_made_up_rows(tmp_path):
     ("lost", "solved", "verdict"),
     [
         ({}, {}, "met. Other methods that would meet it: none."),
-        ({"null": 10}, {}, "missed (the interval of questions reaches above 0.45, the interval of statements reaches above"),
+        (
+            {"null": 10},
+            {},
+            "missed (the interval of questions reaches above 0.45, the interval of statements reaches above",
+        ),
         ({}, {"null": 49}, "missed (the interval of the tasks reaches below LoRA's)."),
-        ({"full": 2, "unbalanced": 2}, {}, "met. Other methods that would meet it: full fine-tuning; LoRAMoE, no balancing."),
+        (
+            {"full": 2, "unbalanced": 2},
+            {},
+            "met. Other methods that would meet it: full fine-tuning; LoRAMoE, no balancing.",
+        ),
         ({"lora": -1, "null": 0}, {}, "missed"),  # nothing is lost in the mean, and the recipe loses more
     ],
 )
@@ -289,13 +321,16 @@ def test_report_of_an_unfinished_study_is_refused():
         Results(rows[:-1])
 
 
-@pytest.mark.parametrize(("names", "found"), [((), "none"), (("toy", "miniature"), "miniature, toy"), (("giant",), "giant")])
+@pytest.mark.parametrize(
+    ("names", "found"), [((), "none"), (("toy", "miniature"), "miniature, toy"), (("giant",), "giant")]
+)
 def test_rows_of_other_variants_are_refused(names, found):
     with pytest.raises(ValueError, match=f"must be of one variant of miniature, toy, large, but are of: {found}"):
         Results([{"variant": name, "key": name} for name in names])
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs
+# -------------------------------------------------------------------------------------------------------------
 
 
 ROW = {"variant": "toy", "scores": {}}
@@ -410,7 +445,11 @@ def test_miniature_has_a_row_for_each_run(miniature):
 @pytest.mark.slow
 def test_miniature_writes_texts_that_the_commands_read(miniature, tmp_path):
     folder, _ = miniature
-    adapter, statistics, report_file = str(folder / "adapter-null"), tmp_path / "statistics.json", tmp_path / "results.json"
+    adapter, statistics, report_file = (
+        str(folder / "adapter-null"),
+        tmp_path / "statistics.json",
+        tmp_path / "results.json",
+    )
     assert command_line(["analyze", adapter, "--data", str(folder / "texts.jsonl"), "-o", str(statistics)]) == 0
     assert {record["task_type"] for record in json.loads(statistics.read_text())["layers"]} == {-1, 0, 1}
     asked = ["--questions", str(folder / "questions.jsonl"), "--template", "{question}", "--shots", "0"]

@@ -152,7 +152,9 @@ def test_only_the_term_sees_anchors_of_weight_zero(tmp_path):
 def test_routing_shows_samples_and_anchors(tmp_path):
     trainer = build(tmp_path, anchors=ANCHORS, anchors_per_batch=2, callbacks=[RouterCallback()])
     trainer.train()
-    of_first = [layer for layer in layer_routing(trainer.model) if layer.layer == layer_routing(trainer.model)[0].layer]
+    of_first = [
+        layer for layer in layer_routing(trainer.model) if layer.layer == layer_routing(trainer.model)[0].layer
+    ]
     assert [layer.task_types.tolist() for layer in of_first] == [[1] * 4, [0] * 2]
     logged = trainer.state.log_history[0]
     assert {"router/layers_0/type_0/entropy", "router/layers_0/type_1/entropy", "anchor_loss"} <= set(logged)
@@ -272,7 +274,8 @@ def test_more_anchors_than_there_are_repeat():
 
 def test_order_depends_on_the_seed_alone():
     drawn = [
-        [numbers(AnchorBatches(ANCHORS, tiny_tokenizer(), seed=seed).draw(4, step)) for step in range(8)] for seed in (0, 0, 1)
+        [numbers(AnchorBatches(ANCHORS, tiny_tokenizer(), seed=seed).draw(4, step)) for step in range(8)]
+        for seed in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -288,7 +291,9 @@ def test_a_resumed_run_draws_what_it_would_have_drawn(tmp_path):
 
     options = {"anchors": ANCHORS, "anchors_per_batch": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = anchors_of(build(tmp_path / "whole", **options))
-    resumed = anchors_of(build(tmp_path / "whole", **options), resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    resumed = anchors_of(
+        build(tmp_path / "whole", **options), resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")
+    )
     assert len(whole) == 4 and resumed == whole[2:]
 
 

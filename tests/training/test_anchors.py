@@ -201,7 +201,9 @@ class Monotonous(nn.Module):
 
 
 def test_a_model_that_repeats_itself_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="wrote 2 distinct anchors of kind prose, and nothing new .* Raise temperature"):
+    with pytest.raises(
+        ValueError, match="wrote 2 distinct anchors of kind prose, and nothing new .* Raise temperature"
+    ):
         sample(Monotonous(), path=tmp_path / "anchors.jsonl")
     assert len(read_anchors(tmp_path / "anchors.jsonl")) == 2  # what there is is kept
     assert json.loads((tmp_path / "anchors.jsonl").read_text().splitlines()[0])["text"] in (

@@ -55,8 +55,12 @@ def trainer(tmp_path, trainer_class=RouterTrainer, callbacks=None, model=None, *
 
 def router_logs(trained):
     """The logged router metrics by step, and the other logs that contain any."""
-    of_training = {log["step"]: {k for k in log if "router" in k} for log in trained.state.log_history if "loss" in log}
-    return of_training, [log for log in trained.state.log_history if "loss" not in log and any("router" in k for k in log)]
+    of_training = {
+        log["step"]: {k for k in log if "router" in k} for log in trained.state.log_history if "loss" in log
+    }
+    return of_training, [
+        log for log in trained.state.log_history if "loss" not in log and any("router" in k for k in log)
+    ]
 
 
 def test_metrics_against_a_captured_forward_pass():
@@ -181,7 +185,10 @@ def test_metrics_are_handed_over_once():
 
 
 def test_a_step_is_read_once():
-    """At the end of an epoch a logged step is not logged again: what would be computed there would end in the next log."""
+    """At the end of an epoch a logged step is not logged again.
+
+    What would be computed there would end in the next log.
+    """
     model = loramoe()
     model(**token_batch(), task_types=TYPES)
     callback = step_end(model)
@@ -320,7 +327,9 @@ def run_process(rank, folder):
 def test_the_metrics_describe_the_samples_of_all_processes(tmp_path):
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     calls = [f"import test_callback as t; t.run_process({rank}, {str(tmp_path)!r})" for rank in (0, 1)]
-    started = [subprocess.Popen([sys.executable, "-c", call], env={**os.environ, "PYTHONPATH": paths}) for call in calls]
+    started = [
+        subprocess.Popen([sys.executable, "-c", call], env={**os.environ, "PYTHONPATH": paths}) for call in calls
+    ]
     assert [process.wait(300) for process in started] == [0, 0]
     (first, loss_0), (second, loss_1) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first == second
@@ -329,5 +338,7 @@ def test_the_metrics_describe_the_samples_of_all_processes(tmp_path):
     expected = metrics(model)
     of_samples = [name for name in expected if name.count("/") == 3]
     assert len(of_samples) == 2 * 3 * 5
-    assert {name: first[name] for name in of_samples} == pytest.approx({name: expected[name] for name in of_samples}, rel=1e-5)
+    assert {name: first[name] for name in of_samples} == pytest.approx(
+        {name: expected[name] for name in of_samples}, rel=1e-5
+    )
     assert first["router/balance_loss"] == pytest.approx((loss_0 + loss_1) / 2)

@@ -25,7 +25,8 @@ STEPS = 40  # of the run that is killed; ten epochs
 
 # accelerate 1.10 forgets the epoch when it skips batches, so the rest of it is shuffled as the first one was.
 resumes_in_later_epochs = pytest.mark.skipif(
-    "iteration" not in inspect.getsource(skip_first_batches), reason="this accelerate resumes a later epoch with other samples"
+    "iteration" not in inspect.getsource(skip_first_batches),
+    reason="this accelerate resumes a later epoch with other samples",
 )
 
 
@@ -401,6 +402,8 @@ def test_random_damage_never_raises(written, tmp_path_factory, data):
     path = data.draw(st.sampled_from(files), label="file")
     content = bytearray(path.read_bytes())
     start = data.draw(st.integers(0, max(len(content) - 1, 0)), label="start")
-    content[start : start + data.draw(st.integers(0, 40), label="length")] = data.draw(st.binary(max_size=40), label="new")
+    content[start : start + data.draw(st.integers(0, 40), label="length")] = data.draw(
+        st.binary(max_size=40), label="new"
+    )
     path.write_bytes(content)
     assert answer(run) in (1, 2)

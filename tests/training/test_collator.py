@@ -132,12 +132,22 @@ def cut_row(rows):
 @pytest.mark.parametrize(
     ("collator", "rows", "error", "message"),
     [
-        (padding(), [*examples([0]), {"input_ids": [1]}], ValueError, "1 of the 2 examples of a batch have no task_type"),
+        (
+            padding(),
+            [*examples([0]), {"input_ids": [1]}],
+            ValueError,
+            "1 of the 2 examples of a batch have no task_type",
+        ),
         (padding(), examples(["facts", "sums"]), ValueError, "unknown name 'sums'; task_type_names are"),
         (padding(), examples([0, 2]), ValueError, "contains 2, but the adapter has 2 expert groups"),
         (padding(), examples([0, 0.5]), TypeError, "task_type holds values of type float, int, such as .*0.5"),
         (padding(), examples([0, True]), TypeError, "task_type holds values of type bool, int"),
-        (padding(), examples([0, "facts"]), TypeError, "values of type int, str, .*; write integers only, or names only"),
+        (
+            padding(),
+            examples([0, "facts"]),
+            TypeError,
+            "values of type int, str, .*; write integers only, or names only",
+        ),
         (padding(), examples([[0, "facts", 1]]), TypeError, "values of type int, str"),
         (flattening(), examples([[0, 1]]), ValueError, "of 3 tokens has 2 values in task_type and no seq_lengths"),
         (
@@ -146,7 +156,12 @@ def cut_row(rows):
             ValueError,
             r"2 values in task_type and seq_lengths \[1, 1\]; give one task_type for each entry of seq_lengths",
         ),
-        (no_input_ids, [{"text": "a", "task_type": 0}] * 2, ValueError, r"\(columns text, task_type\) have no input_ids"),
+        (
+            no_input_ids,
+            [{"text": "a", "task_type": 0}] * 2,
+            ValueError,
+            r"\(columns text, task_type\) have no input_ids",
+        ),
         (join, examples([0, 0]), ValueError, "joins several samples in a row but returns no 2-D position_ids"),
         (
             padding(),
@@ -155,7 +170,12 @@ def cut_row(rows):
             "returns no 2-D position_ids, .* return_position_ids=True",
         ),
         (cut, examples([0, 1]), ValueError, "Row 0 of the batch has 4 tokens, but task_type speaks of 5"),
-        (cut_row, examples([[0, 0, 1], [1, 1]]), ValueError, "Row 0 of the batch has 2 tokens, but task_type speaks of 3"),
+        (
+            cut_row,
+            examples([[0, 0, 1], [1, 1]]),
+            ValueError,
+            "Row 0 of the batch has 2 tokens, but task_type speaks of 3",
+        ),
     ],
 )
 def test_bad_columns_are_refused(collator, rows, error, message):

@@ -41,7 +41,9 @@ def logs(tmp_path, weight, keep, rows=4, accumulation=1, steps=2):
     )
     dataset = Dataset.from_dict({"input_ids": ROWS, "labels": ROWS, "task_type": [0, 1, 1, 0]})
     model = loramoe(balance_loss_weight=weight)
-    trainer = LoRAMoESFTTrainer(model, args, train_dataset=dataset, processing_class=tiny_tokenizer(), callbacks=[keep])
+    trainer = LoRAMoESFTTrainer(
+        model, args, train_dataset=dataset, processing_class=tiny_tokenizer(), callbacks=[keep]
+    )
     trainer.train()
     return next(log for log in trainer.state.log_history if "loss" in log)
 

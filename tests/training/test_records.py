@@ -37,7 +37,8 @@ def answer(tokenizer, text):
     return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading
+# ----------------------------------------------------------------------------------------------------------
 
 
 def without(column):
@@ -139,7 +140,8 @@ def test_columns_that_a_data_set_filled_with_none_are_absent():
     assert check_records([("here", row)], "file", LoRAMoEConfig())[0] == Record("here", "x", "y", 1)
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------------
+# --- tokens
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_only_the_answer_is_learned(tokenizer):

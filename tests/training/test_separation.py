@@ -50,7 +50,9 @@ def test_without_null_groups_there_is_no_null_weight():
 
 
 def test_types_that_are_not_told_apart_are_warned_about_once():
-    with pytest.warns(UserWarning, match="hardly tell the task types apart: the null group's weight is 0.50 on") as caught:
+    with pytest.warns(
+        UserWarning, match="hardly tell the task types apart: the null group's weight is 0.50 on"
+    ) as caught:
         run(retaining())
     (warning,) = (warning for warning in caught if issubclass(warning.category, UserWarning))
     assert "After 5 of 10 steps" in str(warning.message)  # a quarter of the steps, then three measurements

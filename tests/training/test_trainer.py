@@ -1,4 +1,7 @@
-"""The mixin on real trainers. What a trainer adds to the update must be the term's gradient of a loop written by hand."""
+"""The mixin on real trainers.
+
+What a trainer adds to the update must be the term's gradient of a loop written by hand.
+"""
 
 from types import SimpleNamespace
 
@@ -92,7 +95,9 @@ def call(rows, types, side="left"):
     width = max(map(len, rows))
     pad = [[0] * (width - len(row)) for row in rows]
     ids = [p + row if side == "left" else row + p for p, row in zip(pad, rows)]
-    mask = [[0] * len(p) + [1] * len(row) if side == "left" else [1] * len(row) + [0] * len(p) for p, row in zip(pad, rows)]
+    mask = [
+        [0] * len(p) + [1] * len(row) if side == "left" else [1] * len(row) + [0] * len(p) for p, row in zip(pad, rows)
+    ]
     return {
         "input_ids": torch.tensor(ids),
         "attention_mask": torch.tensor(mask),
@@ -111,7 +116,9 @@ def flat_call(rows, types):
 
 def mean_log_probability(outputs, labels, num_items_in_batch=None):
     """A loss of the user's own, computed outside the model."""
-    losses = nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    losses = nn.functional.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
     return losses / ((labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -241,7 +248,9 @@ def test_equal_micro_batches_give_the_gradient_of_one(trainer_class, micro_batch
     many = {name: values * micro_batches for name, values in one.items()}
     options = {"per_device_train_batch_size": 1}
     whole = gradients(build(mixed(trainer_class), tmp_path, one, **options))
-    accumulated = gradients(build(mixed(trainer_class), tmp_path, many, gradient_accumulation_steps=micro_batches, **options))
+    accumulated = gradients(
+        build(mixed(trainer_class), tmp_path, many, gradient_accumulation_steps=micro_batches, **options)
+    )
     torch.testing.assert_close(accumulated, whole, atol=1e-6, rtol=1e-4)
 
 
@@ -296,7 +305,9 @@ OPTIMIZERS = [name.value for name in OptimizerNames if name.value not in (*ELSEW
 
 
 def with_rate(trainer_class, tmp_path, multiplier=10.0, given=None, **options):
-    model = loramoe(tiny_llama(mlp_bias=True), modules_to_save=["norm"], router_lr_multiplier=multiplier, bias="loramoe_only")
+    model = loramoe(
+        tiny_llama(mlp_bias=True), modules_to_save=["norm"], router_lr_multiplier=multiplier, bias="loramoe_only"
+    )
     trainer = build(mixed(trainer_class), tmp_path, model=model, **{"learning_rate": 1e-3, **options})
     for name, value in (given or {}).items():
         setattr(trainer, name, value(model))
@@ -337,7 +348,9 @@ def test_the_routers_rate_reaches_every_optimizer(optim, tmp_path):
         assert group == {key: value for key, value in plain[name].items() if key != "lr"}
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "adamw_torch_8bit"])
+@pytest.mark.parametrize(
+    "optim", ["sgd", "adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "adamw_torch_8bit"]
+)
 def test_a_step_moves_the_routers_by_as_much_more(optim, tmp_path):
     plain, fast = (gradients(with_rate(Trainer, tmp_path, multiplier, optim=optim)) for multiplier in (1.0, 10.0))
     for name, moved in plain.items():
@@ -378,7 +391,9 @@ def test_training_twice_multiplies_once(tmp_path):
 def test_frozen_experts_train_routers_at_their_rate(tmp_path):
     model = loramoe(freeze_experts=True)
     trainer = build(mixed(Trainer), tmp_path, model=model, learning_rate=1e-3)
-    assert [group["lr"] for group in trainer.create_optimizer().param_groups if group["params"]] == [pytest.approx(1e-2)]
+    assert [group["lr"] for group in trainer.create_optimizer().param_groups if group["params"]] == [
+        pytest.approx(1e-2)
+    ]
 
 
 def test_sft_resumes_with_the_routers_rate(tmp_path):
@@ -440,7 +455,9 @@ def test_a_class_of_ones_own_gets_the_groups(tmp_path):
 
 @pytest.mark.parametrize("optim", ONE_RATE)
 def test_optimizers_with_one_rate_are_refused(optim, tmp_path):
-    with pytest.raises(ValueError, match=f"optim='{optim}' updates all parameters with one learning rate.*multiplier=1"):
+    with pytest.raises(
+        ValueError, match=f"optim='{optim}' updates all parameters with one learning rate.*multiplier=1"
+    ):
         with_rate(Trainer, tmp_path, optim=optim)
     assert with_rate(Trainer, tmp_path, 1.0, optim=optim) is not None
 
@@ -494,7 +511,11 @@ def test_examples_without_a_type_beside_ones_with_it_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("plugin", "parallelism", "message"),
     [
-        ({"fsdp_version": 1, "use_orig_params": False}, None, "FSDP 1 with use_orig_params=False .* set fsdp_version: 2"),
+        (
+            {"fsdp_version": 1, "use_orig_params": False},
+            None,
+            "FSDP 1 with use_orig_params=False .* set fsdp_version: 2",
+        ),
         (None, {"cp_enabled": True, "cp_size": 2, "sp_backend": None}, "cp_size=2 splits samples between processes"),
         (None, {"sp_enabled": True, "sp_size": 2, "sp_backend": None}, "sp_size=2 splits samples between processes"),
     ],

@@ -90,7 +90,10 @@ def style(index: int) -> dict[str, Any]:
 
 
 def linears_by_kind(layers: Iterable[str]) -> dict[str, dict[int, str]]:
-    """Kind of linear -> block -> name of the linear (see `names.blocks_and_kinds`); block 0 for linears outside of blocks."""
+    """Kind of linear -> block -> name of the linear (see `names.blocks_and_kinds`).
+
+    Block 0 for linears outside of blocks.
+    """
     kinds: dict[str, dict[int, str]] = {}
     for layer, (block, kind) in blocks_and_kinds(layers).items():
         kinds.setdefault(kind, {})[block or 0] = layer

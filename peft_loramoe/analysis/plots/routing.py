@@ -39,7 +39,9 @@ class _Adapter:
     null_groups: set[int]
 
 
-def plot_group_weights(statistics: RouterStatistics, path: str | os.PathLike[str], adapter: str | None = None) -> Figure:
+def plot_group_weights(
+    statistics: RouterStatistics, path: str | os.PathLike[str], adapter: str | None = None
+) -> Figure:
     """Plot the mean router weight of each expert group by depth, as in the LoRAMoE paper.
 
     Dotted lines show the weights of a uniform router.
@@ -118,9 +120,13 @@ def plot_load(statistics: RouterStatistics, path: str | os.PathLike[str], adapte
         for row, task_type in zip(axes, chosen.task_types):
             for panel, blocks in zip(row, chosen.kinds.values()):
                 depths = range(min(blocks), max(blocks) + 1)
-                cells = [[weights.get((task_type, blocks.get(depth), slot), math.nan) for depth in depths] for slot in rows]
+                cells = [
+                    [weights.get((task_type, blocks.get(depth), slot), math.nan) for depth in depths] for slot in rows
+                ]
                 edges = (depths[0] - 0.5, depths[-1] + 0.5, len(rows) - 0.5, -0.5)
-                image = panel.imshow(cells, cmap=COLOUR_MAP, vmin=0, vmax=max(weights.values()), aspect="auto", extent=edges)
+                image = panel.imshow(
+                    cells, cmap=COLOUR_MAP, vmin=0, vmax=max(weights.values()), aspect="auto", extent=edges
+                )
                 panel.set_facecolor("lightgrey")
                 panel.tick_params(axis="y", length=0)
                 for first in range(1, len(rows)):
@@ -212,7 +218,9 @@ def _choose(statistics: RouterStatistics, adapter: str | None) -> _Adapter:
 
 
 @contextmanager
-def _panels(path: str | os.PathLike[str], chosen: _Adapter, rows: int, row_height: float) -> Iterator[tuple[Figure, Any]]:
+def _panels(
+    path: str | os.PathLike[str], chosen: _Adapter, rows: int, row_height: float
+) -> Iterator[tuple[Figure, Any]]:
     """A figure that is saved at the end, and its array of axes (rows, kinds of linear)."""
     with figure_file(path, max(5, 1.3 + 2.6 * len(chosen.kinds)), 0.9 + row_height * rows) as figure:
         axes = figure.subplots(rows, len(chosen.kinds), squeeze=False, sharex="col", sharey=True)
@@ -242,7 +250,9 @@ def _draw_line(panel: Axes, blocks: dict[int, str], values: Sequence[float], loo
 
 
 def _draw_even_weights(panel: Axes, blocks: dict[int, str], chosen: _Adapter) -> None:
-    shares = [[size / sum(sizes) for size in sizes] for sizes in (chosen.group_sizes[layer] for layer in blocks.values())]
+    shares = [
+        [size / sum(sizes) for size in sizes] for sizes in (chosen.group_sizes[layer] for layer in blocks.values())
+    ]
     curves = list(zip(*shares))
     equal = len(set(curves)) == 1
     for group, curve in enumerate(curves[:1] if equal else curves):
@@ -263,7 +273,9 @@ def _slot_labels(rows: list[tuple[int, int]], chosen: _Adapter, room: int) -> li
     labels = []
     for y, (group, i) in enumerate(rows):
         label = ""
-        if y >= free and (group not in named or last_of_group[group] - i >= step - 1):  # not too close to the next group
+        if y >= free and (
+            group not in named or last_of_group[group] - i >= step - 1
+        ):  # not too close to the next group
             name = "" if group in named else f"{group_name(group, chosen.names, chosen.null_groups)}   "
             label, free = f"{name}{y if same_groups else i}", y + step
             named.add(group)

@@ -61,11 +61,15 @@ def plot_trace(trace: RouterTrace, path: str | os.PathLike[str], group: int | st
         for panel, height, (kind, blocks) in zip(axes[1:], heights[1:], kinds.items()):
             image = _draw_strip(panel, kind, [weights[layer] for layer in blocks.values()], height, [*blocks])
         axes[-1].set_xticks(range(len(labels)), labels, rotation=90 if upright else 0, fontsize="small")
-        add_colour_bar(figure, image, axes, f"router weight of\n{group_name(group, trace.task_type_names, trace.null_groups)}")
+        add_colour_bar(
+            figure, image, axes, f"router weight of\n{group_name(group, trace.task_type_names, trace.null_groups)}"
+        )
     return figure
 
 
-def _draw_strip(panel: Axes, title: str, rows: list[list[float]], height: float, numbers: Sequence[int] = ()) -> AxesImage:
+def _draw_strip(
+    panel: Axes, title: str, rows: list[list[float]], height: float, numbers: Sequence[int] = ()
+) -> AxesImage:
     """Draw rows of cells, and the numbers of as many rows as fit into `height` inches."""
     step = -(-len(rows) // int(height / 0.14))
     panel.set_yticks(range(0, len(numbers), step), numbers[::step], fontsize="x-small")

@@ -1,1 +1,4 @@
-"""A folder for PYTHONPATH: Python imports the `sitecustomize` in it when it starts. Nothing here is imported by the package."""
+"""A folder for PYTHONPATH: Python imports the `sitecustomize` in it when it starts.
+
+Nothing here is imported by the package.
+"""

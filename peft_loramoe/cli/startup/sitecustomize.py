@@ -1,8 +1,8 @@
 """Registers LORAMOE in the Python processes that a program under ``peft_loramoe run`` starts.
 
-`run` puts this folder on PYTHONPATH, so Python imports this file when it starts. It makes way for the sitecustomize that it
-hides, if there is one, and waits: if the process imports peft, peft_loramoe is imported right after it. Other processes pay
-nothing.
+`run` puts this folder on PYTHONPATH, so Python imports this file when it starts. It makes way for the sitecustomize
+that it hides, if there is one, and waits: if the process imports peft, peft_loramoe is imported right after it. Other
+processes pay nothing.
 """
 
 import os
@@ -16,7 +16,10 @@ class RegisterAfterPeft:
     """Finds `peft` where it is, and has peft_loramoe imported once peft is."""
 
     def find_spec(self, name, path=None, target=None):
-        """See `importlib.abc.MetaPathFinder`; also called, more than once, by those who only ask whether there is a peft."""
+        """See `importlib.abc.MetaPathFinder`.
+
+        Also called, more than once, by those who only ask whether there is a peft.
+        """
         if name != "peft":
             return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
@@ -31,7 +34,10 @@ class RegisterAfterPeft:
                 except ModuleNotFoundError as error:  # another environment's Python
                     if error.name != "peft_loramoe":
                         raise
-                    print(f"peft_loramoe is not installed for {sys.executable}: LORAMOE is unknown there.", file=sys.stderr)
+                    print(
+                        f"peft_loramoe is not installed for {sys.executable}: LORAMOE is unknown there.",
+                        file=sys.stderr,
+                    )
 
             spec.loader.exec_module = execute_and_register
         return spec
