@@ -114,6 +114,12 @@ class LoRAMoEConfig(PeftConfig):
         ValueError: an option has a value outside its range; the message names the option, the value and the fix.
         TypeError: an option has a value of the wrong type.
 
+    Example:
+        >>> from peft_loramoe import LoRAMoEConfig
+        >>> config = LoRAMoEConfig(r=4, num_experts=8, task_type="CAUSAL_LM")
+        >>> config.groups_of().sizes
+        (4, 4)
+
     Options:
     """
 

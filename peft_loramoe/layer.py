@@ -55,6 +55,14 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
         base_layer: the linear layer, left as it is.
         name: name of the layer inside the base model.
         recorder: takes the router probabilities of each forward pass; None for inference without the balance term.
+
+    Example:
+        >>> import torch
+        >>> from peft_loramoe import LoRAMoEConfig
+        >>> layer = LoRAMoELinear(nn.Linear(8, 16), name="up_proj")
+        >>> layer.update_layer("default", LoRAMoEConfig(r=2))
+        >>> layer(torch.randn(3, 8)).shape
+        torch.Size([3, 16])
     """
 
     adapter_layer_names = ("loramoe_experts",)

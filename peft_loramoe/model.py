@@ -48,6 +48,15 @@ class LoRAMoEModel(BaseTuner):
 
     Raises:
         ValueError: a targeted module is no linear layer, or no module is targeted.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from torch import nn
+        >>> from peft_loramoe import LoRAMoEConfig
+        >>> base = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> model = get_peft_model(base, LoRAMoEConfig(target_modules=["0"]))
+        >>> type(model.base_model).__name__, type(model.base_model.model[0]).__name__
+        ('LoRAMoEModel', 'LoRAMoELinear')
     """
 
     prefix = "loramoe_"

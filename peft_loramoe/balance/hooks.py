@@ -46,6 +46,15 @@ class LayerRouting:
         task_types: shape (M,), int64, -1 for unknown.
         groups: the expert groups, N experts in all.
         probabilities: of each token that the layer read, padding included, shape (..., N), floating point.
+
+    Example:
+        >>> import torch
+        >>> model = tiny_model()
+        >>> output = model(input_ids=torch.tensor([[5, 6, 7]]), task_types=[1])
+        >>> routing = layer_routing(model)[0]
+        >>> weights = routing.importance / routing.token_counts[:, None]  # mean weight of each expert
+        >>> bool(torch.isclose(weights.sum(), torch.tensor(1.0)))
+        True
     """
 
     adapter: str
@@ -322,7 +331,7 @@ class Recorder:
         tokens = _label_tokens(module, recording)
         if tokens is not None:  # the mean over no labels is not a number
             loss = torch.where((tokens == 0).to(loss.device) & loss.isnan(), torch.zeros_like(loss), loss)
-        loss = loss + (self._weighted(recording) * _share(tokens, recording)).to(loss.device, loss.dtype)
+        loss = loss + (self._weighted(recording) * _label_share(tokens, recording)).to(loss.device, loss.dtype)
         if isinstance(output, dict):
             output["loss"] = loss
             return output
@@ -380,7 +389,7 @@ def _label_tokens(module: nn.Module, recording: Recording) -> Tensor | None:
     return label_tokens(batch.inputs, shifted)
 
 
-def _share(tokens: Tensor | None, recording: Recording) -> Tensor | float:
+def _label_share(tokens: Tensor | None, recording: Recording) -> Tensor | float:
     """This batch's part of the label tokens by which the model normalised its loss (gradient accumulation)."""
     inputs = recording.batch.inputs
     total = inputs.get("num_items_in_batch")
@@ -416,6 +425,14 @@ def balance_loss(model: nn.Module) -> Tensor:
 
     Raises:
         ValueError: the model has no LoRAMoE layers, or the term cannot be computed (the message says why).
+
+    Example:
+        >>> import torch
+        >>> model = tiny_model().train()
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
+        >>> output = model(**batch, task_types=[0, 1])
+        >>> loss = torch.nn.functional.cross_entropy(output.logits[:, :-1].mT, batch["input_ids"][:, 1:])
+        >>> (loss + balance_loss(model)).backward()
     """
     return _recorder_of(model).loss()
 
@@ -435,6 +452,14 @@ def collect_balance(model: nn.Module, task_types: Any = None) -> Iterator[None]:
     Raises:
         ValueError: the model has no LoRAMoE layers.
         RuntimeError: `collect_balance` is open already.
+
+    Example:
+        >>> import torch
+        >>> model = tiny_model().train()
+        >>> chosen, rejected = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 8, 9]])
+        >>> with collect_balance(model, task_types=[1]):
+        ...     margin = (model(input_ids=chosen).logits - model(input_ids=rejected).logits).mean()
+        >>> (margin + balance_loss(model)).backward()
     """
     with _recorder_of(model).collect(task_types):
         yield
@@ -447,6 +472,14 @@ def balance_terms(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
     Raises:
         ValueError: as `balance_loss`.
+
+    Example:
+        >>> import torch
+        >>> model = tiny_model().train()
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
+        >>> output = model(**batch, task_types=[0, 1])
+        >>> [name.split(".")[-1] for name in balance_terms(model)["default"]][:3]
+        ['gate_proj', 'up_proj', 'down_proj']
     """
     return _recorder_of(model).terms()
 
@@ -456,5 +489,13 @@ def layer_routing(model: nn.Module) -> list[LayerRouting]:
 
     Raises:
         ValueError: as `balance_loss`.
+
+    Example:
+        >>> import torch
+        >>> model = tiny_model()
+        >>> output = model(input_ids=torch.tensor([[5, 6, 7], [8, 9, 10]]), task_types=[0, 1])
+        >>> first = layer_routing(model)[0]
+        >>> first.layer, first.importance.shape, first.token_counts.tolist()
+        ('model.layers.0.mlp.gate_proj', torch.Size([2, 6]), [3, 3])
     """
     return _recorder_of(model).routing()

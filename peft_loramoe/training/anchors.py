@@ -143,6 +143,10 @@ def anchors_from_texts(
     Raises:
         TypeError: an option is not an integer.
         ValueError: an option is not positive, or there are fewer distinct texts.
+
+    Example:
+        >>> anchors_from_texts(["w3 w4 w5", "w6 w7 w8"], tiny_tokenizer(), number=1, max_tokens=2, seed=0)[0]["kind"]
+        'prose'
     """
     check_counts(number=number, max_tokens=max_tokens)
     distinct: dict[str, str] = {}
@@ -173,6 +177,11 @@ def read_anchors(path: str | Path, *, torn: bool = False) -> list[dict[str, str]
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: a line is not such a record, or there is none.
+
+    Example:
+        >>> write_anchors("anchors.jsonl", ["The sky is blue."])
+        >>> read_anchors("anchors.jsonl")
+        [{'text': 'The sky is blue.', 'kind': 'prose'}]
     """
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     anchors = []
@@ -200,6 +209,11 @@ def write_anchors(path: str | Path, anchors: Iterable[str | Mapping[str, Any]], 
     Raises:
         FileExistsError: the file exists, and `append` is False.
         ValueError: an anchor is no text and no such record.
+
+    Example:
+        >>> write_anchors("more.jsonl", ["The sky is blue.", {"text": "2 + 2 = 4", "kind": "prose"}])
+        >>> len(read_anchors("more.jsonl"))
+        2
     """
     lines = [
         json.dumps(check_anchor(anchor, f"anchors[{i}]"), ensure_ascii=False) + "\n"

@@ -57,6 +57,19 @@ class RouterCallback(TrainerCallback):
 
     Raises:
         ValueError: `layer_groups` is negative or no integer.
+
+    Example:
+        >>> from transformers import PrinterCallback, Trainer, TrainingArguments
+        >>> from peft_loramoe.training import LoRAMoETrainerMixin
+        >>> class LoRAMoETrainer(LoRAMoETrainerMixin, Trainer): ...
+        >>> data = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "task_type": 1}] * 4
+        >>> args = TrainingArguments("run", max_steps=1, logging_steps=1, report_to="none", disable_tqdm=True)
+        >>> callback = RouterCallback(layer_groups=1)
+        >>> trainer = LoRAMoETrainer(tiny_model(), args, train_dataset=data, callbacks=[callback])
+        >>> trainer.remove_callback(PrinterCallback)
+        >>> result = trainer.train()
+        >>> sorted(name for name in trainer.state.log_history[0] if name.endswith("weight_group_1"))
+        ['router/layers_0-1/type_1/weight_group_1']
     """
 
     def __init__(self, layer_groups: int = 3) -> None:

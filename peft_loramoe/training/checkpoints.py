@@ -54,6 +54,10 @@ def last_complete_checkpoint(output_dir: str | Path, num_processes: int | None =
 
     Raises:
         ValueError: `num_processes` is not a positive integer.
+
+    Example:
+        >>> last_complete_checkpoint("a folder without checkpoints") is None
+        True
     """
     if num_processes is not None and (not isinstance(num_processes, int) or num_processes < 1):
         raise ValueError(f"num_processes={num_processes!r} must be a positive integer, or None.")

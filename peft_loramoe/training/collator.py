@@ -35,6 +35,14 @@ class TaskTypeCollator:
         TypeError: the column mixes names and integers, or holds anything else.
         ValueError: some examples lack the column, a type is unknown, or it cannot be told which tokens a type belongs
             to, or where a sample ends.
+
+    Example:
+        >>> from transformers import default_data_collator
+        >>> from peft_loramoe import LoRAMoEConfig
+        >>> collator = TaskTypeCollator(default_data_collator, LoRAMoEConfig.retain())
+        >>> batch = collator([{"input_ids": [5, 6], "task_type": "tasks"}, {"input_ids": [7, 8], "task_type": None}])
+        >>> batch["task_types"]
+        tensor([ 1, -1])
     """
 
     def __init__(self, collator: Callable[[list], Any], config: LoRAMoEConfig) -> None:

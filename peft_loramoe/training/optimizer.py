@@ -63,7 +63,7 @@ def optimizer_groups(
     experts = [module for module in model.modules() if isinstance(module, LoRAExperts)]
     if not experts:
         raise ValueError(f"{type(model).__name__} has no LoRAMoE layers; attach them with get_peft_model first.")
-    roles = {id(getattr(one, role)): role for one in experts for role in ("A", "B", "router")}
+    roles = {id(getattr(module, role)): role for module in experts for role in ("A", "B", "router")}
     params: dict[str, list[nn.Parameter]] = {name: [] for name in ("A", "B", "router", "other", "no_decay")}
     for parameter in model.parameters():  # gives shared ones once
         if parameter.requires_grad:

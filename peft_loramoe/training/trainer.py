@@ -64,6 +64,16 @@ class LoRAMoETrainerMixin:
             `compute_loss` that passes the adapted model by, bad anchors, an option that is out of its range or has no
             effect, or an optimizer whose rate is the same for all parameters (LOMO, layer-wise ones, an optimizer or a
             scheduler in DeepSpeed's own configuration) while `router_lr_multiplier` is not 1.
+
+    Example:
+        >>> from transformers import PrinterCallback, Trainer, TrainingArguments
+        >>> class LoRAMoETrainer(LoRAMoETrainerMixin, Trainer): ...
+        >>> data = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "task_type": 1}] * 4
+        >>> args = TrainingArguments("run", max_steps=1, report_to="none", disable_tqdm=True)
+        >>> trainer = LoRAMoETrainer(tiny_model(), args, train_dataset=data)
+        >>> trainer.remove_callback(PrinterCallback)
+        >>> trainer.train().global_step
+        1
     """
 
     _warned_of_router_rate = False
@@ -126,7 +136,7 @@ class LoRAMoETrainerMixin:
         added = {"balance_loss": None if config is None else balance_loss(model), "anchor_loss": anchor_loss}
         for name, term in added.items():
             if term is not None:
-                loss = loss + (term * self._share(num_items_in_batch)).to(loss.device, loss.dtype)
+                loss = loss + (term * self._accumulation_weight(num_items_in_batch)).to(loss.device, loss.dtype)
                 self._added[name] = (
                     self._added.get(name, 0.0) + term.detach() / self.current_gradient_accumulation_steps
                 )
@@ -234,7 +244,7 @@ class LoRAMoETrainerMixin:
         dataset = prepare(**call)
         return _pack(dataset, options) if packing else dataset
 
-    def _share(self, num_items_in_batch: Tensor | int | None) -> float:
+    def _accumulation_weight(self, num_items_in_batch: Tensor | int | None) -> float:
         """The weight of this micro-batch's term and anchors, such that those of an accumulated batch count equally."""
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
