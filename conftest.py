@@ -18,4 +18,5 @@ def doctest_names(request, doctest_namespace, tmp_path_factory, monkeypatch):
 
     doctest_namespace["tiny_model"] = lambda **options: loramoe(**options).eval()
     doctest_namespace["tiny_tokenizer"] = tiny_tokenizer
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, prints that it chose one
     monkeypatch.chdir(tmp_path_factory.mktemp("doctest"))
