@@ -194,7 +194,7 @@ def test_a_progress_bar_on_demand(tokenizer, capfd, monkeypatch):
     assert capfd.readouterr() == ("", "")
     answer_questions(tiny_llama(), tokenizer, QUESTIONS, max_new_tokens=1, show=True)
     output, errors = capfd.readouterr()
-    assert output == "" and "answering" in errors
+    assert output == "" and "Answering" in errors
 
 
 # options of build_prompts, and the prompt for the question "q {0}"

@@ -375,7 +375,7 @@ def test_dead_experts_and_null_groups_are_named(capsys):
     pair = {"layer": "fc1", "expert": 0, "other": 1, "group": 0, "other_group": 1, "cosine": None}
     show_statistics(statistics, expert_usage(statistics), [pair])
     output = " ".join(capsys.readouterr().out.split())
-    for part in ("group 0 (null)", "3 samples", "1,234", "0.990", "0.250", "0.500", "alike: 0.693 nats"):
+    for part in ("group 0 (null)", "3 samples", "1,234", "0.990", "0.250", "0.500", "uniform router: 0.693 nats"):
         assert part in output, output
     assert "Dead experts: 2 of 4: fc1 1, fc2 1" in output and "Dominating experts: 2 of 4: fc1 0, fc2 0" in output
     assert "two groups" not in output  # no pair whose similarity is known
@@ -492,12 +492,12 @@ BAD = {
     "no output": ("convert {adapter}", "arguments are required: -o/--output"),
     "no adapter": ("inspect {nowhere}", "is neither a local folder nor a Hub repository"),
     "an empty folder": ("inspect {empty}", "has no adapter_config.json, so it is not an adapter folder"),
-    "a LoRA": ("inspect {lora}", "has peft_type='LORA', not 'LORAMOE' (an adapter of the authors' repository"),
+    "a LoRA": ("inspect {lora}", "has peft_type='LORA', not 'LORAMOE' (use `convert` for"),
     "another rank": ("inspect {wrong}", "the files do not belong together"),
     "half a file": ("inspect {half}", "the file is incomplete or damaged"),
     "a folder that exists": ("convert {adapter} --to authors -o {empty}", "exists already"),
     "an export that exists": ("export-lora {adapter} -o {empty}", "exists already"),
-    "nothing to convert": ("convert {adapter} -o {out}", "has this package's format already"),
+    "nothing to convert": ("convert {adapter} -o {out}", "already has this package's layout"),
     "an unknown format": ("convert {adapter} -o {out} --to qlora", "invalid choice: 'qlora'"),
     "one LoRA alone": ("upcycle {lora} -o {out}", "One source needs num_experts"),
     "no value": ("upcycle {lora} -o {out} --set top_k", "--set top_k: must be OPTION=VALUE"),
@@ -507,7 +507,7 @@ BAD = {
     ),
     "a wrong type": ("upcycle {lora} -o {out} --num-experts 2 --set top_k=two", "top_k='two' must be an integer"),
     "a name for a number": ("upcycle {lora} -o {out} --num-experts two", "invalid int value: 'two'"),
-    "no base model": ("export-lora {homeless} -o {out}", "name it with --base-model"),
+    "no base model": ("export-lora {homeless} -o {out}", "pass it as --base-model"),
     "an unknown base model": ("export-lora {adapter} -o {out} --base-model {nowhere}", "nowhere"),
     "another base model": (
         "export-lora {adapter} -o {out} --base-model {other}",
@@ -515,7 +515,7 @@ BAD = {
     ),
     "gates that are not measured": (
         "export-lora {adapter} -o {out} --gates mean",
-        "gates='mean' is measured on calibration",
+        "gates='mean' needs calibration",
     ),
     "an unknown task type": (
         "export-lora {adapter} -o {out} --gates mean --task-type sports --calibration {texts}",
@@ -535,7 +535,7 @@ BAD = {
         "Texts need a causal language model",
     ),
     "an unknown expert": ("surgery remove {adapter} -o {out} --experts 7", "Expert 7 is unknown"),
-    "groups torn apart": ("surgery reorder {adapter} -o {out} --order 0 2 1 3", "would be torn apart"),
+    "groups torn apart": ("surgery reorder {adapter} -o {out} --order 0 2 1 3", "would be split"),
     "too few to merge": ("surgery merge {adapter} -o {out} --experts 1", "expected 2 arguments"),
     "nothing to analyze": ("analyze {adapter}", "arguments are required: --data"),
     "a type that is no type": (
@@ -545,18 +545,18 @@ BAD = {
     "an unknown type of text": ("analyze {adapter} --data {sports}", "unknown name 'sports'"),
     "statistics without a folder": (
         "analyze {adapter} --data {texts} -o {out}/s.json",
-        "does not exist; make it first",
+        "does not exist; create it first",
     ),
     "no text to trace": ("trace {adapter}", "arguments are required: --text"),
     "an empty text": ("trace {adapter} --text=", "text='' has no tokens"),
     "a classifier's trace": ("trace {classifier} --text w3", "Texts need a causal language model"),
-    "a trace without a folder": ("trace {adapter} --text w3 -o {out}/t.json", "does not exist; make it first"),
+    "a trace without a folder": ("trace {adapter} --text w3 -o {out}/t.json", "does not exist; create it first"),
     "no kind of figure": ("plot", "arguments are required: KIND"),
     "no figure": ("plot load {nothing}", "arguments are required: -o/--output"),
     "another suffix": ("plot load {nothing} -o {out}.txt", "must end in .png, .svg, .pdf"),
-    "a figure without a folder": ("plot frontier {models} -o {out}/f.png", "does not exist; make it first"),
-    "no statistics": ("plot load {models} -o {out}.png", "is no file that RouterStatistics.save wrote"),
-    "no trace": ("plot trace {models} -o {out}.png", "is no file that RouterTrace.save wrote"),
+    "a figure without a folder": ("plot frontier {models} -o {out}/f.png", "does not exist; create it first"),
+    "no statistics": ("plot load {models} -o {out}.png", "was not written by RouterStatistics.save"),
+    "no trace": ("plot trace {models} -o {out}.png", "was not written by RouterTrace.save"),
     "no models": ("plot frontier {nowhere} -o {out}.png", "No such file"),
     "models that are no JSON": ("plot frontier {config} -o {out}.png", "config' cannot be drawn: Expecting"),
     "one model alone": ("plot frontier {other}/config.json -o {out}.png", "must hold a list of records"),
