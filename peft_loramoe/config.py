@@ -294,7 +294,7 @@ class LoRAMoEConfig(PeftConfig):
             self.peft_loramoe_version = __version__
         self.modules_to_tie = None  # filled in by PEFT, as for its LoRA
         for option, values in RENAMED.items():
-            if (value := getattr(self, option)) in values:
+            if isinstance(value := getattr(self, option), str) and value in values:
                 setattr(self, option, values[value])
                 warnings.warn(
                     f"{option}={value!r} is called {values[value]!r} now; save the adapter again to have it renamed."
