@@ -13,12 +13,13 @@ from tiny import labelled, tiny_llama, tiny_tokenizer, token_batch
 
 TYPES = torch.tensor([0, 1, -1])
 STEPS = 40
+CONFIG = dict(r=2, init_weights=False, router_lr_multiplier=1, task_type="CAUSAL_LM")  # one rate, as in the loop
 
 
 def losses(autocast=None, model_dtype=torch.float32, autocast_adapter_dtype=True, scaled=False):
     """Losses of a few steps, and the adapter's dtypes."""
     torch.manual_seed(1)
-    config = LoRAMoEConfig(r=2, init_weights=False, task_type="CAUSAL_LM")
+    config = LoRAMoEConfig(**CONFIG)
     model = get_peft_model(tiny_llama().to(model_dtype), config, autocast_adapter_dtype=autocast_adapter_dtype).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
@@ -91,7 +92,7 @@ def trainer_losses(tmp_path, **options):
         **options,
     )
     torch.manual_seed(1)
-    model = get_peft_model(tiny_llama(), LoRAMoEConfig(r=2, init_weights=False, task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny_llama(), LoRAMoEConfig(**CONFIG))
     tokenizer = tiny_tokenizer()
     tokenizer.padding_side = "right"
     trainer = Balanced(model=model, args=args, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer))
