@@ -23,7 +23,7 @@ from .peft_api import (
     AuxiliaryTrainingWrapper,
     BaseTuner,
     BaseTunerLayer,
-    resolve_quantization_backend,
+    quantization_backend_of,
 )
 from .targets import (
     FEED_FORWARD,
@@ -144,7 +144,7 @@ class LoRAMoEModel(BaseTuner):
                 "out."
             )
         layer = LoRAMoELinear(target, current_key, self._shared_recorder())
-        layer.quantization_backend = resolve_quantization_backend(target, get_apply_tensor_subclass=lambda: None)
+        layer.quantization_backend = quantization_backend_of(target)
         layer._active_adapter = self.active_adapters
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
