@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from peft_loramoe import LoRAMoEConfig
 from peft_loramoe.names import check_adapter_name
+from peft_loramoe.peft_api import PEFT_AT_LEAST_0_21
 from tiny import loramoe, tiny_llama, token_batch
 
 
@@ -67,6 +68,8 @@ def outputs_of(model, names):
 )
 @pytest.mark.parametrize("names", GROUPS, ids="-".join)
 def test_adapters_are_saved_and_loaded_whole(names, options, tmp_path):
+    if options and not PEFT_AT_LEAST_0_21 and {"loramoe_experts", "weight", "base_layer", "loramoe_"} & {*names}:
+        pytest.skip("PEFT 0.20 renames tensors outside of the experts by what their names contain")
     model = model_with(names, **options)
     expected = outputs_of(model, names)
     model.save_pretrained(tmp_path)
@@ -107,6 +110,7 @@ def test_a_given_state_dict_is_selected_from_too():
     assert len(saved) == 18
 
 
+@pytest.mark.skipif(not PEFT_AT_LEAST_0_21, reason="bias is refused with PEFT before 0.21")
 @pytest.mark.parametrize("names", [("a", "bias"), ("bias", "a"), ("base_layer", "mlp")], ids="-".join)
 def test_trained_biases_are_saved_whatever_the_names(names, tmp_path):
     model = model_with(names[:1], bias="all")  # PEFT allows one adapter with biases

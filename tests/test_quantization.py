@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from peft_loramoe import LoRAMoEConfig, LoRAMoELinear
+from peft_loramoe.peft_api import PEFT_AT_LEAST_0_21
 from tiny import VOCAB, labelled, loramoe, tiny_llama, token_batch
 
 
@@ -401,5 +402,7 @@ def test_a_4_bit_layer_is_dequantised_once_each_way_and_no_copy_of_it_is_kept(mo
 )
 def test_pefts_status_names_the_backend(name, status, base):
     pytest.importorskip(BACKENDS[name].library)
+    if name.startswith("torchao") and not PEFT_AT_LEAST_0_21:
+        pytest.skip("PEFT 0.20 imports names that newer versions of torchao do not have")
     assert loramoe(BACKENDS[name].load(base, "cpu")).get_model_status().quantization_backend == status
     assert loramoe().get_model_status().quantization_backend is None

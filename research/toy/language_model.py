@@ -34,6 +34,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 1536) -> PreTrainedToken
         eos_token="</s>",
         unk_token="<unk>",
         chat_template=CHAT_TEMPLATE,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
