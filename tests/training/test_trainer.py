@@ -14,6 +14,7 @@ from transformers.optimization import Adafactor
 from transformers.training_args import OptimizerNames
 
 from peft_loramoe import balance_loss, balance_terms
+from peft_loramoe.peft_api import PEFT_AT_LEAST_0_21
 from peft_loramoe.training import LoRAMoETrainerMixin, TaskTypeCollator, optimizer_groups
 from tiny import loramoe, tiny_llama, tiny_tokenizer
 
@@ -305,9 +306,8 @@ OPTIMIZERS = [name.value for name in OptimizerNames if name.value not in (*ELSEW
 
 
 def with_rate(trainer_class, tmp_path, multiplier=10.0, given=None, **options):
-    model = loramoe(
-        tiny_llama(mlp_bias=True), modules_to_save=["norm"], router_lr_multiplier=multiplier, bias="loramoe_only"
-    )
+    bias = "loramoe_only" if PEFT_AT_LEAST_0_21 else "none"
+    model = loramoe(tiny_llama(mlp_bias=True), modules_to_save=["norm"], router_lr_multiplier=multiplier, bias=bias)
     trainer = build(mixed(trainer_class), tmp_path, model=model, **{"learning_rate": 1e-3, **options})
     for name, value in (given or {}).items():
         setattr(trainer, name, value(model))
