@@ -1,6 +1,5 @@
 import pytest
 import torch
-import transformers
 import trl
 from datasets import Dataset
 
@@ -46,8 +45,6 @@ def by_hand(model, groups):
 
 @pytest.mark.parametrize("options", [{}, {"padding_free": True, "max_length": None}])
 def test_losses_and_weight_are_those_of_single_samples(trainer, options):
-    if options and transformers.__version__ < "5":
-        pytest.skip("transformers 4 tells the samples of a row apart with flash attention only")
     model = loramoe(num_experts=4, null_groups=[0])
     dataset = Dataset.from_dict({"input_ids": ROWS, "labels": LABELS})
     result = measure_retention(trainer(model, **options), dataset)
