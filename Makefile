@@ -43,12 +43,12 @@ test-slow: install
 
 test-all: test test-slow
 
-# without lm-eval, and what gives the same answer with every version of peft and transformers
+# without lm-eval, slow and distributed tests, and what gives the same answer with every version of peft and transformers
 test-oldest:
 	$(MAKE) run-test-oldest VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 run-test-oldest: install
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not version_independent" -k "not lm_eval"
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not version_independent and not slow and not distributed" -k "not lm_eval"
 
 test-newest: install
 	$(BIN)/python .ci/newest.py -- $(PYTEST_ARGS) -m "not version_independent and not slow and not distributed"
