@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..reading import read_json, read_json_lines
+
 
 HUB = "hub:"
 PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "\u2018\u2019\u00b4", " "))
@@ -113,13 +115,10 @@ def _f1(given: list[str], accepted: list[str]) -> float:
 
 def _file_records(file: Path) -> Iterator[tuple[str, Any]]:
     """Each record with its location, for messages."""
-    text = file.read_text(encoding="utf-8-sig")
     if file.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield f"{file}, line {number}", _parse(line, f"{file}, line {number}")
+        yield from read_json_lines(file)
     elif file.suffix == ".json":
-        records = _parse(text, str(file))
+        records = read_json(file)
         if isinstance(records, dict):
             records = records.get("Data")
         if not isinstance(records, list):
@@ -145,13 +144,6 @@ def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
         column for column in rows.column_names if column in ("question", "answer")
     ]  # other columns may be large
     return ((f"{source}, row {number}", row) for number, row in enumerate(rows.select_columns(columns)))
-
-
-def _parse(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: invalid JSON ({error}).") from error
 
 
 def _question(record: Any, place: str) -> Question:

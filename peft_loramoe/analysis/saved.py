@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..reading import read_json
 from ..writing import write_whole
 
 
@@ -45,10 +45,7 @@ class SavedAsJSON:
             ValueError: the file was not written by `save` of this class, or is damaged.
         """
         wanted = f"'{os.fspath(path)}' was not written by {cls.__name__}.save"
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except ValueError as error:
-            raise ValueError(f"{wanted}: invalid JSON ({error}).") from error
+        content = read_json(path)
         if not isinstance(content, dict) or "kind" not in content:
             raise ValueError(f"{wanted}: the content is not a JSON object with a `kind`.")
         if (kind := content.pop("kind")) != cls.__name__:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from .. import analysis
 from ..analysis.plots.figure import check_suffix
+from ..reading import read_json
 from . import tables
 from .commands import load_with_texts, print_json
 from .models import SavedAdapter
@@ -150,8 +150,8 @@ def plot_trace(options: Namespace) -> None:
 
 def plot_frontier(options: Namespace) -> None:
     """Plot models by learning and forgetting."""
+    records = read_json(options.file)
     try:
-        records = json.loads(options.file.read_text(encoding="utf-8-sig"))
         if not isinstance(records, list):
             raise ValueError("it must hold a list of records")
         _draw(options, lambda path: analysis.plot_frontier(records, path))

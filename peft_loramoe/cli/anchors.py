@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from ..reading import read_json_lines, read_text
 from ..training import anchors_from_texts, sample_anchors, write_anchors
 from .options import Command, Parser, positive
 
@@ -125,18 +125,10 @@ def anchors(options: argparse.Namespace) -> None:
 
 
 def _texts_of_file(path: Path) -> Iterator[str]:
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
     if path.suffix not in (".jsonl", ".json"):
-        yield from (line for line in lines if line.strip())
+        yield from (line for line in read_text(path).split("\n") if line.strip())
         return
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record: Any = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: no valid JSON ({error}).") from error
-        yield _text_of(record, f"{path}, line {number}")
+    yield from (_text_of(record, place) for place, record in read_json_lines(path))
 
 
 def _texts_of_dataset(source: str) -> Iterator[str]:

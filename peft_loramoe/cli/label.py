@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..analysis.answer_scores import AnswerScore, score_answers
 from ..config import LoRAMoEConfig
+from ..reading import read_json_lines
 from ..training.records import PLAIN_PROMPT, Record, check_records
 from ..writing import write_whole
 from .anchors import base_options, load_base
@@ -90,19 +91,11 @@ def _write_and_show(
 
 def _read(path: Path) -> list[dict[str, Any]]:
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: no valid JSON ({error}).") from error
+    for place, record in read_json_lines(path):
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: {record!r} is not a record.")
+            raise ValueError(f"{place}: {record!r} is not a record.")
         if "task_type" in record:
-            raise ValueError(
-                f"{path}, line {number}: has a task_type already; remove the column to have types proposed."
-            )
+            raise ValueError(f"{place}: has a task_type already; remove the column to have types proposed.")
         records.append(record)
     if not records:
         raise ValueError(f"{path} has no record.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..config import LoRAMoEConfig
 from ..interop import read_adapter
 from ..interop.files import EXPERT_KEY, experts_by_module
 from ..interop.inspect import loramoe_config
+from ..reading import read_json_lines
 
 
 ADAPTER = "default"  # name of the loaded adapter
@@ -127,14 +127,7 @@ def read_batches(
 
 def _read_records(file: Path) -> list[dict[str, Any]]:
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: no valid JSON ({error}).") from error
+    for where, record in read_json_lines(file):
         if not isinstance(record, dict) or not isinstance(record.get("text"), str) or not record["text"].strip():
             raise ValueError(f'{where}: must be a record like {{"text": "...", "task_type": 0}}; text is missing.')
         task_type = record.get("task_type", -1)

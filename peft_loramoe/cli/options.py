@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..reading import read_text
+
 
 class Parser(argparse.ArgumentParser):
     """A parser with one-line errors.
@@ -30,8 +32,8 @@ class Parser(argparse.ArgumentParser):
         import yaml
 
         try:
-            options = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            options = yaml.safe_load(read_text(file))
+        except (OSError, ValueError, yaml.YAMLError) as error:
             self.error(f"--config {file}: cannot be read as YAML ({' '.join(str(error).split())})")
         if not isinstance(options, dict):
             self.error(f"--config {file}: must hold lines like `learning-rate: 1e-3`, not {options!r}")

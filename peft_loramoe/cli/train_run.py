@@ -28,6 +28,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 
 from ..card import loading_snippet
 from ..config import LoRAMoEConfig
+from ..reading import read_text
 from ..training import RouterCallback, last_complete_checkpoint, read_anchors
 from ..training.collator import COLUMN
 from ..training.records import Record, Tokenized, check_records, read_records, tokenize_records
@@ -273,9 +274,9 @@ def load_tokenizer(options: Namespace) -> Any:
         raise ValueError(f"--model {options.model}: no tokenizer could be loaded ({error})") from error
     if options.chat_template:
         try:
-            tokenizer.chat_template = options.chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--chat-template {options.chat_template}: cannot be read as text ({error}).") from error
+            tokenizer.chat_template = read_text(options.chat_template)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--chat-template {error}") from error
     return tokenizer
 
 

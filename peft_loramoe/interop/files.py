@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 import re
 import tempfile
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ..card import write_card
 from ..config import LoRAMoEConfig
+from ..reading import read_json
 
 
 CONFIG = "adapter_config.json"
@@ -52,7 +52,7 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
         >>> config["peft_type"], len(tensors)
         ('LORAMOE', 18)
     """
-    config = _read_json(_find(source, CONFIG))
+    config = _read_config(_find(source, CONFIG))
     weights = _find(source, SAFETENSORS, PICKLE)
     tensors = _read_safetensors(weights) if weights.name == SAFETENSORS else _read_pickle(weights)
     _check_tensors(weights, tensors)
@@ -246,13 +246,11 @@ def _find(source: str | Path, *names: str) -> Path:
     ) from cause
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(
-            f"'{path}' is not valid JSON ({error}): the file is damaged. Copy or download it again."
-        ) from error
+        config = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"The file is damaged; copy or download it again. {error}") from error
     if not isinstance(config, dict):
         raise ValueError(
             f"'{path}' contains a JSON {type(config).__name__}, not an object of options; it is not an adapter config."

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..modes import evaluation_mode
+from ..reading import read_json_lines
 
 
 KINDS = ("prose", "chat")
@@ -183,16 +184,7 @@ def read_anchors(path: str | Path, *, torn: bool = False) -> list[dict[str, str]
         >>> read_anchors("anchors.jsonl")
         [{'text': 'The sky is blue.', 'kind': 'prose'}]
     """
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    anchors = []
-    for number, line in enumerate(lines[:-1] if torn else lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: no valid JSON ({error}).") from error
-        anchors.append(check_anchor(record, f"{path}, line {number}"))
+    anchors = [check_anchor(record, place) for place, record in read_json_lines(path, torn=torn)]
     if not anchors and not torn:
         raise ValueError(f"{path} holds no anchor; write some with `peft-loramoe anchors` or sample_anchors.")
     return anchors

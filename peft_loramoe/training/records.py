@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..config import LoRAMoEConfig
+from ..reading import parse_json, read_json_lines, read_text
 from .collator import COLUMN
 
 
@@ -89,7 +89,8 @@ def read_records(path: str | Path, config: LoRAMoEConfig) -> list[Record]:
         config: says what the types may be.
 
     Raises:
-        ValueError: the file cannot be read, holds no record, or a record is wrong; the message names its place.
+        FileNotFoundError: the file does not exist.
+        ValueError: it cannot be read, holds no record, or a record is wrong; the message names its place.
 
     Example:
         >>> import pathlib, tempfile
@@ -100,12 +101,13 @@ def read_records(path: str | Path, config: LoRAMoEConfig) -> list[Record]:
         >>> [(record.prompt, record.task_type) for record in read_records(path, LoRAMoEConfig.retain())]
         [('2 + 2 =', 1)]
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as text ({error}).") from error
-    return check_records(_parse(text, path), str(path), config)
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        values = parse_json(text, str(path), first_line=1)
+        placed = ((f"{path}, record {number}", value) for number, value in enumerate(values, start=1))
+    else:
+        placed = read_json_lines(path)
+    return check_records(placed, str(path), config)
 
 
 def check_records(values: Iterable[tuple[str, Any]], source: str, config: LoRAMoEConfig) -> list[Record]:
@@ -167,28 +169,6 @@ def tokenize_records(
 
 # --- reading
 # ----------------------------------------------------------------------------------------------------------
-
-
-def _parse(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """The values in `text`, each with a description of its place."""
-    if text.lstrip().startswith("["):
-        for number, record in enumerate(_parse_json(text, path, 1), 1):
-            yield f"{path}, record {number}", record
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"{path}, line {number}", _parse_json(line, path, number)
-
-
-def _parse_json(text: str, path: Path, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg}, column {error.colno}); write a "
-            "list of "
-            "objects, or one object a line."
-        ) from error
 
 
 def _formats() -> str:

@@ -102,8 +102,8 @@ def test_the_hub_needs_datasets(monkeypatch):
 BAD = {
     "no such file": ("missing.json", None, "No such file or directory"),
     "another suffix": ("questions.txt", PLAIN, "{file} must be a .json or .jsonl file, or hub:NAME"),
-    "no JSON": ("questions.json", "{", "{file}: invalid JSON"),
-    "no JSON in a line": ("questions.jsonl", '{"question": "q", "answer": "a"}\n\n[', "{file}, line 3: invalid JSON"),
+    "no JSON": ("questions.json", "{", "{file}, line 1: no valid JSON"),
+    "no JSON in a line": ("questions.jsonl", '{"question": "q", "answer": "a"}\n\n[', "{file}, line 3: no valid JSON"),
     "no list": ("questions.json", {"Questions": []}, '{file} must be a list of records or {"Data"'),
     "no record": ("questions.json", PLAIN + ["Paris"], "{file}, record 3: must be a record like"),
     "no question": ("questions.jsonl", {"answer": "a"}, "{file}, line 1: must be a record like"),

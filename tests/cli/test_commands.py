@@ -558,7 +558,7 @@ BAD = {
     "no statistics": ("plot load {models} -o {out}.png", "was not written by RouterStatistics.save"),
     "no trace": ("plot trace {models} -o {out}.png", "was not written by RouterTrace.save"),
     "no models": ("plot frontier {nowhere} -o {out}.png", "No such file"),
-    "models that are no JSON": ("plot frontier {config} -o {out}.png", "config' cannot be drawn: Expecting"),
+    "models that are no JSON": ("plot frontier {config} -o {out}.png", "config, line 1: no valid JSON (Expecting"),
     "one model alone": ("plot frontier {other}/config.json -o {out}.png", "must hold a list of records"),
     "a model without a label": ("plot frontier {models} -o {out}.png", "cannot be drawn: records[0] lacks label"),
     "run in the second place": ("--traceback run", "run: error: must be the first argument"),

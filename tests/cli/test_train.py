@@ -203,7 +203,7 @@ def test_errors_of_the_file_name_the_key(tmp_path, capsys, text, message):
 def test_a_file_that_does_not_exist_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", "missing.yaml"])
-    assert "--config missing.yaml: cannot be read" in capsys.readouterr().err
+    assert "missing.yaml cannot be read" in capsys.readouterr().err
 
 
 # --- data
@@ -287,9 +287,9 @@ def test_data_of_one_type_without_anchors_are_warned_about(trainer):
     ("options", "message"),
     [
         (["--num-experts", "1"], "error: num_experts=1 must be"),
-        (["--train-file", "missing.json"], "error: missing.json: cannot be read"),
+        (["--train-file", "missing.json"], "error: missing.json cannot be read"),
         (["--model", "no/such-model"], "error: --model no/such-model: no tokenizer could be loaded"),
-        (["--chat-template", "missing.jinja"], "error: --chat-template missing.jinja: cannot be read"),
+        (["--chat-template", "missing.jinja"], "error: --chat-template missing.jinja cannot be read"),
         (["--target-modules", '["nothing"]'], "nothing"),
         (["--target-modules", '["lm_head"]'], "Applying a PEFT adapter to `lm_head` is not supported"),
         (

@@ -90,7 +90,7 @@ def test_missing_file(tmp_path, name):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"peft_type": ', "adapter_config.json' is not valid JSON"),
+        ('{"peft_type": ', "adapter_config.json, line 1: no valid JSON"),
         ("[1]", "contains a JSON list, not an object of options"),
     ],
 )

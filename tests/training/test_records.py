@@ -54,8 +54,8 @@ def chat(*turns):
     [
         ("", "there are no records"),
         ("[]", "there are no records"),
-        (json.dumps(RECORD) + '\n\n{"instruction": }', r"line 3: not valid JSON \(Expecting value, column 17\)"),
-        ('[\n{"instruction": "x"},\n]', r"line \d: not valid JSON"),
+        (json.dumps(RECORD) + '\n\n{"instruction": }', r"line 3: no valid JSON \(Expecting value, column 17\)"),
+        ('[\n{"instruction": "x"},\n]', r"line \d: no valid JSON"),
         (json.dumps(RECORD) + "\n" + json.dumps(without("output")), "line 2: the column 'output' is missing"),
         (
             json.dumps([RECORD, without("task_type")]),
