@@ -1,5 +1,6 @@
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -60,3 +61,11 @@ def test_a_missing_folder_is_named(tmp_path):
         FileNotFoundError, match=r"result\.json cannot be written: the folder .*missing does not exist"
     ):
         write_whole(tmp_path / "missing" / "result.json", "{}")
+
+
+def test_of_two_writers_one_wins_whole(tmp_path):
+    texts = [letter * 100_000 for letter in "abcd"]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda text: write_whole(tmp_path / "file", text), texts))
+    assert (tmp_path / "file").read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

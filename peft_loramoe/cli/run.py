@@ -9,6 +9,7 @@ import runpy
 import shutil
 import sys
 import sysconfig
+import types
 import zipfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -26,8 +27,8 @@ def find_program(command: Sequence[str]) -> Callable[[], Any]:
     registered in Python processes that the program starts (see `startup.sitecustomize`).
 
     Args:
-        command: the words of the command: ``-m MODULE``, the path of a script, or the name of a console script of this
-            environment; a leading ``python`` is skipped.
+        command: the words of the command: ``-m MODULE``, ``-c CODE``, ``-`` for a program from standard input, the
+            path of a script, or the name of a console script of this environment; a leading ``python`` is skipped.
 
     Returns:
         A function that runs the program and returns the argument of `sys.exit`. Modules and scripts run as
@@ -49,9 +50,18 @@ def find_program(command: Sequence[str]) -> Callable[[], Any]:
             raise ValueError("run -m needs the name of a module.")
         program = _module(words[1])
         sys.argv = words[1:]
+    elif name == "-c":
+        if len(words) == 1:
+            raise ValueError("run -c needs the code of a program.")
+        program = _code(words[1], "<string>")
+        sys.argv = ["-c", *words[2:]]
+    elif name == "-":
+        program = _code(sys.stdin.read(), "<stdin>")
+        sys.argv = words
     elif name.startswith("-"):
         raise ValueError(
-            f"{name} is not a program; run takes a script's path, -m MODULE, or the name of a console script."
+            f"{name} is not a program; run takes a script's path, -m MODULE, -c CODE, - for standard input, or the "
+            "name of a console script."
         )
     elif scripts := tuple(entry_points(group="console_scripts", name=name)):
         program = _console_script(scripts[0])
@@ -83,6 +93,20 @@ def _module(name: str) -> Callable[[], Any]:
 
     def run() -> None:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+    return run
+
+
+def _code(code: str, name: str) -> Callable[[], Any]:
+    _set_first_path("")
+    try:
+        compiled = compile(code, name, "exec")
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{name} is not a Python program: {error}.") from error
+
+    def run() -> None:
+        main = sys.modules["__main__"] = types.ModuleType("__main__")  # where pickle looks for the program's classes
+        exec(compiled, main.__dict__)
 
     return run
 

@@ -90,7 +90,11 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         yield folder
         _refuse_existing(output)  # it may exist by now, and rename would replace an empty folder
         output.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(output)
+        try:
+            folder.rename(output)
+        except OSError:  # another process has just written it
+            _refuse_existing(output)
+            raise
 
 
 def write_adapter(folder: str | Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:

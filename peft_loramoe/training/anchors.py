@@ -80,6 +80,7 @@ def sample_anchors(
         TypeError: an option is not of its type.
         ValueError: an option is out of its range, `chat` is positive for a tokenizer without a chat template, `path`
             holds more anchors of a kind than asked for, or the model writes too few distinct texts.
+        RuntimeError: another process writes to `path`.
 
     Example:
         >>> anchors = sample_anchors(model, tokenizer, 400, path="anchors.jsonl")  # doctest: +SKIP
@@ -110,6 +111,7 @@ def sample_anchors(
             )
     if path is not None:
         drop_torn_line(Path(path))
+        size = _size(path)
     write: dict[str, Callable[[int], list[str]]] = {
         "prose": lambda n: sampler.prose(n, prefixes),
         "chat": sampler.chats,
@@ -122,7 +124,13 @@ def sample_anchors(
                 anchors += new
                 bar.update(len(new))
                 if path is not None:
+                    if _size(path) != size:
+                        raise RuntimeError(
+                            f"{path} was changed while anchors were written to it: does another process write there, "
+                            "too? Its content is kept; run one at a time."
+                        )
                     write_anchors(path, new, append=True)
+                    size = _size(path)
     return anchors
 
 
@@ -249,6 +257,10 @@ def check_counts(**options: Any) -> None:
             raise TypeError(f"{name}={value!r} must be an integer.")
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
+
+
+def _size(path: str | Path) -> int:
+    return Path(path).stat().st_size if Path(path).exists() else 0
 
 
 def drop_torn_line(path: Path) -> None:

@@ -1,9 +1,11 @@
 """The command line: each command as `main` runs it, and the console script with the real lm-eval."""
 
 import dataclasses
+import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -499,7 +501,7 @@ BAD = {
     "an export that exists": ("export-lora {adapter} -o {empty}", "exists already"),
     "nothing to convert": ("convert {adapter} -o {out}", "already has this package's layout"),
     "an unknown format": ("convert {adapter} -o {out} --to qlora", "invalid choice: 'qlora'"),
-    "one LoRA alone": ("upcycle {lora} -o {out}", "One source needs num_experts"),
+    "one LoRA alone": ("upcycle {lora} --num-experts 2 -o {out}", "One source needs num_experts"),
     "no value": ("upcycle {lora} -o {out} --set top_k", "--set top_k: must be OPTION=VALUE"),
     "an unknown option": (
         "upcycle {lora} -o {out} --num-experts 2 --set speed=3",
@@ -665,6 +667,23 @@ def test_scripts_and_modules_run_as_main(command, tmp_path, capsys, monkeypatch)
     assert (argv, first_path) == ([str(script), "--lr", "1", "--"], str(tmp_path))
 
 
+@pytest.mark.parametrize("words", [["-c", PROGRAM], ["python", "-c", PROGRAM], ["-"], ["--", "python3", "-"]])
+def test_code_and_standard_input_run_as_main(words, capsys, monkeypatch):
+    protect_process(monkeypatch)
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROGRAM))
+    with pytest.raises(SystemExit, match="3"):
+        main(["run", *words, "--lr"])
+    name, argv, first_path, registered, _ = json.loads(capsys.readouterr().out)
+    assert (name, argv, first_path, registered) == ("__main__", ["-c" if "-c" in words else "-", "--lr"], "", True)
+
+
+def test_programs_read_standard_input(tmp_path):
+    (tmp_path / "program.py").write_text("print(input())")
+    command = [sys.executable, "-m", "peft_loramoe", "run", str(tmp_path / "program.py")]
+    assert subprocess.run(command, input="a line", capture_output=True, text=True, timeout=120).stdout == "a line\n"
+
+
 def test_console_scripts_run(capsys, monkeypatch):
     protect_process(monkeypatch)
     with pytest.raises(SystemExit, match="0"):
@@ -755,35 +774,40 @@ def test_an_archive_without_a_main_is_refused(tmp_path, capsys):
     assert "the archive has no __main__.py" in capsys.readouterr().err
 
 
-TERMINATED = """
+INTERRUPTED = """
 import os, signal, sys, time, torch
 from peft_loramoe.cli import main
+from peft_loramoe.interop import files
 
-def slow(*_):
-    os.kill(os.getpid(), signal.SIGTERM)
+def stop(tensors, path, *_):
+    path.write_bytes(b"half of the ")
+    os.kill(os.getpid(), int(sys.argv[1]))
     time.sleep(30)
 
-torch.save = slow
-sys.exit(main(sys.argv[1:]))
+torch.save = files.save_file = stop
+sys.exit(main(sys.argv[2:]))
 """
+WRITERS = {
+    "convert": "convert {adapter} -o {out} --to authors",
+    "export-lora": "export-lora {adapter} -o {out}",
+    "upcycle": "upcycle {lora} --num-experts 2 -o {out}",
+    "surgery": "surgery reorder {adapter} -o {out} --order 0 1 2 3",
+}
 
 
 @pytest.mark.slow
-def test_a_command_that_is_terminated_leaves_nothing_behind(adapter, tmp_path):
-    command = [
-        sys.executable,
-        "-c",
-        TERMINATED,
-        "convert",
-        str(adapter),
-        "-o",
-        str(tmp_path / "output"),
-        "--to",
-        "authors",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 128 + 15, result.stderr
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("command", WRITERS.values(), ids=WRITERS)
+def test_a_command_that_is_stopped_leaves_no_output(command, kind, adapter, loras, tmp_path):
+    words = command.format(adapter=adapter, lora=loras[0], out=tmp_path / "output").split()
+    result = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(int(kind)), *words], capture_output=True, text=True, timeout=120
+    )
+    hidden = [path.name.startswith(".output") for path in tmp_path.iterdir()]
+    if kind == signal.SIGTERM:
+        assert (result.returncode, hidden) == (128 + kind, []), result.stderr
+    else:  # nothing can be cleaned up
+        assert (result.returncode, hidden) == (-kind, [True]), result.stderr
 
 
 def test_a_child_of_another_environment_is_told(tmp_path):

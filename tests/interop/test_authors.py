@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+from damaged_adapters import convert_damaged
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import PeftModel
 from torch import nn
 
@@ -265,3 +268,9 @@ def test_two_spellings_of_one_expert_are_refused(tmp_path):
         ValueError, match="Only tensors of experts and routers can be converted, not: '.*lora_A00.weight'"
     ):
         convert_checkpoint(source, tmp_path / "output")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_damaged_adapters_are_converted_or_refused_in_our_words(data, tmp_path_factory):
+    convert_damaged(CONFIG, authors_tensors(), data, tmp_path_factory.mktemp("theirs"))

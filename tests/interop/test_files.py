@@ -3,7 +3,9 @@
 import json
 import os
 import pickle
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -182,6 +184,25 @@ def test_output_that_came_into_being_meanwhile(tmp_path):
     with pytest.raises(FileExistsError, match="exists already"), new_folder(output):
         output.mkdir()
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("round", range(5))
+def test_of_two_writers_the_second_is_refused(round, tmp_path):
+    barrier = threading.Barrier(2)
+
+    def write(name):
+        try:
+            with new_folder(tmp_path / "output") as folder:
+                (folder / name).touch()
+                barrier.wait()
+        except FileExistsError:
+            return None
+        return name
+
+    with ThreadPoolExecutor(2) as threads:
+        written = [name for name in threads.map(write, "ab") if name]
+    assert [path.name for path in (tmp_path / "output").iterdir()] == written
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
 
 def test_output_below_a_file(tmp_path):

@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+from damaged_adapters import convert_damaged
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import PeftModel
 from torch import nn
 
@@ -162,3 +165,9 @@ def test_what_cannot_be_converted(tmp_path, change, options, message):
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(moe_peft_adapter(tmp_path / "theirs", tensors, **options), tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_damaged_adapters_are_converted_or_refused_in_our_words(data, tmp_path_factory):
+    convert_damaged(CONFIG, moe_peft_tensors(), data, tmp_path_factory.mktemp("theirs"))

@@ -125,6 +125,14 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert sample(path=tmp_path / "part.jsonl") == whole
 
 
+def test_a_second_writer_is_noticed(tmp_path):
+    path, model = tmp_path / "anchors.jsonl", tiny_llama().eval()
+    model.register_forward_hook(lambda *_: write_anchors(path, ["w9 w8 w7"], append=True))
+    with pytest.raises(RuntimeError, match="anchors.jsonl was changed while anchors were written"):
+        sample(model, path=path)
+    assert set(texts(read_anchors(path))) == {"w9 w8 w7"}
+
+
 def test_a_file_with_more_than_asked_for_is_refused(tmp_path):
     sample(path=tmp_path / "anchors.jsonl")
     with pytest.raises(ValueError, match="holds 10 anchors of kind prose, more than the 4 asked for"):
