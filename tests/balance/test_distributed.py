@@ -43,21 +43,58 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.distributed
-def test_rows_and_gradients_of_several_processes_are_those_of_one():
+# A process ends, or stops for ever, between the steps of the others.
+LOST = """
+import os, signal, sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tiny import labelled, loramoe, token_batch
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=5))
+model = DistributedDataParallel(loramoe(balance_loss_weight=0.1, balance_across_processes=True))
+for step in range(3):
+    if step == 1 and dist.get_rank() == 1:
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    try:
+        model(**labelled(token_batch()), task_types=[0, 1, 0]).loss.backward()
+    except RuntimeError:  # of the lost connection, or of the time limit
+        os._exit(7)
+"""
+
+
+def start(script, *arguments):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
-    processes = []
-    for rank in "01":
-        environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-        processes.append(
-            subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, stderr=subprocess.PIPE, text=True)
-        )
-    for process in processes:
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", script, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(command, env={**common, "RANK": rank}, **pipes) for rank in "01"]
+
+
+@pytest.mark.distributed
+def test_rows_and_gradients_of_several_processes_are_those_of_one():
+    for process in start(SCRIPT):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SIGKILL", "SIGSTOP"])
+def test_a_lost_process_ends_the_others_within_the_time_limit(kind):
+    survivor, lost = start(LOST, kind)
+    try:
+        _, errors = survivor.communicate(timeout=120)  # gloo's own limit is half an hour
+    finally:
+        survivor.kill()
+        lost.kill()
+        lost.communicate()
+    assert survivor.returncode == 7, errors
 
 
 def test_one_process_is_not_distributed():
