@@ -191,7 +191,7 @@ def experts_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tens
         `modules_to_save`.
 
     Raises:
-        ValueError: there are no LoRAMoE tensors, or a module lacks one of the three.
+        ValueError: there are no LoRAMoE tensors, a module lacks one of the three, or one is no matrix.
     """
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -206,6 +206,12 @@ def experts_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tens
             raise ValueError(
                 f"'{module}' lacks the tensor loramoe_experts.{' or .'.join(sorted(missing))}: the file is incomplete."
             )
+        for name, tensor in parts.items():
+            if tensor.dim() != 2 or not tensor.numel():
+                raise ValueError(
+                    f"'{module}': loramoe_experts.{name} has shape {tuple(tensor.shape)}, not that of a matrix; the "
+                    "file is damaged. (ZeRO-3 saves empty tensors if they are not gathered.)"
+                )
     return modules
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -256,6 +257,14 @@ def test_a_missing_tensor_of_a_module():
     del tensors["base_model.model.model.layers.1.mlp.up_proj.loramoe_experts.router"]
     with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.up_proj' lacks the tensor loramoe_experts\.router"):
         experts_by_module(tensors)
+
+
+@pytest.mark.parametrize("part", ["A", "B", "router"])
+@pytest.mark.parametrize("shape", [(), (6,), (0, 3), (1, 2, 3)])
+def test_a_tensor_that_is_no_matrix(part, shape):
+    tensors = {name: torch.ones(2, 3) for name in ("A", "B", "router")} | {part: torch.ones(shape)}
+    with pytest.raises(ValueError, match=rf"'m': loramoe_experts.{part} has shape {re.escape(str(shape))}"):
+        experts_by_module({f"base_model.model.m.loramoe_experts.{name}": t for name, t in tensors.items()})
 
 
 def test_the_config_of_a_written_adapter_is_complete(tmp_path):
