@@ -22,7 +22,7 @@ FAULTS = {
 }
 
 
-def convert_damaged(config, tensors, data, source):
+def convert_damaged(config, tensors, data, source, convert=convert_checkpoint):
     """Damage an adapter and convert it: it is converted whole, or refused with a ValueError that leaves no output.
 
     Args:
@@ -30,6 +30,7 @@ def convert_damaged(config, tensors, data, source):
         tensors: content of `adapter_model.bin`.
         data: of hypothesis.
         source: an empty folder.
+        convert: called with the folder of the adapter and that of the output.
     """
     config, tensors = dict(config), dict(tensors)
     for option in data.draw(st.lists(st.sampled_from(sorted(config)), max_size=2), label="options"):
@@ -44,7 +45,7 @@ def convert_damaged(config, tensors, data, source):
     (source / "adapter_config.json").write_text(json.dumps(config))
     torch.save(tensors, source / "adapter_model.bin")
     try:
-        convert_checkpoint(source, source / "ours")
+        convert(source, source / "ours")
     except ValueError:
         assert not (source / "ours").exists()
     else:

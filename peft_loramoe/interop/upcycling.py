@@ -21,26 +21,15 @@ from .files import PREFIX, abbreviate, expert_keys, new_folder, read_adapter, wr
 METHODS = ("replicate", "split")
 LAYER_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # Options of a LoRA that are carried over or do not affect its output; all others must have their default.
+# Options that a LoRAMoE has too, with the same meaning.
+SHARED = (
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "fan_in_fan_out"),
+    *LAYER_OPTIONS,
+    *("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
+)
 UNDERSTOOD = {
-    *(
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "lora_dropout",
-        "fan_in_fan_out",
-        *LAYER_OPTIONS,
-    ),
-    *(
-        "peft_type",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "auto_mapping",
-        "peft_version",
-    ),
+    *SHARED,
+    "peft_type",
     *(
         "megatron_core",
         "qalora_group_size",
@@ -216,7 +205,7 @@ def _lora(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> L
     unknown = []
     for key, tensor in tensors.items():
         module, _, end = key.removeprefix(PREFIX).rpartition(".lora_")
-        if end in ("A.weight", "B.weight") and tensor.dim() == 2:
+        if end in ("A.weight", "B.weight") and tensor.dim() == 2 and tensor.numel():
             parts.setdefault(module, {})[end[0]] = tensor.detach().to("cpu", torch.float32)
         else:
             unknown.append(key)
@@ -237,6 +226,10 @@ def _lora(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> L
 
 
 def _check_understood(name: str, config: Mapping[str, Any]) -> None:
+    try:
+        LoRAMoEConfig(**{option: config[option] for option in SHARED if config.get(option) is not None})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The configuration of '{name}' is wrong: {error}") from error
     defaults = LoraConfig().to_dict()
     for option, value in config.items():
         if option not in UNDERSTOOD and value and value != defaults.get(option):

@@ -1,10 +1,14 @@
 """Plain LoRAs as experts: what they compute before and after, what is refused, and experts that stay frozen."""
 
 import copy
+import json
 import warnings
 
 import pytest
 import torch
+from damaged_adapters import convert_damaged
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -231,6 +235,16 @@ def test_base_models_of_another_size(tmp_path):
         ValueError, match=r"different base models: '.*down_proj' has .* sizes \(48, 32\) .* and \(40, 32\)"
     ):
         upcycle([good, tmp_path / "bad"], tmp_path / "moe")
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_damaged_loras_become_experts_or_are_refused_in_our_words(data, tmp_path_factory):
+    lora = saved(tmp_path_factory.mktemp("whole"))
+    config = json.loads((lora / "adapter_config.json").read_text())
+    tensors = load_file(lora / "adapter_model.safetensors")
+    source = tmp_path_factory.mktemp("damaged")
+    convert_damaged(config, tensors, data, source, lambda source, output: upcycle(source, output, num_experts=2))
 
 
 def test_adapters_of_another_method(tmp_path):
