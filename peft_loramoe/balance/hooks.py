@@ -198,7 +198,9 @@ class Recorder:
 
     def loss(self) -> Tensor:
         """The sum of all terms, each weighted by its adapter's `balance_loss_weight`: a scalar."""
-        weighted = [self.configs[terms.adapter].balance_loss_weight * terms.values.sum() for terms in self._terms()]
+        weights = [(self.configs[terms.adapter].balance_loss_weight, terms.values) for terms in self._terms()]
+        # A gradient of zeros would still be added, and would round the others differently.
+        weighted = [weight * values.sum() for weight, values in weights if weight > 0]
         return torch.stack([term.to(weighted[0].device) for term in weighted]).sum() if weighted else torch.zeros(())
 
     @torch.no_grad()
