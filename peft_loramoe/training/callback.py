@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..balance import balance_loss, balance_terms, layer_routing
+from ..balance.samples import task_type_tensor
 from ..config import LoRAMoEConfig
 from ..layer import LoRAMoELinear
 
@@ -49,7 +52,7 @@ class RouterCallback(TrainerCallback):
 
     With null groups it also watches whether the routers learn to tell the task types apart. After the warm-up, and not
     before a quarter of the steps, it warns once if the null groups' weight on the null groups' own types is hardly
-    larger than on the others, or if one of the two kinds does not occur.
+    larger than on the others, or if one of the two kinds has not occurred in any micro-batch.
 
     Args:
         layer_groups: number of blocks that the adapted layers of each stack are divided into; 0 for the last two
@@ -77,8 +80,23 @@ class RouterCallback(TrainerCallback):
             raise ValueError(f"layer_groups={layer_groups!r} must be an integer, at least 0.")
         self.layer_groups = layer_groups
         self._separation = _Separation()
+        self._seen: Tensor | None = None
         self._metrics: dict[str, float] = {}
         self._step_done: int | None = None
+
+    def see(self, task_types: Any, config: LoRAMoEConfig) -> None:
+        """Note which task types a micro-batch has: the last pass of a logged step need not have all of them.
+
+        Args:
+            task_types: as the model takes them, or an integer, the type of all samples; None where nobody knows.
+            config: of the adapter.
+        """
+        if task_types is None or not config.null_groups:
+            return
+        given = [task_types] if isinstance(task_types, int) else task_types
+        types = task_type_tensor(given, config.num_groups, config.task_type_names)
+        seen = (types.flatten() == torch.arange(config.num_groups, device=types.device)[:, None]).any(1)
+        self._seen = seen if self._seen is None else self._seen | seen.to(self._seen.device)
 
     def take(self) -> dict[str, float]:
         """Hand over the metrics of the current step by name, once: a second call returns an empty dictionary."""
@@ -94,7 +112,7 @@ class RouterCallback(TrainerCallback):
                 f"{type(model).__name__} has no LoRAMoE layers: attach them with get_peft_model, or leave "
                 "RouterCallback out."
             )
-        self._metrics, self._step_done, self._separation = {}, None, _Separation()
+        self._metrics, self._step_done, self._separation, self._seen = {}, None, _Separation(), None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -109,7 +127,8 @@ class RouterCallback(TrainerCallback):
                 self._metrics = _metrics(table, model, self.layer_groups)
             if self._separation.is_watched(config):
                 warm_up = max(args.get_warmup_steps(state.max_steps), state.max_steps // 4)
-                message = self._separation.add(_null_weights(table, config), config, state.global_step > warm_up)
+                weights, seen = _null_weights(table, config), _of_all_processes(self._seen, config, args.device)
+                message = self._separation.add(weights, seen, config, state.global_step > warm_up)
                 if message and state.is_world_process_zero:
                     warnings.warn(f"After {state.global_step} of {state.max_steps} steps {message}")
 
@@ -142,7 +161,9 @@ class _Separation:
     SHARE = 0.25  # of the difference that the balance term aims at, below which types are not told apart
 
     def __init__(self) -> None:
-        self._last: list[tuple[float | None, float | None]] = []  # weight on the null groups' own types, on the others
+        self._measurements = 0
+        self._own: deque[float] = deque(maxlen=self.MEASUREMENTS)  # weight on the null groups' own types
+        self._others: deque[float] = deque(maxlen=self.MEASUREMENTS)  # and on the other types
         self._judged = False
 
     def is_watched(self, config: LoRAMoEConfig) -> bool:
@@ -150,41 +171,68 @@ class _Separation:
         aims = config.balance_loss_weight > 0 and config.balance_delta > 0 and config.balance_target != "paper"
         return not self._judged and bool(config.null_groups) and aims
 
-    def add(self, weights: dict[int, float], config: LoRAMoEConfig, warm: bool) -> str | None:
-        """Take a measurement, null weight by type; returns what is wrong, at most once."""
+    def add(self, weights: dict[int, float], seen: set[int], config: LoRAMoEConfig, warm: bool) -> str | None:
+        """Take a measurement; returns what is wrong, at most once.
+
+        Args:
+            weights: null weight by task type, of the types in the last pass.
+            seen: the types of all micro-batches so far.
+            config: of the adapter.
+            warm: whether the warm-up is over.
+        """
         if not warm:
             return None
-        own = [weight for task_type, weight in weights.items() if task_type in config.null_groups]
-        others = [
-            weight for task_type, weight in weights.items() if task_type >= 0 and task_type not in config.null_groups
-        ]
-        self._last.append((_mean(own), _mean(others)))
-        if len(self._last) < self.MEASUREMENTS:
+        seen = {task_type for task_type in {*seen, *weights} if task_type >= 0}
+        self._measurements += 1
+        for column, types in ((self._own, seen & {*config.null_groups}), (self._others, seen - {*config.null_groups})):
+            if measured := [weights[task_type] for task_type in types if task_type in weights]:
+                column.append(_mean(measured))
+        if self._measurements < self.MEASUREMENTS:
             return None
-        known, tasks = (
-            _mean([w for w in column if w is not None]) for column in zip(*self._last[-self.MEASUREMENTS :])
-        )
-        if known is None:
-            self._judged = True
-            types = " or ".join(map(str, config.null_groups))
+        message = self._missing(seen, config) or self._alike(config)
+        self._judged = message is not None
+        return message
+
+    def _missing(self, seen: set[int], config: LoRAMoEConfig) -> str | None:
+        types = " or ".join(map(str, config.null_groups))
+        if seen.isdisjoint(config.null_groups):
             return (
                 f"no sample of type {types} was seen: nothing tells the routers what to leave to the base model. "
                 "Give the trainer anchors, or samples of that type."
             )
-        if tasks is None or known - tasks >= self.SHARE * config.balance_delta:
+        if seen <= {*config.null_groups}:
+            return (
+                f"no sample of another type than {types} was seen: nothing tells the routers what to leave to the "
+                "experts. Give the samples of the tasks another type."
+            )
+        return None
+
+    def _alike(self, config: LoRAMoEConfig) -> str | None:
+        if min(len(self._own), len(self._others)) < self.MEASUREMENTS:
             return None
-        self._judged = True
+        known, tasks = _mean(self._own), _mean(self._others)
+        if known - tasks >= self.SHARE * config.balance_delta:
+            return None
         return (
             f"the routers hardly tell the task types apart: the null group's weight is {known:.2f} on what the model "
-            "knows and "
-            f"{tasks:.2f} on the tasks. Raise router_lr_multiplier (now {config.router_lr_multiplier:g}), the "
-            "learning rate or "
-            f"balance_loss_weight (now {config.balance_loss_weight:g}), train for longer, or check the task types."
+            f"knows and {tasks:.2f} on the tasks. Raise router_lr_multiplier (now {config.router_lr_multiplier:g}), "
+            "the learning rate (lower it where the loss is unstable) or balance_loss_weight (now "
+            f"{config.balance_loss_weight:g}), train for longer, or check the task types."
         )
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _of_all_processes(seen: Tensor | None, config: LoRAMoEConfig, device: torch.device) -> set[int]:
+    """The task types that any process has seen; all have to call it."""
+    counts = torch.zeros(config.num_groups, device=device)
+    if seen is not None:
+        counts += seen.to(device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts)
+    return set(counts.nonzero().flatten().tolist())
+
+
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values)
 
 
 @dataclass(frozen=True)
