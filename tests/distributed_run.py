@@ -41,6 +41,15 @@ CASES = {
         {"gradient_accumulation_steps": 2},
         False,
     ),
+    # Bit-equal to "no term": what is added is too small to change the sums.
+    "mixin, light anchors": ({"balance_loss_weight": 0.0, "router_lr_multiplier": 1.0}, {}, False),
+    "mixin, anchors in the term only": ({"balance_loss_weight": 0.5, "router_lr_multiplier": 1.0}, {}, False),
+    "mixin, anchors, packed": (
+        {"balance_loss_weight": 0.5, "router_lr_multiplier": 1.0},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": NO_REENTRANT},
+        False,
+    ),
+    "mixin, LoRA+": ({"balance_loss_weight": 0.5, "router_lr_multiplier": 3.0}, {"weight_decay": 0.1}, False),
     "mixin, mean of the batches": ({"balance_loss_weight": 0.5}, {"gradient_accumulation_steps": 2}, False),
     "learning rates": ({"balance_loss_weight": 0.5}, {}, False),
     "checkpointing": (
@@ -51,7 +60,11 @@ CASES = {
     # FSDP's own checkpointing, for which accelerate wraps every decoder layer; other engines know nothing of it.
     "wrapped layers": ({"balance_loss_weight": 0.5, "balance_across_processes": True}, {}, False),
     "resumed": ({"balance_loss_weight": 0.5}, {}, False),
-    "quantised": ({"balance_loss_weight": 0.5, "null_groups": [0], "top_k": 3}, {}, True),
+    "mixin, anchors, quantised": (
+        {"balance_loss_weight": 0.5, "null_groups": [0], "top_k": 3, "router_lr_multiplier": 1.0},
+        {},
+        True,
+    ),
     "bfloat16": ({"balance_loss_weight": 0.5}, {"bf16": True}, False),
 }
 RESUMED = ("resumed", "wrapped layers")  # stopped before the last step, and continued from the checkpoint
@@ -59,6 +72,20 @@ RESUMED = ("resumed", "wrapped layers")  # stopped before the last step, and con
 
 class BalancedTrainer(LoRAMoETrainerMixin, Trainer):
     pass
+
+
+class PlusTrainer(BalancedTrainer):
+    """With the rates of LoRA+, in groups that are made from what the engine turned the model into."""
+
+    def create_optimizer(self, *model):
+        groups = optimizer_groups(
+            model[0] if model else self.model,
+            self.args.learning_rate,
+            loraplus_lr_ratio=2.0,
+            weight_decay=self.args.weight_decay,
+        )
+        self.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"params": groups, "lr": self.args.learning_rate})
+        return super().create_optimizer(*model)
 
 
 def samples() -> list[dict]:
@@ -78,6 +105,16 @@ def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
         "labels": pad_sequence(rows, batch_first=True, padding_value=-100),
         **({"task_types": torch.tensor(types)} if types else {}),
+    }
+
+
+def collate_in_a_row(batch: list[dict]) -> dict[str, torch.Tensor]:
+    """Without padding, and without types: with anchors samples are of type 1."""
+    rows = [sample["input_ids"] for sample in batch]
+    return {
+        "input_ids": torch.cat(rows)[None],
+        "labels": torch.cat([torch.cat([row.new_tensor([-100]), row[1:]]) for row in rows])[None],
+        "position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None],
     }
 
 
@@ -125,9 +162,19 @@ def build_trainer(case: str, folder: Path, output: Path, batches: int, **more) -
     )
     torch.manual_seed(1)
     model = get_peft_model(model, LoRAMoEConfig(r=2, init_weights=False, task_type="CAUSAL_LM", **config))
-    kind = BalancedTrainer if case.startswith("mixin") else Trainer
-    anchors = {"anchors": ANCHORS, "processing_class": tiny_tokenizer()} if case.endswith("anchors") else {}
-    trainer = kind(model=model, args=arguments, train_dataset=samples(), data_collator=collate, **anchors)
+    model.config.use_cache = False  # transformers keeps packed samples apart only then
+    kind = PlusTrainer if case.endswith("LoRA+") else BalancedTrainer if case.startswith("mixin") else Trainer
+    data, given = {"train_dataset": samples(), "data_collator": collate}, {}
+    if "anchors" in case:
+        given = {"anchors": ANCHORS, "processing_class": tiny_tokenizer()}
+    if "light" in case or "only" in case:
+        given["anchor_loss_weight"] = 0.0 if "only" in case else 1e-30
+    if case.endswith("packed"):
+        data = {
+            "train_dataset": [{"input_ids": row["input_ids"]} for row in samples()],
+            "data_collator": collate_in_a_row,
+        }
+    trainer = kind(model=model, args=arguments, **data, **given)
     if case.endswith("mean of the batches"):
         trainer.model_accepts_loss_kwargs = False  # no num_items_in_batch: every batch counts alike
     if case == "learning rates":

@@ -36,7 +36,9 @@ ENGINES = {
 }
 # transformers 4 cannot resume on the CPU, bitsandbytes 0.49 cannot save what FSDP2 divided.
 RECENT = int(transformers.__version__.split(".")[0]) >= 5
-FLOAT32 = [case for case in CASES if case != "bfloat16" and (RECENT or case not in (*RESUMED, "quantised"))]
+FLOAT32 = [
+    case for case in CASES if case != "bfloat16" and (RECENT or case not in (*RESUMED, "mixin, anchors, quantised"))
+]
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -116,6 +118,20 @@ def test_engine_is_the_one_asked_for(run):
 def test_routers_learn_at_the_rate_of_the_configuration(run):
     for seen in processes(run, "mixin"):
         assert seen["rates"]["router"] == pytest.approx(10 * seen["rates"]["experts"])
+
+
+def test_rates_of_lora_plus(run):
+    for seen in processes(run, "mixin, LoRA+"):
+        assert seen["rates"] == pytest.approx({"A": 1e-2, "B": 2e-2, "router": 3e-2})
+
+
+def test_anchors_leave_the_gradient_of_the_tasks_bit_equal(run):
+    plain, anchored = (
+        load_file(run[1] / case / "adapter_model.safetensors") for case in ("no term", "mixin, light anchors")
+    )
+    torch.testing.assert_close(anchored, plain, atol=0, rtol=0)
+    losses = [[seen["losses"] for seen in processes(run, case)] for case in ("no term", "mixin, light anchors")]
+    assert losses[0] == losses[1]
 
 
 def test_each_process_sees_its_own_samples(run, reference):

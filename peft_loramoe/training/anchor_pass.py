@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 
 from ..balance.samples import Batch
 from ..config import LoRAMoEConfig
@@ -135,6 +136,7 @@ class AnchorPass:
         self._trainer = trainer
         self._typed = config is not None
         self._loss_weight, self._per_batch, self._every = loss_weight, per_batch, every
+        self._state: TrainerState | None = None  # of the run, which each call of `train` begins anew
         self._step, self._micro_batches = -1, 0  # the optimizer step, and how many of its micro-batches had their turn
         self._losses: list[Tensor] = []
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
@@ -152,7 +154,13 @@ class AnchorPass:
                 f"The adapter has task_type={config.task_type!r}, whose labels are not the anchors' tokens: set "
                 "anchor_loss_weight=0."
             )
-        if loss_weight == 0 and (config is None or config.balance_loss_weight == 0):
+        self._has_effect = loss_weight > 0 or (config is not None and config.balance_loss_weight > 0)
+        # These engines gather a layer's parameters for the backward pass where its output has a gradient.
+        self._needs_gradient = trainer.accelerator.distributed_type in (
+            DistributedType.FSDP,
+            DistributedType.DEEPSPEED,
+        )
+        if not self._has_effect:
             warnings.warn(
                 "The anchors have no effect: anchor_loss_weight=0, and there is no balance term "
                 "(balance_loss_weight=0, "
@@ -168,12 +176,15 @@ class AnchorPass:
         Args:
             inputs: the micro-batch.
         """
+        if not self._has_effect:
+            return None
         trainer = self._trainer
-        if trainer.state.global_step != self._step:
-            self._step, self._micro_batches = trainer.state.global_step, 0
+        if trainer.state is not self._state or trainer.state.global_step != self._step:
+            self._state, self._step, self._micro_batches = trainer.state, trainer.state.global_step, 0
         place, accumulation = self._micro_batches, trainer.args.gradient_accumulation_steps
         self._micro_batches += 1
-        if (self._step * accumulation + place) % self._every:
+        # Counted from 1: the last micro-batch of a step, which RouterCallback reads, is a multiple more often then.
+        if (self._step * accumulation + place + 1) % self._every:
             return None
         replicas = getattr(trainer, "get_tp_size", lambda: 1)()  # processes that see the same samples
         processes = trainer.accelerator.num_processes // replicas
@@ -190,7 +201,7 @@ class AnchorPass:
             anchors: what `draw` returned.
 
         Returns:
-            Their weighted mean loss per token, a scalar; None with a weight of zero.
+            Their weighted mean loss per token, a scalar; with a weight of zero None, or a zero that has a gradient.
         """
         arguments = dict(anchors)
         if self._loss_weight > 0:
@@ -203,7 +214,7 @@ class AnchorPass:
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             outputs = model(**arguments)
         if self._loss_weight == 0:
-            return None
+            return outputs["logits"].flatten()[0] * 0 if self._needs_gradient else None
         self._losses.append(outputs["loss"].detach())
         return outputs["loss"] * self._loss_weight
 
@@ -239,9 +250,10 @@ def check_anchor_options(given: bool, loss_weight: float, per_batch: int | None,
 
 def _number_of_samples(inputs: Mapping[str, Any]) -> int:
     """Rows of the batch, or, where rows are packed, the samples in them."""
-    positions = inputs.get("position_ids")
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
     if isinstance(positions, Tensor) and positions.dim() == 2:
-        return int((positions == 0).sum())
+        second = positions == 1  # every sample has one such token, padding at the end of a packed row none
+        return int((second if mask is None else second & (mask != 0)).sum())
     return Batch(inputs, None, False).rows
 
 

@@ -130,6 +130,10 @@ class LoRAMoETrainerMixin:
                     "that, or set balance_loss_weight=0."
                 )
             anchor_loss = None if anchors is None else self._anchors.loss(model, anchors)
+        if config is not None:
+            for callback in self._router_callbacks():
+                for types in (task_types, None if anchors is None else 0):
+                    callback.see(types, config)
         loss = result[0] if return_outputs else result
         if unlabelled is not None:  # the mean over no labels is not a number
             loss = torch.where(unlabelled.to(loss.device) & loss.isnan(), torch.zeros_like(loss), loss)
@@ -173,9 +177,8 @@ class LoRAMoETrainerMixin:
             self._added, self._steps_added = {}, 0.0
         if self._anchors is not None and "loss" in logs and (anchor_loss := self._anchors.take_loss()) is not None:
             logs = {**logs, "anchor_loss": anchor_loss}
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, RouterCallback):
-                logs = {**logs, **callback.take()}
+        for callback in self._router_callbacks():
+            logs = {**logs, **callback.take()}
         super().log(logs, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -233,7 +236,7 @@ class LoRAMoETrainerMixin:
         """TRL's preparation; where it packs, the task types are packed too (TRL keeps its own columns only)."""
         prepare = super()._prepare_dataset
         call = inspect.signature(prepare).bind(*args, **kwargs).arguments
-        if COLUMN not in (call["dataset"].column_names or []):
+        if COLUMN not in _column_names(call["dataset"]):
             return prepare(*args, **kwargs)
         packing, options = call.get("packing", False), call["args"]
         call["args"] = copy.copy(options)
@@ -252,6 +255,9 @@ class LoRAMoETrainerMixin:
             scaled = normalised or self.compute_loss_func is not None
         # Otherwise the trainer divides. The gradients of several processes are averaged either way.
         return 1 / self.current_gradient_accumulation_steps if scaled else 1.0
+
+    def _router_callbacks(self) -> list[RouterCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, RouterCallback)]
 
     def _is_unlabelled(self, inputs: Mapping[str, Any]) -> Tensor | None:
         tokens = label_tokens(inputs, getattr(self, "_loss_shifts_labels", False))
@@ -298,6 +304,11 @@ def _check_parallelism(accelerator: Any) -> None:
             )
 
 
+def _column_names(dataset: Any) -> list[str]:
+    """Names of the columns of a data set; those of a stream may have to be read from its first example."""
+    return list(next(iter(dataset), {})) if dataset.column_names is None else dataset.column_names
+
+
 def _pack(dataset: Any, options: Any) -> Any:
     """Pack a prepared data set as TRL does, the task types with it, one for each token."""
     from trl import pack_dataset
@@ -310,6 +321,7 @@ def _pack(dataset: Any, options: Any) -> Any:
         )
     dataset = dataset.map(lambda example: {COLUMN: [example[COLUMN]] * len(example["input_ids"])})
     by_token = ("input_ids", "labels", "completion_mask", "assistant_masks", COLUMN)
-    dataset = dataset.select_columns([name for name in by_token if name in dataset.column_names])
+    columns = _column_names(dataset)
+    dataset = dataset.select_columns([name for name in by_token if name in columns])
     packed = pack_dataset(dataset, options.max_length, options.packing_strategy)
     return packed.shuffle(seed=options.seed) if options.shuffle_dataset else packed

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 from transformers.training_args import OptimizerNames
 
@@ -20,6 +20,8 @@ from tiny import loramoe, tiny_llama, tiny_tokenizer
 
 
 trl = pytest.importorskip("trl", reason="the extra trl is not installed")
+from peft_loramoe.training.sft import LoRAMoESFTTrainer  # noqa: E402
+
 
 WEIGHT = 0.5
 ROWS = [[5, 6, 7, 8, 9], [10, 11, 12], [13, 14, 15, 16], [17, 18]]
@@ -147,6 +149,10 @@ SFT_CASES = {
         flat_call([ROWS[0], ROWS[2], ROWS[1], ROWS[3]], [TYPES[0], TYPES[2], TYPES[1], TYPES[3]]),
         {"packing": True, "max_length": 14},
     ),
+    "packed, split": (
+        flat_call([ROWS[0][:4], ROWS[0][4:], *ROWS[1:]], [TYPES[0], *TYPES]),
+        {"packing": True, "packing_strategy": "bfd_split", "max_length": 4},
+    ),
 }
 
 
@@ -197,6 +203,23 @@ def test_names_reach_the_model(tmp_path):
     model = loramoe(task_type_names=["facts", "tasks"])
     trainer = build(mixed(Trainer), tmp_path, {**COLUMNS, "task_type": ["facts", "tasks", "tasks", "facts"]}, model)
     assert sorted(next(iter(trainer.get_train_dataloader()))["task_types"].tolist()) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_streamed_data_sets_keep_the_column_in_sft(packing, tmp_path):
+    stream = IterableDataset.from_generator(lambda: ({k: v[i] for k, v in COLUMNS.items()} for i in range(4)))
+    trainer = build(mixed(trl.SFTTrainer), tmp_path, stream, packing=packing, max_length=14)
+    expected = [[0] * 5 + [1] * 4 + [1] * 3 + [0] * 2] if packing else TYPES
+    assert next(iter(trainer.get_train_dataloader()))["task_types"].tolist() == expected
+
+
+def test_sft_casts_the_adapters_of_a_4_bit_model_and_the_trainer_of_this_package_does_not(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(load_in_4bit=True)
+    for kind, dtype in ((mixed(trl.SFTTrainer), torch.bfloat16), (LoRAMoESFTTrainer, torch.float32)):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization)
+        trainer = build(kind, tmp_path, model=loramoe(base))
+        assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {dtype}
 
 
 def test_streamed_data_sets_keep_the_column(tmp_path):
@@ -349,13 +372,40 @@ def test_the_routers_rate_reaches_every_optimizer(optim, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "optim", ["sgd", "adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "adamw_torch_8bit"]
+    "optim",
+    [
+        *("sgd", "adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "adamw_torch_8bit"),
+        *("adamw_bnb_8bit", "paged_adamw_8bit", "lion_32bit", "ademamix"),
+    ],
 )
 def test_a_step_moves_the_routers_by_as_much_more(optim, tmp_path):
     plain, fast = (gradients(with_rate(Trainer, tmp_path, multiplier, optim=optim)) for multiplier in (1.0, 10.0))
     for name, moved in plain.items():
         expected = moved * 10 if name.endswith(".router") else moved
         torch.testing.assert_close(fast[name], expected, atol=1e-6, rtol=1e-3 if name.endswith(".router") else 0)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adafactor", "rmsprop", "paged_adamw_8bit"])
+def test_lora_plus_and_weight_decay_reach_every_optimizer(optim, tmp_path):
+    model = loramoe(tiny_llama(mlp_bias=True), modules_to_save=["lm_head", "norm"], router_lr_multiplier=3.0)
+    args = trl.SFTConfig(str(tmp_path), **{**OPTIONS, "optim": optim, "learning_rate": 1e-3, "weight_decay": 0.1})
+    trainer = LoRAMoESFTTrainer(
+        model,
+        args,
+        train_dataset=Dataset.from_dict(COLUMNS),
+        processing_class=tiny_tokenizer(),
+        loraplus_lr_ratio=8.0,
+    )
+    trainer.train()
+    groups = {group["name"]: (group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups}
+    expected = {
+        "A": (1e-3, 0.1),
+        "B": (8e-3, 0.1),
+        "router": (3e-3, 0.1),
+        "other": (1e-3, 0.1),
+        "no_decay": (1e-3, 0.0),
+    }
+    assert groups == {name: pytest.approx(values) for name, values in expected.items()}
 
 
 def test_multiplier_1_leaves_the_optimizer_as_it_is(tmp_path):
