@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import measure, methods, report
+from benchmarks import anchors, measure, methods, report
 from benchmarks.__main__ import main
 from benchmarks.cases import CPU_LAYER, KINDS, SETS
 
@@ -183,3 +183,21 @@ def test_the_check_says_which_bars_are_missed(tmp_path, capsys):
     assert lines[0].startswith("1.500 MISSED  <= 1.000  cpu, layer: seconds / PEFT LoRA")
     assert any(line.startswith("1.000 ok      <= 1.050  cpu, layer: saved bytes / PEFT LoRA") for line in lines)
     assert lines[-1].startswith("not measured")
+
+
+# --- anchors
+# ---
+
+
+def test_the_benchmark_of_anchors_writes_what_it_prints(tmp_path, capsys):
+    for batches in (list(anchors.BATCHES), ["20x26"]):
+        options = ["--smoke", "--rounds", "2", "--output", str(tmp_path / "anchors.json")]
+        anchors.main([*options, "--batches", *batches])
+    results = json.loads((tmp_path / "anchors.json").read_text())
+    assert list(results) == list(anchors.BATCHES)
+    for result in results.values():
+        assert {"date", "commit", "device", "versions"} <= set(result["about"])
+        assert [row["variant"] for row in result["rows"]] == list(anchors.VARIANTS)
+        assert all(len(row["rounds"]) == 2 and row["ratio"] > 0 for row in result["rows"])
+        assert result["rows"][0]["ratio"] == 1
+    assert capsys.readouterr().out.strip().endswith(anchors.table(results))
