@@ -134,6 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.anchors", description=__doc__.splitlines()[0])
     parser.add_argument("--batches", nargs="+", choices=BATCHES, default=list(BATCHES), help="others stay in the file")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--note", default="", help="what else the machine did, for the file")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, to try the code out")
     parser.add_argument("--output", type=Path, default=RESULTS / "anchors.json")
     options = parser.parse_args(arguments)
@@ -141,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = json.loads(options.output.read_text()) if options.output.exists() else {}
     base = LlamaForCausalLM(LlamaConfig(**(TINY if options.smoke else SMOLLM2)))
     for batch in options.batches:
-        machine = {**about(torch.device("cpu"), options.smoke), "rounds": options.rounds}
+        machine = {**about(torch.device("cpu"), options.smoke), "rounds": options.rounds, "note": options.note}
         rows = measure(base, *BATCHES[batch], options.rounds)
         results[batch] = {"about": {**machine, "load_at_end": os.getloadavg()[0]}, "rows": rows}
         options.output.write_text(json.dumps(results, indent=1) + "\n")
