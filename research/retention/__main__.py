@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--set", nargs="+", default=[], metavar="NAME=JSON", help="options of the method to replace")
     command.add_argument("--output", type=Path, default=RESULTS / "screening.jsonl")
     command.add_argument("--model", help="name or folder of another base model")
-    command = commands.add_parser("report", help="write report.md and a figure beside the rows")
+    command = commands.add_parser("report", help="write tables (.md) and a figure (.png) beside the rows")
     command.add_argument("rows", type=Path, nargs="?", default=RESULTS / "test.jsonl")
     command = commands.add_parser("routers", help="screen terms and routers on the base model's activations")
     command.add_argument("--seed", type=int, default=21)
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--model", help="name or folder of another base model")
     options = parser.parse_args(arguments)
     if options.command == "report":
-        return write_report(read_rows(options.rows), options.rows.parent)
+        return write_report(read_rows(options.rows), options.rows.with_suffix(".md"))
     if options.command == "routers":
         torch.set_num_threads(1)
         with options.output.open("a", encoding="utf-8") as file:

@@ -125,8 +125,42 @@ def _interval(values: tuple[float, float, float], style: str) -> str:
     return "{} ({} to {})".format(*(format(value, style) for value in values))
 
 
-def write_report(rows: Sequence[Row], folder: Path, ours: str = "retain") -> None:
-    """Write `report.md` and `frontier.png` to a folder."""
+def decision_table(rows: Sequence[Row]) -> list[str]:
+    """Markdown: the conditions of the protocol, over the seeds on which all three methods ran."""
+    methods = by_method(rows)
+    seeds = sorted(set.intersection(*(set(methods.get(name, {})) for name in ("retain", "lora", "lora+anchors"))))
+    if not seeds:
+        return []
+
+    def mean(name: str, measure: Callable[[Row, Row], float]) -> float:
+        values = [measure(row := methods[name][seed], base_row(rows, row["run"]["part"])) for seed in seeds]
+        return sum(values) / len(values)
+
+    text = {name: mean(name, rise) for name in ("retain", "lora", "lora+anchors")}
+    facts = {name: mean(name, facts_ranked) for name in ("retain", "lora+anchors")}
+    tasks = {name: mean(name, solved) for name in ("retain", "lora")}
+    conditions = [
+        ("text loss rises by at most 0.2 of `lora`'s rise", f"{text['retain'] / text['lora']:.2f}",
+         text["retain"] <= 0.2 * text["lora"]),
+        ("and by at most 0.5 of `lora+anchors`'s", f"{text['retain'] / text['lora+anchors']:.2f}",
+         text["retain"] <= 0.5 * text["lora+anchors"]),
+        ("facts are ranked no worse than with `lora+anchors`", f"{facts['retain']:.1f} to {facts['lora+anchors']:.1f} %",
+         facts["retain"] >= facts["lora+anchors"]),
+        ("tasks solved are not below `lora`'s", f"{tasks['retain']:.1f} to {tasks['lora']:.1f} %",
+         tasks["retain"] >= tasks["lora"]),
+    ]  # fmt: skip
+    return [
+        f"Conditions of the protocol for `retain`, means over the seeds {', '.join(map(str, seeds))}:",
+        "",
+        "| condition | found | met |",
+        "|---|---|---|",
+        *(f"| {condition} | {found} | {'yes' if met else 'no'} |" for condition, found, met in conditions),
+        "",
+    ]
+
+
+def write_report(rows: Sequence[Row], file: Path, ours: str = "retain") -> None:
+    """Write the tables to a Markdown file, and a figure beside it."""
     trained = [row for row in rows if row["run"]["method"] != "base"]
     rivals = [name for name in by_method(trained) if name != ours]
     versions = ", ".join(f"{package} {version}" for package, version in trained[0]["versions"].items())
@@ -137,33 +171,45 @@ def write_report(rows: Sequence[Row], folder: Path, ours: str = "retain") -> Non
         "",
         *means_table(rows),
         "",
-        f"`{ours}` against the others, over the same seeds (mean of the pairs, 95 % interval; of ratios, Fieller's):",
-        "",
-        *pairs_table(rows, ours, rivals),
-        "",
-        "![Tasks solved against the rise of text loss](frontier.png)",
     ]
-    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    plot(rows, folder / "frontier.png")
+    if len({row["run"]["seed"] for row in trained}) > 1:
+        lines += [
+            *decision_table(rows),
+            f"`{ours}` against the others, over the same seeds (mean of the pairs, 95 % interval; of ratios, Fieller's):",
+            "",
+            *pairs_table(rows, ours, rivals),
+            "",
+        ]
+    lines.append(f"![Tasks solved against the rise of text loss]({file.with_suffix('.png').name})")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    plot(rows, file.with_suffix(".png"))
 
 
 def plot(rows: Sequence[Row], file: Path) -> None:
-    """Tasks solved against the rise of text loss, a point for each run."""
+    """Tasks solved against the rise of text loss: the mean of each method, and a small point for each run."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    colors = dict(zip(METHODS, pyplot.get_cmap("tab10").colors))
+    others = iter(pyplot.get_cmap("tab20b").colors)
     for name, of_seed in by_method(rows).items():
+        if name == "base":
+            continue
         bases = [base_row(rows, row["run"]["part"]) for row in of_seed.values()]
-        if name != "base":
-            x = [rise(row, base) for row, base in zip(of_seed.values(), bases)]
-            y = [solved(row, base) for row, base in zip(of_seed.values(), bases)]
-            axes.plot(x, y, "*" if name == "retain" else "o", markersize=13 if name == "retain" else 7, label=name)
-    axes.set_xlabel("rise of the loss on ordinary text, nats per token")
-    axes.set_ylabel("tasks solved, %")
-    axes.legend(fontsize=8)
+        x = [rise(row, base) for row, base in zip(of_seed.values(), bases)]
+        y = [solved(row, base) for row, base in zip(of_seed.values(), bases)]
+        color = colors.get(name) or next(others)
+        if len(x) > 1:
+            axes.plot(x, y, ".", color=color, markersize=6, alpha=0.5)
+        marker, size = ("*", 16) if name == "retain" else ("o", 8)
+        axes.plot(sum(x) / len(x), sum(y) / len(y), marker, color=color, markersize=size, label=name, linestyle="none")
+    axes.set_xlabel("rise of the loss on ordinary text, nats per token (left is better)")
+    axes.set_ylabel("tasks solved, % (up is better)")
+    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+    figure.legend(fontsize=8, loc="outside right upper")
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=130)
     pyplot.close(figure)

@@ -170,9 +170,9 @@ def test_runs_end_as_rows_once_and_become_a_report(tiny, tmp_path, capsys):
     assert set(table[2]["null_weight"]) == {"statement", "question", "text", "anchor", "task"}
 
     main(["report", str(rows)])
-    text = (tmp_path / "report.md").read_text()
+    text = rows.with_suffix(".md").read_text()
     assert "| retain | 2 |" in text and "| lora | 2 |" in text
-    assert (tmp_path / "frontier.png").exists()
+    assert rows.with_suffix(".png").exists()
 
 
 def test_routers_learn_from_the_term_alone(tiny, tmp_path):
@@ -199,6 +199,14 @@ def test_pairs_are_compared_on_the_seeds_that_both_have():
     rows += [row_of("retain", seed, 3.05, "11", "11") for seed in (1, 2)]
     line = report.pairs_table(rows, "retain", ["lora"])[-1]
     assert line == "| lora | 2 | 0.25 (0.25 to 0.25) | +50.0 (+50.0 to +50.0) | +50.0 (+50.0 to +50.0) |"
+
+
+@pytest.mark.parametrize(("text", "marks", "met"), [(3.02, "11", "yes"), (3.15, "00", "no")])
+def test_the_conditions_of_the_protocol_are_judged(text, marks, met):
+    rows = [row_of("base", 1, 3.0, "00", "11"), row_of("lora", 1, 3.2, "10", "10")]
+    rows += [row_of("lora+anchors", 1, 3.1, "10", "10"), row_of("retain", 1, text, marks, marks)]
+    lines = report.decision_table(rows)[4:-1]
+    assert len(lines) == 4 and all(line.endswith(f"| {met} |") for line in lines)
 
 
 def test_a_report_without_the_base_model_is_an_error():
