@@ -31,7 +31,8 @@ class Method:
         config: options of `LoRAMoEConfig` if it has `num_experts`, else of `LoraConfig`; empty for the base model.
         lr: learning rate.
         router_lr_multiplier: of the routers' learning rate.
-        replay: labelled samples of facts, of type 0, as a share of the tasks' samples, mixed with them.
+        replay: samples of facts, as a share of the tasks' samples, mixed with them.
+        replay_type: their task type; 1 is what they get where nothing is labelled.
         anchors: texts of the model's own, of type 0, as a share of the tasks' samples, in a forward pass of their own.
         anchor_balance: the balance term sees the anchors.
         anchor_lm_weight: weight of the anchors' language-modelling loss beside the tasks' mean loss.
@@ -44,6 +45,7 @@ class Method:
     lr: float = 1e-3
     router_lr_multiplier: float = 1.0
     replay: float = 0.0
+    replay_type: int = 0
     anchors: float = 0.0
     anchor_balance: bool = False
     anchor_lm_weight: float = 0.0

@@ -80,7 +80,8 @@ def training_batches(method: Method, one: Run, encoder: Encoder) -> list[tuple[l
     draw = random.Random(f"order {one.seed}")
     rows = [(encoder.sample(sample), 1) for sample in samples(one.samples, one.seed, scored=False)]
     facts = [encoder.replay(fact) for fact in read_facts() if fact.use == "replay"]
-    rows += [(facts[i], 0) for i in draw.sample(range(len(facts)), round(method.replay * one.samples))]
+    chosen = draw.sample(range(len(facts)), round(method.replay * one.samples))
+    rows += [(facts[i], method.replay_type) for i in chosen]
     draw.shuffle(rows)
     steps = [rows[i : i + one.batch] for i in range(0, len(rows), one.batch)]
     anchors = training_anchors(encoder) if method.anchors else []
