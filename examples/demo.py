@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from peft_loramoe.analysis import group_weights, plot_group_weights, router_stat
 from peft_loramoe.card import loading_snippet
 from peft_loramoe.cli import train_run
 from peft_loramoe.cli.arguments import build_parser
+from peft_loramoe.cli.base_model import BaseModel
 from peft_loramoe.training.sft import LoRAMoESFTTrainer
 from research.toy import countries
 
@@ -127,7 +129,7 @@ def logits_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.T
 def save_check(trainer: LoRAMoESFTTrainer, args: argparse.Namespace, train_args: argparse.Namespace) -> None:
     """What a new process needs to check the saved adapter."""
     batch = next(batches(trainer, "exercises"))
-    loading = {"name": train_args.model, "load_in_4bit": train_args.load_in_4bit, "bf16": train_args.bf16}
+    loading = asdict(train_run.base_model(train_args))
     logits = logits_of(trainer.model.eval(), batch)
     torch.save(
         {"loading": loading, "threads": args.threads, "batch": batch, "logits": logits}, args.output_dir / "verify.pt"
@@ -139,7 +141,7 @@ def verify(output_dir: Path) -> int:
     """Load the saved adapter and compare its logits with the saved ones; the exit code of the new process."""
     saved = torch.load(output_dir / "verify.pt", map_location=PartialState().device)
     torch.set_num_threads(saved["threads"])  # sums over threads round differently
-    model = train_run.load_model(**saved["loading"]).to(PartialState().device)
+    model = train_run.load_model(BaseModel(**saved["loading"])).to(PartialState().device)
     logits = logits_of(PeftModel.from_pretrained(model, output_dir / "adapter").eval(), saved["batch"])
     if torch.equal(logits, saved["logits"]):
         print("same logits, bit by bit")

@@ -3,16 +3,21 @@
 Importing this package registers the tuner type ``LORAMOE`` with PEFT.
 """
 
-from .balance import LayerRouting, balance_loss, balance_terms, collect_balance, layer_routing
-from .config import LoRAMoEConfig
-from .experts import LoRAExperts
-from .layer import LoRAMoELinear
-from .model import LoRAMoEModel
-from .registration import register
+import sys
+
 from .version import __version__
 
 
-register()
+# The console script parses its arguments first, and then imports this file again.
+if not getattr(sys.modules.get("_peft_loramoe_command"), "PARSING", False):
+    from .balance import LayerRouting, balance_loss, balance_terms, collect_balance, layer_routing
+    from .config import LoRAMoEConfig
+    from .experts import LoRAExperts
+    from .layer import LoRAMoELinear
+    from .model import LoRAMoEModel
+    from .registration import register
+
+    register()
 
 __all__ = [
     "LayerRouting",

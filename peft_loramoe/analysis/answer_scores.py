@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modes import evaluation_mode
@@ -37,6 +38,7 @@ def score_answers(
     answers: Sequence[str],
     batch_size: int = 64,
     add_special_tokens: bool = True,
+    show: bool = False,
 ) -> list[AnswerScore]:
     """Score given answers from a single forward pass per text, without generation.
 
@@ -54,6 +56,7 @@ def score_answers(
         batch_size: number of texts per forward pass.
         add_special_tokens: whether the tokenizer adds its special tokens, but never a second BOS. Set it to False if
             the prompts contain them already, as those of chat templates do.
+        show: show a progress bar if the standard error output is a terminal.
 
     Returns:
         The n scores, in the order of the prompts.
@@ -78,10 +81,12 @@ def score_answers(
     # shows at once.
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i].ids), texts[i].start), reverse=True)
     scores: dict[int, AnswerScore] = {}
-    with evaluation_mode(model):
+    bar = tqdm(total=len(order), desc="Scoring answers", leave=False, disable=None if show else True)
+    with evaluation_mode(model), bar:
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             scores.update(zip(batch, _score_batch(model, [texts[i] for i in batch])))
+            bar.update(len(batch))
     return [scores[i] for i in range(len(texts))]
 
 

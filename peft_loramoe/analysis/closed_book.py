@@ -136,7 +136,7 @@ def answer_questions(
     special = not chat  # chat templates contain them
     # Scoring is faster and checks more, so it comes first.
     scores = score_answers(
-        model, tokenizer, prompts, [question.answers[0] for question in questions], batch_size, special
+        model, tokenizer, prompts, [question.answers[0] for question in questions], batch_size, special, show
     )
     given = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, special, show)
     return ClosedBookResult(

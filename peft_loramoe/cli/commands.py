@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
@@ -109,13 +110,13 @@ def _operate(options: Namespace, operation: Callable[[PeftModel, Any], interop.S
         print(f"Wrote {options.output}.")
 
 
-def load_with_texts(options: Namespace) -> tuple[PeftModel, Iterator[dict[str, Any]] | None]:
+def load_with_texts(options: Namespace) -> tuple[PeftModel, list[dict[str, Any]] | None]:
     """The model, with the base model's weights only if there are texts to run, and batches of these texts."""
-    adapter = SavedAdapter.read(options.adapter, options.base_model)
+    adapter = SavedAdapter.read(options.adapter, options)
     if getattr(options, "texts", None) is None:
-        return adapter.load_without_base(options.device), None
+        return adapter.load_without_base(), None
     batches = read_batches(options.texts, adapter.tokenizer(), options.batch_size, options.max_length)
-    return adapter.load(options.device), batches
+    return adapter.load(), batches
 
 
 def print_json(value: Any) -> None:
@@ -136,7 +137,9 @@ def _option(text: str) -> tuple[str, Any]:
 
 def train(options: Namespace) -> None:
     """Train an adapter and save it."""
-    from .train_run import run  # needs trl, which the other commands do without
+    if missing := [name for name in ("accelerate", "datasets", "trl") if find_spec(name) is None]:
+        raise ImportError(f"train needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    from .train_run import run
 
     if (options.train_file is None) == (options.dataset is None):
         raise ValueError("give either --train-file or --dataset.")

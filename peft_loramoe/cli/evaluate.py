@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import gc
@@ -19,17 +18,14 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..analysis import ClosedBookResult, Question, answer_questions, compare_results, read_questions
 from ..writing import write_whole
 from . import tables
-from .options import Command, Parser, positive
+from .base_model import BaseModel
 
 
-DETAILS = """\
-The base model, alone and with each adapter, answers every question after the same prompt, so that lost and gained
-answers can be counted. Adapters may be of any PEFT method."""
 # Option -> its default and the option that it requires.
 DEPENDENT = {
     "shots": (5, "questions"),
@@ -39,81 +35,6 @@ DEPENDENT = {
     "include_path": (None, "lm_eval"),
 }
 LmEval = Callable[[nn.Module, PreTrainedTokenizerBase], dict[str, Any]]
-
-
-def add_evaluate(command: Command, as_json: Parser) -> None:
-    """Add the command to a parser."""
-    parser = command(
-        "evaluate",
-        evaluate,
-        "compare what a model knows with and without adapters",
-        DETAILS,
-        as_json,
-    )
-    parser.add_argument(
-        "--model",
-        "--base-model",
-        metavar="MODEL",
-        help="base model, folder or Hub id (default: from the adapters)",
-    )
-    parser.add_argument(
-        "--adapter", nargs="+", default=[], metavar="ADAPTER", help="adapters to compare with the base model"
-    )
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write; replaced if it exists")
-    _add_question_options(parser.add_argument_group("closed-book questions"))
-    tasks = parser.add_argument_group("lm-eval")
-    tasks.add_argument("--lm-eval", nargs="+", default=[], metavar="TASK", help="lm-eval tasks, for example arc_easy")
-    tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="folder with additional lm-eval tasks")
-    running = parser.add_argument_group("running the model")
-    running.add_argument(
-        "--limit", type=positive, metavar="N", help="only use the first N questions of each file and task"
-    )
-    running.add_argument("--tokenizer", metavar="TOKENIZER", help="folder or Hub id (default: the base model's)")
-    running.add_argument(
-        "--chat",
-        action="store_true",
-        help="format questions as a conversation with the chat template of the tokenizer",
-    )
-    running.add_argument(
-        "--batch-size", type=positive, default=16, metavar="N", help="questions per batch (default: 16)"
-    )
-    running.add_argument(
-        "--load-in-4bit", action="store_true", help="quantize the base model to NF4 (needs bitsandbytes)"
-    )
-    running.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="dtype of the base model (default: auto, as saved)",
-    )
-    running.add_argument("--device", help="device, for example cpu or cuda:1 (default: the GPU, if any)")
-
-
-def _add_question_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--questions",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help='.json or .jsonl files of {"question": "...", "answer": ...}, or the formats of TriviaQA and NQ-open, or '
-        "hub:NAME[:CONFIG[:SPLIT]] for datasets of the Hub, for example hub:google-research-datasets/nq_open",
-    )
-    group.add_argument(
-        "--shots",
-        type=_count,
-        metavar="K",
-        help="use the first K questions as examples in the prompt instead of asking them (default: 5)",
-    )
-    group.add_argument("--shots-file", metavar="FILE", help="take the examples from this file")
-    group.add_argument(
-        "--template",
-        type=lambda text: text.replace("\\n", "\n"),
-        help=r"text of a question, with \n for a line break (default: 'Question: {question}\nAnswer:', with --chat "
-        "the question and a sentence that asks for the answer only)",
-    )
-    group.add_argument(
-        "--max-new-tokens", type=positive, metavar="N", help="maximum length of an answer, in tokens (default: 32)"
-    )
 
 
 @dataclass(frozen=True)
@@ -131,22 +52,23 @@ def evaluate(options: Namespace) -> None:
     if options.output is not None:  # before hours of work
         _check_output(options.output)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    base, revision = _base_model(options.model, options.adapter)
+    name, revision = _base_model(options.model, options.adapter)
+    base = BaseModel.of(options, name, revision=revision)
     sets = [_question_set(source, options) for source in options.questions]
     lm_eval = _lm_eval(options) if options.lm_eval else None
-    tokenizer = AutoTokenizer.from_pretrained(
-        options.tokenizer or base, revision="main" if options.tokenizer else revision
-    )
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else base.tokenizer()
     described = {
         "date": time.strftime("%Y-%m-%d"),
         "versions": _versions(options),
-        "options": {**_recorded(options), "model": base, "revision": revision},
+        "options": {**_recorded(options), "model": name, "revision": revision},
     }
     answered: list[list[ClosedBookResult]] = []
     measured: list[dict[str, Any]] = []
     for adapter in (None, *options.adapter):
         # Reloaded for each adapter, since some methods change the weights of the base model.
-        model = _load(base, revision, adapter, options)
+        model = base.load()
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter).eval()
         answered.append([_ask(model, tokenizer, asked, options) for asked in sets])
         if lm_eval is not None:
             measured.append(lm_eval(model, tokenizer))
@@ -240,25 +162,6 @@ def _question_set(source: str, options: Namespace) -> QuestionSet:
     return QuestionSet(source, shots, asked[: options.limit])
 
 
-def _load(base: str, revision: str, adapter: str | None, options: Namespace) -> nn.Module:
-    quantization = None
-    if options.load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype),
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        base,
-        revision=revision,
-        dtype=options.dtype,
-        device_map={"": options.device},
-        quantization_config=quantization,
-    )
-    return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
-
-
 def _ask(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: QuestionSet, options: Namespace
 ) -> ClosedBookResult:
@@ -339,9 +242,3 @@ def _recorded(options: Namespace) -> dict[str, Any]:
         name: value for name, value in vars(options).items() if name not in ("command", "traceback", "json", "output")
     }
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' must be an integer, at least 0")
-    return int(text)

@@ -9,50 +9,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..analysis.answer_scores import AnswerScore, score_answers
 from ..config import LoRAMoEConfig
 from ..reading import read_json_lines
 from ..training.records import PLAIN_PROMPT, Record, check_records
 from ..writing import write_whole
-from .anchors import base_options, load_base
-from .options import Command, positive
+from .base_model import BaseModel
 
 
-DETAILS = """\
-A record is of type 0 (known) if greedy decoding would give its answer, token for token, or if the mean loss per
-token of the answer is at most --max-loss; otherwise of type 1 (new). Look at the records at the border before you
-train with the types."""
 BINS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # nats per token
-
-
-def add_label(command: Command) -> None:
-    """Add the command to a parser."""
-    parser = command(
-        "label", label, "propose task types for mixed data: what the base model knows already is type 0", DETAILS
-    )
-    parser.add_argument(
-        "data",
-        type=Path,
-        metavar="DATA",
-        help="JSONL file of records with messages, with prompt and completion, or with instruction, input and output",
-    )
-    base_options(parser)
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="JSONL file to write; must not exist"
-    )
-    parser.add_argument(
-        "--max-loss",
-        type=float,
-        default=0.5,
-        metavar="NATS",
-        help="answers up to this mean loss per token are known (default: 0.5, tokens of probability 0.6)",
-    )
-    parser.add_argument(
-        "--examples", type=positive, default=3, metavar="N", help="records shown on each side of the border"
-    )
-    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="records at a time (default: 16)")
 
 
 def label(options: argparse.Namespace) -> None:
@@ -64,9 +31,10 @@ def label(options: argparse.Namespace) -> None:
     records = _read(options.data)
     placed = [(f"{options.data}, record {i}", record) for i, record in enumerate(records, start=1)]
     checked = check_records(placed, str(options.data), LoRAMoEConfig())
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    base = BaseModel.of(options, options.model)
+    tokenizer = base.tokenizer()
     pairs = [_question(record, tokenizer) for record in checked]
-    model = load_base(options)
+    model = base.load()
     scores: dict[int, AnswerScore] = {}
     for rendered in (False, True):  # a chat template writes the special tokens itself
         rows = [
@@ -75,18 +43,18 @@ def label(options: argparse.Namespace) -> None:
             if (not isinstance(r.prompt, str) and bool(tokenizer.chat_template)) is rendered
         ]
         prompts, answers = [pairs[i][0] for i in rows], [pairs[i][1] for i in rows]
-        found = score_answers(model, tokenizer, prompts, answers, options.batch_size, add_special_tokens=not rendered)
+        found = score_answers(model, tokenizer, prompts, answers, options.batch_size, not rendered, show=True)
         scores.update(zip(rows, found))
-    _write_and_show(records, pairs, [scores[i] for i in range(len(records))], options)
+    _write_and_show(records, checked, [scores[i] for i in range(len(records))], options)
 
 
 def _write_and_show(
-    records: list[dict[str, Any]], pairs: list[tuple[str, str]], scores: list[AnswerScore], options: argparse.Namespace
+    records: list[dict[str, Any]], checked: list[Record], scores: list[AnswerScore], options: argparse.Namespace
 ) -> None:
     types = [0 if score.correct or score.loss <= options.max_loss else 1 for score in scores]
     lines = [json.dumps({**record, "task_type": kind}, ensure_ascii=False) for record, kind in zip(records, types)]
     write_whole(options.output, "".join(f"{line}\n" for line in lines))
-    _show(pairs, scores, types, options)
+    _show(checked, scores, types, options)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -114,9 +82,7 @@ def _question(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
     return tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True), turns[-1]["content"]
 
 
-def _show(
-    pairs: list[tuple[str, str]], scores: list[AnswerScore], types: list[int], options: argparse.Namespace
-) -> None:
+def _show(records: list[Record], scores: list[AnswerScore], types: list[int], options: argparse.Namespace) -> None:
     known = types.count(0)
     right = sum(score.correct for score in scores)
     print(
@@ -139,5 +105,10 @@ def _show(
     if below or above:
         print(f"At the border ({options.max_loss:g} nats per token):")
     for i in (*below, *above):
-        question, answer = (" ".join(text.split()) for text in pairs[i])
-        print(f"  type {types[i]}  {scores[i].loss:.2f}  ...{question[-60:]!r} -> {answer[:60]!r}")
+        asked, answered = (_last_words(text) for text in (records[i].prompt, records[i].completion))
+        print(f"  type {types[i]}  {scores[i].loss:.2f}  {asked[-36:]!r} -> {answered[:24]!r}")
+
+
+def _last_words(said: str | list[dict[str, str]]) -> str:
+    """A text, or the last turn of a conversation, on one line."""
+    return " ".join((said if isinstance(said, str) else said[-1]["content"]).split())

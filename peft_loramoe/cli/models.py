@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import transformers
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..analysis.adapted import adds_special_tokens
 from ..card import AUTO_CLASSES
@@ -21,6 +21,7 @@ from ..interop import read_adapter
 from ..interop.files import EXPERT_KEY, experts_by_module
 from ..interop.inspect import loramoe_config
 from ..reading import read_json_lines
+from .base_model import BaseModel
 
 
 ADAPTER = "default"  # name of the loaded adapter
@@ -28,20 +29,20 @@ ADAPTER = "default"  # name of the loaded adapter
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """The content of a LoRAMoE adapter's files and the name of its base model."""
+    """The content of a LoRAMoE adapter's files, and its base model."""
 
     source: str
     config: LoRAMoEConfig
     tensors: dict[str, Tensor]
-    base_model: str
+    base: BaseModel
 
     @classmethod
-    def read(cls, source: str, base_model: str | None) -> SavedAdapter:
+    def read(cls, source: str, command: Namespace) -> SavedAdapter:
         """Read an adapter.
 
         Args:
             source: an adapter folder or Hub id.
-            base_model: folder or Hub id of the base model; None for the one in the adapter's configuration.
+            command: the options of the command, those of `options.model_options` among them.
 
         Raises:
             FileNotFoundError: the adapter does not exist.
@@ -50,10 +51,10 @@ class SavedAdapter:
         options, tensors = read_adapter(source)
         config = loramoe_config(source, options)
         experts_by_module(tensors)
-        base = base_model or config.base_model_name_or_path
+        base = command.base_model or config.base_model_name_or_path
         if not base:
             raise ValueError(f"'{source}' does not name its base model; pass it as --base-model.")
-        return cls(source, config, tensors, base)
+        return cls(source, config, tensors, BaseModel.of(command, base, flag="--base-model"))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer.
@@ -64,28 +65,32 @@ class SavedAdapter:
         if self.config.task_type != "CAUSAL_LM":
             kind = f"'{self.source}' has task_type={self.config.task_type!r}"
             raise ValueError(f"Texts need a causal language model; {kind}.")
-        return AutoTokenizer.from_pretrained(self.base_model)
+        return self.base.tokenizer()
 
-    def load(self, device: str | None) -> PeftModel:
-        """Load the base model with the adapter in eval mode; `device` None is the GPU, if there is one."""
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded = self._auto_class.from_pretrained(self.base_model, dtype="auto", device_map={"": device})
-        model = PeftModel.from_pretrained(loaded, self.source, ADAPTER)
-        model.peft_config[ADAPTER].base_model_name_or_path = self.base_model
+    def load(self) -> PeftModel:
+        """Load the base model with the adapter in eval mode."""
+        model = PeftModel.from_pretrained(self.base.load(self._auto_class), self.source, ADAPTER)
+        model.peft_config[ADAPTER].base_model_name_or_path = self.base.name
         return model.eval()
 
-    def load_without_base(self, device: str | None) -> PeftModel:
-        """Load without the base model's weights, unless the adapter trains some of them."""
+    def load_without_base(self) -> PeftModel:
+        """Load without the base model's weights, unless the adapter trains some of them.
+
+        Raises:
+            ValueError: the options say how to load these weights.
+        """
         if not all(EXPERT_KEY.fullmatch(key) for key in self.tensors):
-            return self.load(device)
+            return self.load()
+        for flag, given in (("--load-in-4bit", self.base.load_in_4bit), ("--dtype", self.base.dtype != "auto")):
+            if given:
+                raise ValueError(f"{flag} has no effect without --calibration: the base model's weights are not read.")
         with torch.device("meta"):
-            base = self._auto_class.from_config(AutoConfig.from_pretrained(self.base_model))
-            model = PeftModel(base, self.config, ADAPTER)
+            model = PeftModel(self._auto_class.from_config(self.base.config()), self.config, ADAPTER)
         named = {
             key.replace(".loramoe_experts.", f".loramoe_experts.{ADAPTER}."): t for key, t in self.tensors.items()
         }
         model.load_state_dict(named, strict=False, assign=True)
-        model.peft_config[ADAPTER].base_model_name_or_path = self.base_model
+        model.peft_config[ADAPTER].base_model_name_or_path = self.base.name
         return model.eval()
 
     @property
@@ -95,8 +100,8 @@ class SavedAdapter:
 
 def read_batches(
     file: Path, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int
-) -> Iterator[dict[str, Any]]:
-    """Read batches of keyword arguments of the model from a JSON Lines file, which is checked completely first.
+) -> list[dict[str, Any]]:
+    """Read batches of keyword arguments of the model from a JSON Lines file.
 
     Padding is always on the right, since some models count positions from the left. Texts that begin with BOS get no
     special tokens.
@@ -122,7 +127,7 @@ def read_batches(
         }
         return {**inputs, "task_types": [record.get("task_type", -1) for record in rows]} if typed else inputs
 
-    return (batch(records[start : start + batch_size]) for start in range(0, len(records), batch_size))
+    return [batch(records[start : start + batch_size]) for start in range(0, len(records), batch_size)]
 
 
 def _read_records(file: Path) -> list[dict[str, Any]]:

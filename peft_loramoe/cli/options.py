@@ -12,14 +12,25 @@ from typing import Any, NoReturn
 from ..reading import read_text
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
 class Parser(argparse.ArgumentParser):
     """A parser with one-line errors.
 
     If it has an option --config, that names a YAML file with values of other options.
+
+    Attributes:
+        fill: adds the arguments when the parser is used; None if it has them.
     """
+
+    fill: Callable[[Parser], None] | None = None
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Parse the flags, after those that a file named by --config stands for."""
+        if self.fill is not None:
+            fill, self.fill = self.fill, None
+            fill(self)
         if args is not None and "--config" in self._option_string_actions:
             finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             finder.add_argument("--config", type=Path)
@@ -76,9 +87,12 @@ Command = Callable[..., Parser]
 
 
 def command_adder(add: Callable[..., Parser]) -> Command:
-    """A function that adds a command: its name, function, summary, details, and parsers of shared options."""
+    """A function that adds a command: its name, function, summary, details, and parsers of shared options.
 
-    def command(name: str, function: Callable, summary: str, details: str, *options: Parser) -> Parser:
+    The function is given as "module:name" in this folder: a module that imports torch is imported when it runs.
+    """
+
+    def command(name: str, function: str, summary: str, details: str, *options: Parser) -> Parser:
         description = f"{summary[0].upper()}{summary[1:]}. {details}"
         parser = add(name, help=summary, description=description, parents=options)
         parser.set_defaults(command=function)
@@ -104,13 +118,32 @@ def json_option() -> Parser:
 
 
 def model_options() -> Parser:
-    """The options for the base model and its device."""
+    """The options for the base model of an adapter."""
     parser = Parser(add_help=False)
     parser.add_argument(
         "--base-model", metavar="MODEL", help="folder or Hub id (default: the one in the adapter's configuration)"
     )
-    parser.add_argument("--device", help="device, for example cpu or cuda:1 (default: the GPU, if any)")
+    add_loading(parser)
     return parser
+
+
+def add_loading(parser: argparse._ActionsContainer) -> None:
+    """Add how a base model is loaded (`base_model.BaseModel.of`)."""
+    parser.add_argument("--load-in-4bit", action="store_true", help="quantise it to NF4 with bitsandbytes")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of its weights (default: auto, as they are saved)"
+    )
+    parser.add_argument("--device", help="cpu, cuda:1 or another (default: the GPU, if there is one)")
+    add_gguf(parser)
+
+
+def add_gguf(parser: argparse._ActionsContainer) -> None:
+    """Add the option for a GGUF file."""
+    parser.add_argument(
+        "--gguf-file",
+        metavar="NAME",
+        help="a GGUF file in its folder or repository, which is dequantised (needs the package gguf)",
+    )
 
 
 def text_options(name: str, required: bool = False) -> Parser:

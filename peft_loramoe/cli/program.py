@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-
-from safetensors import SafetensorError
 
 from .arguments import PROGRAM, build_parser
 from .run import find_program
 
 
 # Raised for bad input, here and in libraries. All other errors are bugs and show their traceback.
-ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError)
+ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError)
+# Logger -> what it says of other packages when they are imported, and of which no user here can act on.
+NOISE = {
+    "torchao": "Failed to load",
+    "torch.utils._pytree": "is an Enum subclass",
+    "DeepSpeed": "Setting accelerator to CPU",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> Any:
@@ -35,18 +41,48 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     try:
         if runs:  # argparse would parse the options of the program
             program = find_program(words[2:] if words[1:2] == ["--"] else words[1:])
+            import_package()
         else:
             options = build_parser().parse_args(words)
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 with _cleaning_up_when_terminated():
-                    options.command(options)
-    except ERRORS as error:
-        if not runs and options.traceback:
+                    _function(options.command)(options)
+    except Exception as error:
+        if not isinstance(error, _errors()) or (not runs and options.traceback):
             raise
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return program() if runs else 0
+
+
+def import_package() -> None:
+    """Import what `peft_loramoe/__init__.py` left out while the arguments were parsed, and register the tuner."""
+    entry = sys.modules.get("_peft_loramoe_command")
+    if entry is not None and entry.PARSING:
+        entry.PARSING = False
+        for name, text in NOISE.items():
+            logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
+        importlib.reload(sys.modules["peft_loramoe"])
+
+
+def _function(command: str | Callable) -> Callable:
+    """The function of a command, which is named by its module here, a colon and its name."""
+    if not isinstance(command, str):
+        return command
+    import_package()
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    module, _, name = command.partition(":")
+    return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    from safetensors import SafetensorError
+
+    return (*ERRORS, SafetensorError)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import json
 import types
 import typing
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from peft import PeftConfig
 
 from ..config import LoRAMoEConfig
 from ..training import LoRAMoETrainerMixin
-from .options import Command, json_value, positive
+from .options import DTYPES, Parser, add_gguf, json_value, positive
 
 
 if TYPE_CHECKING:
@@ -101,9 +101,8 @@ PRESETS = {"retain": LoRAMoEConfig.retain, "paper": LoRAMoEConfig.paper, "plain"
 # --------------------------------------------------------------------------------------------------------
 
 
-def add_train(command: Command, train: Callable[[Namespace], None]) -> None:
-    """Add the command to a parser; `train` runs it."""
-    parser = command("train", train, "fine-tune a model with LoRAMoE on your own data", "")
+def add_arguments(parser: Parser) -> None:
+    """Add the arguments of the command to its parser."""
     parser.description, parser.epilog, parser.formatter_class = DETAILS, EXAMPLES, argparse.RawDescriptionHelpFormatter
     parser.usage = "%(prog)s --model MODEL (--train-file FILE ... | --dataset ID) [options]"
     switch = argparse.BooleanOptionalAction
@@ -116,6 +115,9 @@ def add_train(command: Command, train: Callable[[Namespace], None]) -> None:
     model.add_argument(
         "--load-in-4bit", action=switch, default=False, help="quantise it to NF4 with bitsandbytes (QLoRA)"
     )
+    model.add_argument("--dtype", choices=DTYPES, help="of its weights (default: bfloat16 with --bf16, else float32)")
+    model.add_argument("--device", choices=("cpu",), help="train on the CPU even if there is a GPU")
+    add_gguf(model)
     model.add_argument("--attention", metavar="NAME", help="its attn_implementation, e.g. flash_attention_2")
     model.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="Jinja template, in place of the tokenizer's own"
@@ -244,6 +246,7 @@ def training_config(options: Namespace, **more: Any) -> SFTConfig:
     import torch
     from trl import SFTConfig
 
+    cpu = options.device == "cpu" or not torch.accelerator.is_available()
     chosen = {name: getattr(options, flag.replace("-", "_")) for flag, (name, *_) in TRAINING_OPTIONS.items()}
     fixed = {
         "output_dir": str(options.output_dir),
@@ -252,8 +255,8 @@ def training_config(options: Namespace, **more: Any) -> SFTConfig:
         "save_strategy": "steps" if options.save_steps else "no",
         "save_total_limit": 2,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},  # reentrant gives the balance term no gradient
-        "use_cpu": not torch.accelerator.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": cpu,
+        "dataloader_pin_memory": not cpu and torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,  # every parameter of an adapter is used in every step
     }
     known = [field.name for field in dataclasses.fields(SFTConfig) if field.init]

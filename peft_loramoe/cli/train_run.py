@@ -8,18 +8,15 @@ import warnings
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars, load_dataset
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
     PrinterCallback,
     ProgressCallback,
     TrainerState,
@@ -32,9 +29,10 @@ from ..reading import read_text
 from ..training import RouterCallback, last_complete_checkpoint, read_anchors
 from ..training.collator import COLUMN
 from ..training.records import Record, Tokenized, check_records, read_records, tokenize_records
-from ..training.retention import measure_retention
+from ..training.retention import Retention, measure_retention
 from ..training.sft import LoRAMoESFTTrainer, marked_chat_template
 from . import tables
+from .base_model import BaseModel
 from .train import adapter_config, training_config
 
 
@@ -64,7 +62,7 @@ def run(options: Namespace) -> None:
         )  # one file, not one for each process
     trainer.save_model()
     config = trainer.model.peft_config["default"]
-    compared = {name: measure_retention(trainer, dataset) for name, dataset in measured.items()}
+    compared = compare_with_base(trainer, measured)
     if trainer.is_world_process_zero():
         tables.show_retention(compared, null=bool(config.null_groups))
         print(
@@ -74,6 +72,19 @@ def run(options: Namespace) -> None:
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     PartialState().destroy_process_group()
+
+
+def compare_with_base(trainer: LoRAMoESFTTrainer, measured: dict[str, Dataset]) -> dict[str, Retention]:
+    """What was learned and kept, by the name of what it is measured on."""
+    rows = trainer.args.eval_batch_size * trainer.args.world_size
+    bar = tqdm(
+        total=sum(math.ceil(len(dataset) / rows) for dataset in measured.values()),
+        desc="comparing with the base model",
+        leave=False,
+        disable=None if trainer.is_world_process_zero() and not trainer.args.disable_tqdm else True,
+    )
+    with bar:
+        return {name: measure_retention(trainer, dataset, bar.update) for name, dataset in measured.items()}
 
 
 def checkpoint_to_resume(options: Namespace) -> str | None:
@@ -105,7 +116,8 @@ def build(options: Namespace) -> tuple[LoRAMoESFTTrainer, dict[str, Any]]:
     train, evaluation = read_data(options, config)
     kept, held_back = split_anchors(options.anchors)
     say_what_was_read(train, len(kept), len(held_back), config)
-    tokenizer = load_tokenizer(options)
+    base = base_model(options)
+    tokenizer = load_tokenizer(base, options.chat_template)
     training = training_config(options, eval_strategy="steps" if evaluation and options.eval_steps else "no")
     check_checkpointing(training, config)
     template = marked_template([*train, *(record for records in evaluation.values() for record in records)], tokenizer)
@@ -134,7 +146,7 @@ def build(options: Namespace) -> tuple[LoRAMoESFTTrainer, dict[str, Any]]:
     if held_back:
         measured["anchors held back"] = tokenize_texts(held_back, tokenizer, training.max_length)
     trainer = LoRAMoESFTTrainer(
-        model=load_model(options.model, options.load_in_4bit, training.bf16, options.attention),
+        model=load_model(base, options.attention),
         args=training,
         train_dataset=train_dataset,
         eval_dataset=eval_datasets or None,
@@ -266,38 +278,35 @@ def say_what_is_cut(tokens: Tokenized, records: int, name: str, limit: int | Non
 # ------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(options: Namespace) -> Any:
+def base_model(options: Namespace) -> BaseModel:
+    """The base model and how it is loaded."""
+    dtype = options.dtype or ("bfloat16" if options.bf16 else "float32")
+    return BaseModel.of(options, options.model, dtype=dtype)
+
+
+def load_tokenizer(base: BaseModel, chat_template: Path | None) -> Any:
     """The model's tokenizer, with the chat template that is asked for."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {options.model}: no tokenizer could be loaded ({error})") from error
-    if options.chat_template:
+    tokenizer = base.tokenizer()
+    if chat_template:
         try:
-            tokenizer.chat_template = read_text(options.chat_template)
+            tokenizer.chat_template = read_text(chat_template)
         except (OSError, ValueError) as error:
             raise ValueError(f"--chat-template {error}") from error
     return tokenizer
 
 
-def load_model(name: str, load_in_4bit: bool, bf16: bool, attention: str | None = None) -> nn.Module:
-    """The base model, quantised if that is asked for."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
+def load_model(base: BaseModel, attention: str | None = None) -> nn.Module:
+    """The base model, ready for a trainer."""
     sharded = is_fsdp_enabled() or is_deepspeed_zero3_enabled()
-    more: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-    if load_in_4bit:
-        more["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            bnb_4bit_quant_storage=dtype if sharded else torch.uint8,  # shards have one dtype
+    if sharded and base.gguf_file is not None:
+        raise ValueError(
+            f"--gguf-file {base.gguf_file}: FSDP and ZeRO-3 cannot shard it while it is read; load it with "
+            "transformers, save it with save_pretrained and train from that folder."
         )
-        more["device_map"] = None if sharded else {"": PartialState().device}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, **more)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"--model {name}: it could not be loaded ({error})") from error
+    # The trainer places the model, but not one in 4 bits.
+    placed = {} if base.load_in_4bit and not sharded else {"device_map": None}
+    base = replace(base, device=str(PartialState().device))
+    model = base.load(sharded=sharded, attn_implementation=attention, **placed)
     for module in model.modules():
         # On a CPU with AVX512-BF16, bitsandbytes repacks weights when first evaluated; they pass no gradient after
         # that.
@@ -342,7 +351,7 @@ class ProgressLines(ProgressCallback):
         self.current_step = 0
         if state.is_world_process_zero:
             self.training_bar = tqdm(
-                total=state.max_steps, desc="steps", dynamic_ncols=True, disable=not self.show_bar
+                total=state.max_steps, desc="steps", dynamic_ncols=True, disable=None if self.show_bar else True
             )
 
     def on_log(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,12 +44,15 @@ def knowledge_groups(config: LoRAMoEConfig) -> list[int]:
     return list(config.null_groups or [0])
 
 
-def measure_retention(trainer: Trainer, dataset: Dataset) -> Retention:
+def measure_retention(
+    trainer: Trainer, dataset: Dataset, progress: Callable[[int], object] | None = None
+) -> Retention:
     """Compare the trainer's model with and without its adapter. All processes have to call it.
 
     Args:
         trainer: after training, or before; its model has one LoRAMoE adapter.
         dataset: columns `input_ids` and `labels`.
+        progress: called with 1 after each batch of this process.
     """
     wrapped, model = trainer.model_wrapped, trainer.accelerator.unwrap_model(trainer.model)
     groups = knowledge_groups(model.peft_config[model.active_adapter])
@@ -62,6 +66,8 @@ def measure_retention(trainer: Trainer, dataset: Dataset) -> Retention:
                 with adapter:
                     sums[name] += _loss_and_tokens(wrapped, inputs)
             sums["weight"] += _weight_and_tokens(model, groups).to(sums["after"])
+            if progress is not None:
+                progress(1)
     # Each process has its own batches.
     before, after, weight = (trainer.accelerator.reduce(sums[name]).tolist() for name in ("before", "after", "weight"))
     return Retention(len(dataset), before[0] / before[1], after[0] / after[1], weight[0] / weight[1])

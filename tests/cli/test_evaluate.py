@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_loramoe.analysis import Question, answer_questions, compare_results
-from peft_loramoe.cli import evaluate, main
+from peft_loramoe.cli import base_model, main
 from peft_loramoe.cli.tables import show_evaluation
 from perplexity_task import NAME, word_perplexity, write_task
 from tiny import loramoe, tiny_llama, tiny_tokenizer
@@ -132,7 +132,7 @@ def test_the_report_says_how_it_came_about(base, questions, capsys):
         "max_new_tokens": 2,
         "limit": None,
     }
-    running = {"batch_size": 4, "load_in_4bit": False, "dtype": "auto", "device": "cpu"}
+    running = {"batch_size": 4, "load_in_4bit": False, "dtype": "auto", "device": "cpu", "gguf_file": None}
     assert found["options"] == {**named, **prompt, **running, "tokenizer": None, "revision": "main"}
 
 
@@ -253,13 +253,13 @@ REVISIONS = {"the adapter's": ([], "v2"), "with --model": (["--model", "{base}"]
 def test_the_revision_of_the_base_model(words, expected, base, paths, questions, capsys, monkeypatch):
     asked = []
     for name in ("AutoModelForCausalLM", "AutoTokenizer"):
-        read = getattr(evaluate, name).from_pretrained
+        read = getattr(base_model, name).from_pretrained
 
         def from_pretrained(source, revision, read=read, **options):
             asked.append((str(source), revision))
             return read(source, **options)
 
-        monkeypatch.setattr(getattr(evaluate, name), "from_pretrained", from_pretrained)
+        monkeypatch.setattr(getattr(base_model, name), "from_pretrained", from_pretrained)
     words = [word.format(base=base) for word in words]
     found = report(capsys, "--adapter", paths["revision"], *words, "--questions", questions, "--limit", 1, *ASK)
     assert asked == [(str(base), expected)] * 3 and found["options"]["revision"] == expected
@@ -324,7 +324,7 @@ def task_of_lm_eval(tmp_path, monkeypatch):
 def test_lm_eval_gets_a_tokenizer_of_its_own(base, task_of_lm_eval, monkeypatch):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None  # lm-eval gives it one
-    monkeypatch.setattr(evaluate.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.setattr(base_model.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
     call("--model", base, *task_of_lm_eval)
     assert tokenizer.pad_token is None
 
