@@ -48,20 +48,22 @@ AUTO_CLASSES = {
 }
 
 
-def loading_snippet(adapter: str, options: Mapping[str, Any]) -> str:
+def loading_snippet(adapter: str, options: Mapping[str, Any], gguf_file: str | None = None) -> str:
     """Python code that loads an adapter on its base model.
 
     Args:
         adapter: its folder or Hub repository.
         options: the adapter's configuration by name, as in ``adapter_config.json``.
+        gguf_file: the file that the base model is read from, if it is a GGUF file.
     """
     auto_class = AUTO_CLASSES.get(options.get("task_type"), "AutoModel")
     base_model = options.get("base_model_name_or_path") or "BASE_MODEL"
+    file = "" if gguf_file is None else f", gguf_file={_literal(gguf_file)}"
     return (
         "import peft_loramoe  # registers LORAMOE with PEFT\n"
         "from peft import PeftModel\n"
         f"from transformers import {auto_class}\n\n"
-        f"base_model = {auto_class}.from_pretrained({_literal(base_model)})\n"
+        f"base_model = {auto_class}.from_pretrained({_literal(base_model)}{file})\n"
         f"model = PeftModel.from_pretrained(base_model, {_literal(adapter)})"
     )
 
@@ -82,7 +84,7 @@ def is_hub_name(base_model: str) -> bool:
     return not os.path.isdir(base_model)
 
 
-def write_card(path: str, options: Mapping[str, Any]) -> None:
+def write_card(path: str, options: Mapping[str, Any], gguf_file: str | None = None) -> None:
     """Add the loading snippet, the configuration and the tags to a model card, or write a new card.
 
     Everything else in the card is kept; saving again replaces what an earlier call added.
@@ -90,6 +92,7 @@ def write_card(path: str, options: Mapping[str, Any]) -> None:
     Args:
         path: the card, ``README.md`` of the adapter's folder.
         options: the adapter's configuration by name, as in ``adapter_config.json``.
+        gguf_file: the file that the base model is read from, if it is a GGUF file.
     """
     if os.path.exists(path):
         card = ModelCard.load(path, ignore_metadata_errors=True)
@@ -106,7 +109,7 @@ def write_card(path: str, options: Mapping[str, Any]) -> None:
 
     options = {key: sorted(value) if isinstance(value, set) else value for key, value in options.items()}
     text = TEXT.format(
-        snippet=loading_snippet("ADAPTER", options),
+        snippet=loading_snippet("ADAPTER", options, gguf_file),
         config=json.dumps(
             {key: value for key, value in options.items() if value not in (None, {}, [])}, indent=2
         ).replace("<", r"\u003c"),

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
-from ..card import loading_snippet
+from ..card import loading_snippet, write_card
 from ..config import LoRAMoEConfig
 from ..reading import read_text
 from ..training import RouterCallback, last_complete_checkpoint, read_anchors
@@ -65,10 +65,10 @@ def run(options: Namespace) -> None:
     compared = compare_with_base(trainer, measured)
     if trainer.is_world_process_zero():
         tables.show_retention(compared, null=bool(config.null_groups))
-        print(
-            f"Wrote {options.output_dir}. To load the "
-            f"adapter:\n\n{loading_snippet(str(options.output_dir), config.to_dict())}"
-        )
+        if options.gguf_file is not None:  # PEFT has no place for it in adapter_config.json
+            write_card(str(options.output_dir / "README.md"), config.to_dict(), options.gguf_file)
+        snippet = loading_snippet(str(options.output_dir), config.to_dict(), options.gguf_file)
+        print(f"Wrote {options.output_dir}. To load the adapter:\n\n{snippet}")
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     PartialState().destroy_process_group()
