@@ -12,6 +12,7 @@ from ..reading import read_json_lines, read_text
 from ..training import anchors_from_texts, sample_anchors, write_anchors
 from ..training.anchors import KINDS
 from .base_model import BaseModel
+from .options import check_output
 
 
 READ = 20_000  # records of a data set on the Hub that anchors are chosen from
@@ -19,6 +20,7 @@ READ = 20_000  # records of a data set on the Hub that anchors are chosen from
 
 def anchors(options: argparse.Namespace) -> None:
     """Write a file of anchors."""
+    check_output("--output", options.output)
     base = BaseModel.of(options, options.model)
     if options.texts is None and options.dataset is None:
         tokenizer = base.tokenizer()

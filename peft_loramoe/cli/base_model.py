@@ -50,8 +50,9 @@ class BaseModel:
 
         Raises:
             ImportError: a package is missing.
-            ValueError: there is no such GGUF file, or there are GGUF files only and none is named.
+            ValueError: there is no such device or GGUF file, or there are GGUF files only and none is named.
         """
+        self._check_device()
         here, folder = f"{self.flag} {self.name}", Path(self.name)
         if self.load_in_4bit and find_spec("bitsandbytes") is None:
             raise ImportError("--load-in-4bit needs bitsandbytes: pip install bitsandbytes")
@@ -123,6 +124,17 @@ class BaseModel:
             return AutoConfig.from_pretrained(self.name, **self._source)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(f"{self.flag} {self.name}: no configuration could be loaded ({error})") from error
+
+    def _check_device(self) -> None:
+        if self.device is None:
+            return
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"--device {self.device}: write cpu, cuda, cuda:1 or mps.") from error
+        count = torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= count:
+            raise ValueError(f"--device {self.device}: there is no such GPU; torch finds {count}.")
 
     @property
     def _source(self) -> dict[str, str]:

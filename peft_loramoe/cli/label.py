@@ -17,6 +17,7 @@ from ..reading import read_json_lines
 from ..training.records import PLAIN_PROMPT, Record, check_records
 from ..writing import write_whole
 from .base_model import BaseModel
+from .options import check_output
 
 
 BINS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # nats per token
@@ -26,6 +27,7 @@ def label(options: argparse.Namespace) -> None:
     """Write the records with a column `task_type`, and show how their losses are distributed."""
     if options.output.exists():
         raise FileExistsError(f"The file '{options.output}' exists already. Remove it, or choose another one.")
+    check_output("--output", options.output)
     if not options.max_loss >= 0:
         raise ValueError(f"--max-loss {options.max_loss} must be zero or more.")
     records = _read(options.data)

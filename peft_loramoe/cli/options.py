@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -173,6 +175,36 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' must be an integer, at least 1")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """Parse a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a number above 0")
+    return number
+
+
+def steps(text: str) -> int:
+    """Parse a number of steps, or -1 for no limit."""
+    return -1 if text == "-1" else positive(text)
+
+
+def check_output(flag: str, file: Path) -> None:
+    """Check, before the work begins, that a file can be written.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if file.is_dir():
+        raise ValueError(f"{flag} {file}: is a folder; name a file.")
+    if not file.parent.is_dir():
+        raise ValueError(f"{flag} {file}: the folder {file.parent} does not exist; create it first.")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ValueError(f"{flag} {file}: cannot be written; choose a place where you may write.")
 
 
 def json_value(text: str) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import signal
 import sys
 import threading
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     except Exception as error:
         if not isinstance(error, _errors()) or (not runs and options.traceback):
             raise
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        print(f"{PROGRAM}: error: {text if runs else _with_flags(text, options)}", file=sys.stderr)
         return 2
     return program() if runs else 0
 
@@ -77,6 +80,16 @@ def _function(command: str | Callable) -> Callable:
         disable_progress_bar()
     module, _, name = command.partition(":")
     return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+def _with_flags(message: str, options: Namespace) -> str:
+    """The message with options written as on the command line: `--top-k 9` for `top_k=9`."""
+    for name, value in vars(options).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        for written in (f"{name}={value!r}", f"{name}={value}"):
+            # whole words only: not in `set_top_k=9`, and not in `top_k=90` or `top_k=9.5`
+            message = re.sub(rf"(?<![\w.-]){re.escape(written)}(?!\w|\.\d)", lambda _, flag=flag: flag, message)
+    return message
 
 
 def _errors() -> tuple[type[Exception], ...]:

@@ -18,7 +18,7 @@ from peft import PeftConfig
 
 from ..config import LoRAMoEConfig
 from ..training import LoRAMoETrainerMixin
-from .options import DTYPES, Parser, add_gguf, json_value, positive
+from .options import DTYPES, Parser, add_gguf, json_value, positive, positive_number, steps
 
 
 if TYPE_CHECKING:
@@ -53,16 +53,21 @@ In the file of --config, flags are keys: `learning-rate: 1e-3`, `train-file: [a.
 
 # flag -> (field of SFTConfig, type, default, help)
 TRAINING_OPTIONS = {
-    "epochs": ("num_train_epochs", float, 3.0, "passes over the training data"),
-    "max-steps": ("max_steps", int, -1, "optimizer steps, in place of --epochs; -1 for none"),
-    "batch-size": ("per_device_train_batch_size", int, 8, "samples (with --packing, rows) per device and step"),
-    "gradient-accumulation-steps": ("gradient_accumulation_steps", int, 4, "batches per optimizer step"),
-    "learning-rate": ("learning_rate", float, 2e-4, "peak learning rate of the experts; it decays along a cosine"),
+    "epochs": ("num_train_epochs", positive_number, 3.0, "passes over the training data"),
+    "max-steps": ("max_steps", steps, -1, "optimizer steps, in place of --epochs; -1 for none"),
+    "batch-size": ("per_device_train_batch_size", positive, 8, "samples (with --packing, rows) per device and step"),
+    "gradient-accumulation-steps": ("gradient_accumulation_steps", positive, 4, "batches per optimizer step"),
+    "learning-rate": (
+        "learning_rate",
+        positive_number,
+        2e-4,
+        "peak learning rate of the experts; it decays along a cosine",
+    ),
     "warmup-steps": ("warmup_steps", int, 10, "steps in which the learning rate rises"),
     "weight-decay": ("weight_decay", float, 0.0, "AdamW's weight decay"),
     "max-length": (
         "max_length",
-        int,
+        positive,
         1024,
         "tokens of a sample; the rest is cut off. With --packing, tokens of a row",
     ),
@@ -166,7 +171,7 @@ def add_arguments(parser: Parser) -> None:
         parse = {"action": switch} if kind is bool else {"type": kind, "metavar": "N" if kind is not str else "NAME"}
         training.add_argument(f"--{flag}", default=default, help=f"{text} (default: {default})", **parse)
     training.add_argument(
-        "--loraplus-ratio", type=float, metavar="N", help="B learns this many times faster than A (LoRA+)"
+        "--loraplus-ratio", type=positive_number, metavar="N", help="B learns this many times faster than A (LoRA+)"
     )
     training.add_argument(
         "--resume", action="store_true", help="continue from the last complete checkpoint in --output-dir"
@@ -238,7 +243,13 @@ def config_fields() -> list[dataclasses.Field]:
 def adapter_config(options: Namespace) -> LoRAMoEConfig:
     """The preset with what the flags change of it."""
     given = {field.name: getattr(options, field.name) for field in config_fields() if hasattr(options, field.name)}
-    return PRESETS[options.preset](task_type="CAUSAL_LM", **given)
+    try:
+        return PRESETS[options.preset](task_type="CAUSAL_LM", **given)
+    except ValueError as error:
+        message = str(error).replace("LoRAMoEConfig(...)", "--preset plain")
+        raise ValueError(
+            message.replace(f"LoRAMoEConfig.{options.preset}(", f"--preset {options.preset} (")
+        ) from error
 
 
 def training_config(options: Namespace, **more: Any) -> SFTConfig:

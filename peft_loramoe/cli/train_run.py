@@ -49,6 +49,7 @@ def run(options: Namespace) -> None:
     disable_progress_bars()  # of datasets: those of steps that take no time
     # The new names do not exist in all supported versions of transformers, and PEFT uses the old ones too.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+    check_output_folder(options.output_dir)
     checkpoint = checkpoint_to_resume(options)
     trainer, measured = build(options)
     if trainer.is_world_process_zero():
@@ -85,6 +86,19 @@ def compare_with_base(trainer: LoRAMoESFTTrainer, measured: dict[str, Dataset]) 
     )
     with bar:
         return {name: measure_retention(trainer, dataset, bar.update) for name, dataset in measured.items()}
+
+
+def check_output_folder(folder: Path) -> None:
+    """Check, before the work begins, that the folder can be created or written to.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise ValueError(f"--output-dir {folder}: {above} is a file; choose another folder.")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"--output-dir {folder}: {above} cannot be written to; choose another folder.")
 
 
 def checkpoint_to_resume(options: Namespace) -> str | None:

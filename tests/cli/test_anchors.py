@@ -70,9 +70,14 @@ def test_anchors_from_texts(name, base, tmp_path):
 
 
 WRONG = {
-    "too few": (["--texts", "texts.jsonl", "--number", "3"], "fewer than number=3"),
+    "too few": (["--texts", "texts.jsonl", "--number", "3"], "fewer than --number 3"),
     "no text": (["--texts", "other.jsonl", "--number", "1"], "line 1: must have a text"),
     "chat": (["--texts", "texts.jsonl", "--number", "1", "--chat", "1"], "--chat 1.0 has no effect with texts"),
+    "a share": (["--number", "1", "--chat", "2"], "error: --chat 2.0 must be a share from 0 to 1"),
+    "no device": (["--number", "1", "--device", "gpu"], "--device gpu: write cpu, cuda"),
+    "no GPU": (["--number", "1", "--device", "cuda:99"], "--device cuda:99: there is no such GPU"),
+    "no folder": (["--number", "1", "-o", "none/a.jsonl"], "--output none/a.jsonl: the folder none does not exist"),
+    "a folder": (["--number", "1", "-o", "."], "--output .: is a folder; name a file"),
     "no template": (["--number", "1", "--chat", "1"], "needs a chat template"),
 }
 

@@ -517,7 +517,7 @@ BAD = {
     ),
     "gates that are not measured": (
         "export-lora {adapter} -o {out} --gates mean",
-        "gates='mean' needs calibration",
+        "--gates mean needs calibration",
     ),
     "an unknown task type": (
         "export-lora {adapter} -o {out} --gates mean --task-type sports --calibration {texts}",

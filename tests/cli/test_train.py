@@ -91,7 +91,7 @@ def test_retain_is_the_default():
 
 
 def test_options_that_contradict_the_preset_are_refused():
-    with pytest.raises(ValueError, match=r"retain\(null_groups=None\): group 0 is not null"):
+    with pytest.raises(ValueError, match=r"--preset retain \(null_groups=None\): group 0 is not null"):
         adapter_config(parse("--null-groups", "null"))
 
 
@@ -286,7 +286,10 @@ def test_data_of_one_type_without_anchors_are_warned_about(trainer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num-experts", "1"], "error: num_experts=1 must be"),
+        (["--num-experts", "1"], "error: --num-experts 1 must be"),
+        (["--router-lr-multiplier", "0"], "error: --router-lr-multiplier 0.0 must be in (0, "),
+        (["--null-groups", "null"], "retain (--null-groups None): group 0 is not null"),
+        (["--anchors-every", "2", "--anchors", "missing.jsonl"], "missing.jsonl cannot be read: No such file"),
         (["--train-file", "missing.json"], "error: missing.json cannot be read"),
         (["--model", "no/such-model"], "error: --model no/such-model: no tokenizer could be loaded"),
         (["--chat-template", "missing.jinja"], "error: --chat-template missing.jinja cannot be read"),
@@ -300,6 +303,46 @@ def test_data_of_one_type_without_anchors_are_warned_about(trainer):
 )
 def test_input_errors_are_one_line(arguments, capsys, options, message):
     assert main(arguments(*options)) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size: '0' must be an integer, at least 1"),
+        (["--gradient-accumulation-steps", "0"], "--gradient-accumulation-steps: '0' must be an integer, at least 1"),
+        (["--max-length", "0"], "--max-length: '0' must be an integer, at least 1"),
+        (["--max-steps", "0"], "--max-steps: '0' must be an integer, at least 1"),
+        (["--learning-rate", "nan"], "--learning-rate: 'nan' must be a number above 0"),
+        (["--epochs", "-1"], "--epochs: '-1' must be a number above 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(capsys, options, message):
+    with pytest.raises(SystemExit):
+        parse(*options)
+    assert message in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_created_is_refused(arguments, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main(arguments("--output-dir", folder)) == 2
+        assert f"--output-dir {folder}: {tmp_path / 'file'} is a file; choose" in capsys.readouterr().err
+
+
+ANCHOR_FILES = {
+    "empty": (b"", "holds no anchor"),
+    "another tokenizer": (b'{"text": "<|begin_of_text|> Paris"}', "which the tokenizer does not know"),
+    "too long": (b'{"text": "' + b"Paris " * 200 + b'"}', "more than max_length=48"),
+    "identical": (b'{"text": "Paris"}\n' * 9, "are the same text"),
+    "not UTF-8": (b'{"text": "caf\xe9"}', "line 1: the byte 0xe9 is no UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), ANCHOR_FILES.values(), ids=ANCHOR_FILES)
+def test_bad_anchors_are_one_line(arguments, tmp_path, capsys, content, message):
+    (tmp_path / "anchors.jsonl").write_bytes(content)
+    assert main(arguments("--anchors", tmp_path / "anchors.jsonl", "--max-length", 48)) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
