@@ -501,7 +501,7 @@ BAD = {
     "an export that exists": ("export-lora {adapter} -o {empty}", "exists already"),
     "nothing to convert": ("convert {adapter} -o {out}", "already has this package's layout"),
     "an unknown format": ("convert {adapter} -o {out} --to qlora", "invalid choice: 'qlora'"),
-    "one LoRA alone": ("upcycle {lora} --num-experts 2 -o {out}", "One source needs num_experts"),
+    "one LoRA alone": ("upcycle {lora} -o {out}", "One source needs num_experts"),
     "no value": ("upcycle {lora} -o {out} --set top_k", "--set top_k: must be OPTION=VALUE"),
     "an unknown option": (
         "upcycle {lora} -o {out} --num-experts 2 --set speed=3",

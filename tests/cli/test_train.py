@@ -333,7 +333,7 @@ def test_an_output_folder_that_cannot_be_created_is_refused(arguments, tmp_path,
 ANCHOR_FILES = {
     "empty": (b"", "holds no anchor"),
     "another tokenizer": (b'{"text": "<|begin_of_text|> Paris"}', "which the tokenizer does not know"),
-    "too long": (b'{"text": "' + b"Paris " * 200 + b'"}', "more than max_length=48"),
+    "too long": (b'{"text": "' + b"Paris " * 200 + b'"}', "more than --max-length 48"),
     "identical": (b'{"text": "Paris"}\n' * 9, "are the same text"),
     "not UTF-8": (b'{"text": "caf\xe9"}', "line 1: the byte 0xe9 is no UTF-8"),
 }
