@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -85,7 +86,7 @@ def _function(command: str | Callable) -> Callable:
 def _with_flags(message: str, options: Namespace) -> str:
     """The message with options written as on the command line: `--top-k 9` for `top_k=9`."""
     for name, value in vars(options).items():
-        flag = f"--{name.replace('_', '-')} {value}"
+        flag = f"--{name.replace('_', '-')} {shlex.quote(value) if isinstance(value, str) else value}"
         for written in (f"{name}={value!r}", f"{name}={value}"):
             # whole words only: not in `set_top_k=9`, and not in `top_k=90` or `top_k=9.5`
             message = re.sub(rf"(?<![\w.-]){re.escape(written)}(?!\w|\.\d)", lambda _, flag=flag: flag, message)

@@ -550,7 +550,7 @@ BAD = {
         "does not exist; create it first",
     ),
     "no text to trace": ("trace {adapter}", "arguments are required: --text"),
-    "an empty text": ("trace {adapter} --text=", "text='' has no tokens"),
+    "an empty text": ("trace {adapter} --text=", "--text '' has no tokens"),
     "a classifier's trace": ("trace {classifier} --text w3", "Texts need a causal language model"),
     "a trace without a folder": ("trace {adapter} --text w3 -o {out}/t.json", "does not exist; create it first"),
     "no kind of figure": ("plot", "arguments are required: KIND"),

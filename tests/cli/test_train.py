@@ -189,7 +189,7 @@ def test_flags_override_the_file(tmp_path):
         ("no-packing: true", "there is no option 'no-packing'"),
         ("packing: maybe", "packing is 'maybe'; write true or false"),
         ("epochs: [1, 2]", "epochs is [1, 2]; write one value"),
-        ("epochs: many", "argument --epochs: invalid float value: 'many'"),
+        ("epochs: many", "argument --epochs: 'many' must be a number above 0"),
         ("- epochs", "must hold lines like `learning-rate: 1e-3`, not ['epochs']"),
         ("epochs: {", "cannot be read as YAML"),
     ],
