@@ -151,7 +151,8 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
-def test_every_command_takes_the_same_options(words):
+def test_every_command_takes_the_same_options(words, monkeypatch):
+    monkeypatch.setattr("peft_loramoe.cli.base_model.find_spec", lambda name: object())
     base = BaseModel.of(build_parser().parse_args([*words, *LOADING]), "m")
     assert base == BaseModel(
         "m", load_in_4bit=True, dtype="float32", compute_dtype="float32", device="cpu", gguf_file="m.gguf"
