@@ -96,6 +96,7 @@ class _Thread:
         unread: a training pass whose term was neither added to a loss nor read.
         collecting: whether `collect_balance` is open.
         collected_types: the task types of calls inside it that are given none.
+        in_blocks: whether a call inside it may have the rows of the batch several times over, block after block.
     """
 
     calls: list[_Call] = field(default_factory=list)
@@ -104,6 +105,7 @@ class _Thread:
     unread: Recording | None = None
     collecting: bool = False
     collected_types: Any = None
+    in_blocks: bool = True
 
 
 class Recorder:
@@ -148,8 +150,14 @@ class Recorder:
         self._threads = {}
 
     @contextmanager
-    def collect(self, task_types: Any = None) -> Iterator[None]:
-        """See `collect_balance`."""
+    def collect(self, task_types: Any = None, in_blocks: bool = True) -> Iterator[None]:
+        """See `collect_balance`.
+
+        Args:
+            task_types: for calls that are given none.
+            in_blocks: whether a call may have the rows of the batch several times over, block after block. Otherwise
+                a call with another number of rows is refused.
+        """
         thread = self._thread
         if thread.collecting:
             raise RuntimeError(
@@ -158,7 +166,7 @@ class Recorder:
                 "one around compute_loss: leave collect_balance and balance_loss out of a compute_loss of your own."
             )
         thread.recordings, thread.terms = [], None
-        thread.collecting, thread.collected_types = True, task_types
+        thread.collecting, thread.collected_types, thread.in_blocks = True, task_types, in_blocks
         try:
             yield
         finally:
@@ -282,6 +290,8 @@ class Recorder:
         is_encoder_decoder = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
         batch = Batch(inputs, task_types, is_encoder_decoder)
         if task_types is None and thread.collected_types is not None:
+            if not thread.in_blocks:
+                _check_rows(thread.collected_types, batch.rows)
             batch = Batch(inputs, repeat_for_rows(thread.collected_types, batch.rows), is_encoder_decoder)
         calls.append(_Call(module, Recording(batch, module.training), frame))
         return args, kwargs
@@ -303,7 +313,7 @@ class Recorder:
         balanced = {r.adapter for r in recording.records if self.configs[r.adapter].balance_loss_weight > 0}
         if not recording.training or not balanced:
             return output
-        if recording.batch.task_types is None and any(self.configs[name].num_groups > 1 for name in balanced):
+        if recording.carries_gradient and recording.batch.task_types is None and any(self.configs[name].num_groups > 1 for name in balanced):
             self._warn(
                 "balance_loss_weight > 0, but the model was called without task_types: every sample counts as of "
                 "unknown "
@@ -382,6 +392,16 @@ def _emit(message: str) -> None:
 @torch.compiler.assume_constant_result
 def _thread_ident() -> int:
     return threading.get_ident()
+
+
+def _check_rows(task_types: Any, rows: int) -> None:
+    if not isinstance(task_types, int) and len(task_types) != rows:
+        raise ValueError(
+            f"The model was called with {rows} rows, but the batch has {len(task_types)} task types, and nothing tells "
+            "which row is of which type. Have compute_loss call the model with the rows of the batch. If it calls it "
+            "with all of them several times over, first all chosen, then all rejected answers, set "
+            "task_types_in_blocks = True in the trainer's class."
+        )
 
 
 def _label_tokens(module: nn.Module, recording: Recording) -> Tensor | None:

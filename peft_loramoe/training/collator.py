@@ -25,14 +25,14 @@ class TaskTypeCollator:
 
     The batch may be padded on either side, or flattened to one row (padding-free). `task_types` is int64, shape
     (examples,), or, where a row holds several samples, (rows, tokens). Batches without the column are passed on as
-    they are.
+    they are, and so are examples with it that the collator returns untouched, as those of trainers that generate do.
 
     Args:
         collator: gets the examples without their `task_type`.
         config: says what the types may be.
 
     Raises:
-        TypeError: the column mixes names and integers, or holds anything else.
+        TypeError: the column mixes names and integers, or holds anything else; or the collator returns no dictionary.
         ValueError: some examples lack the column, a type is unknown, or it cannot be told which tokens a type belongs
             to, or where a sample ends.
 
@@ -52,25 +52,24 @@ class TaskTypeCollator:
 
     def __call__(self, examples: list[Mapping[str, Any]]) -> Any:
         """Collate the examples of one batch."""
-        given = [example for example in examples if COLUMN in example]
-        if not given:
+        types = example_types(examples, self.config)
+        if types is None:
             return self.collator(examples)
-        if len(given) < len(examples):
-            raise ValueError(
-                f"{len(examples) - len(given)} of the {len(examples)} examples of a batch have no {COLUMN}; give "
-                "every example "
-                "one, -1 for unknown."
+        without = [{key: value for key, value in example.items() if key != COLUMN} for example in examples]
+        batch = self.collator(without)
+        if isinstance(batch, Mapping):
+            task_types = batch["task_types"] = self._arrange(types, examples, batch)
+        elif isinstance(batch, list) and list(map(id, batch)) == list(map(id, without)):
+            batch, task_types = list(examples), torch.stack([known.max() for known in types])
+        else:
+            raise TypeError(
+                f"The collator returned a {type(batch).__name__}, beside which there is no place for task_types; have "
+                f"it return a dictionary, or leave the column {COLUMN} out."
             )
-        values = [value.tolist() if hasattr(value, "tolist") else value for value in (e[COLUMN] for e in examples)]
-        _check_kinds(values)
-        types = [self._indices(value) for value in values]
-        batch = self.collator(
-            [{key: value for key, value in example.items() if key != COLUMN} for example in examples]
-        )
-        batch["task_types"] = self._arrange(types, examples, batch)
         if self.config.balance_loss_weight > 0:
-            _check_boundaries(examples, batch)
-            self._warn_if_unknown(batch["task_types"])
+            if isinstance(batch, Mapping):
+                _check_boundaries(examples, batch)
+            self._warn_if_unknown(task_types)
         return batch
 
     def _warn_if_unknown(self, task_types: Tensor) -> None:
@@ -81,13 +80,6 @@ class TaskTypeCollator:
                 "over the "
                 f"experts. Check the column {COLUMN}, or set balance_loss_weight=0."
             )
-
-    def _indices(self, value: Any) -> Tensor:
-        """The types of one example: a scalar, or shape (segments or tokens,)."""
-        values = value if isinstance(value, (list, tuple)) else [value]
-        known = [-1 if entry is None else entry for entry in values]
-        types = task_type_tensor([known], self.config.num_groups, self.config.task_type_names)[0]
-        return types if isinstance(value, (list, tuple)) else types[0]
 
     def _arrange(self, types: list[Tensor], examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> Tensor:
         tensors = (batch.get(name) for name in (*BATCH_INPUTS, *batch))
@@ -110,6 +102,41 @@ class TaskTypeCollator:
                 )
             arranged[row, where.nonzero().flatten()[: len(real)]] = real
         return arranged
+
+
+def example_types(examples: Sequence[Mapping[str, Any]], config: LoRAMoEConfig) -> list[Tensor] | None:
+    """The task types in the column `task_type`; None if no example has it.
+
+    Args:
+        examples: rows of a data set.
+        config: says what the types may be.
+
+    Returns:
+        For each example a scalar, or, if it is packed, shape (segments or tokens,); int64.
+
+    Raises:
+        TypeError: the column mixes names and integers, or holds anything else.
+        ValueError: some examples lack the column, or a type is unknown.
+    """
+    given = [example for example in examples if COLUMN in example]
+    if not given:
+        return None
+    if len(given) < len(examples):
+        raise ValueError(
+            f"{len(examples) - len(given)} of the {len(examples)} examples of a batch have no {COLUMN}; give "
+            "every example one, -1 for unknown."
+        )
+    values = [value.tolist() if hasattr(value, "tolist") else value for value in (e[COLUMN] for e in examples)]
+    _check_kinds(values)
+    return [_indices(value, config) for value in values]
+
+
+def _indices(value: Any, config: LoRAMoEConfig) -> Tensor:
+    """The types of one example: a scalar, or shape (segments or tokens,)."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    known = [-1 if entry is None else entry for entry in values]
+    types = task_type_tensor([known], config.num_groups, config.task_type_names)[0]
+    return types if isinstance(value, (list, tuple)) else types[0]
 
 
 def _check_kinds(values: list[Any]) -> None:

@@ -12,16 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
-from ..balance import balance_loss, collect_balance
+from ..balance import balance_loss
 from ..balance.hooks import find_recorder
 from ..balance.samples import label_tokens
 from ..config import LoRAMoEConfig
 from ..layer import LoRAMoELinear
 from .anchor_pass import AnchorPass, check_anchor_options
 from .callback import RouterCallback
-from .collator import COLUMN, TaskTypeCollator
+from .collator import COLUMN, TaskTypeCollator, example_types
 from .optimizer import router_multipliers, routers_share_a_group, set_router_rates
+
+
+# TRL's trainers whose loss calls the model with the rows of the batch several times over: all chosen answers, then all
+# rejected ones. tests/training/test_every_trainer.py has each of them.
+IN_BLOCKS = frozenset({"DPOTrainer", "CPOTrainer", "ORPOTrainer", "RewardTrainer", "TPOTrainer"})
+# TRL's trainers that generate in `_prepare_inputs` itself and keep the order of the prompts.
+GENERATE_IN_ORDER = frozenset({"A2POTrainer"})
 
 
 class LoRAMoETrainerMixin:
@@ -32,8 +40,8 @@ class LoRAMoETrainerMixin:
         class MyTrainer(LoRAMoETrainerMixin, SFTTrainer): ...
 
     A column `task_type` of the data sets (see `TaskTypeCollator`) reaches the model, also where the trainer calls it
-    with arguments of its own choice, packs samples (TRL's "bfd" and "bfd_split") or flattens them. The balance term is
-    added to the loss that `compute_loss` returns, in training only; the micro-batches of an accumulated batch count
+    with arguments of its own choice, packs samples (TRL's "bfd" and "bfd_split"), flattens them or generates answers.
+    The balance term is added to the loss that `compute_loss` returns, in training only; the micro-batches of an accumulated batch count
     equally, and all passes of one `compute_loss` form one batch. A micro-batch without label tokens has a task loss of
     zero, and its term. A `RouterCallback` among the callbacks adds its numbers to the trainer's log, which also has
     the parts of `loss`: the task loss `model_loss` and the weighted `balance_loss`. With a model without LoRAMoE
@@ -60,8 +68,9 @@ class LoRAMoETrainerMixin:
 
     Raises:
         TypeError: an option is not a number.
-        ValueError: FSDP 1 with `use_orig_params=False`, context or sequence parallelism, "wrapped" packing, a
-            `compute_loss` that passes the adapted model by, bad anchors, an option that is out of its range or has no
+        ValueError: FSDP 1 with `use_orig_params=False`, context or sequence parallelism, rollouts by vLLM, "wrapped"
+            packing, a `compute_loss` that passes the adapted model by, an optimizer step without the balance term
+            (the trainer computes its loss elsewhere), rows without a task type, bad anchors, an option that is out of its range or has no
             effect, or an optimizer whose rate is the same for all parameters (LOMO, layer-wise ones, an optimizer or a
             scheduler in DeepSpeed's own configuration) while `router_lr_multiplier` is not 1.
 
@@ -76,7 +85,12 @@ class LoRAMoETrainerMixin:
         1
     """
 
+    # Whether `compute_loss` calls the model with the rows of the batch several times over, first all chosen, then all
+    # rejected answers. None: known for TRL's trainers, False for others.
+    task_types_in_blocks: bool | None = None
     _warned_of_router_rate = False
+    _term_step: int | None = None  # the optimizer step of the last loss that the term was added to
+    _checked_optimizer: Any = None
 
     def __init__(
         self,
@@ -87,6 +101,7 @@ class LoRAMoETrainerMixin:
         anchors_every: int = 1,
         **kwargs: Any,
     ) -> None:
+        _refuse_vllm(type(self).__name__, args, kwargs)
         super().__init__(*args, **kwargs)
         self._added, self._steps_added = {}, 0.0  # to the trainer's loss since it logged, over so many optimizer steps
         config = _config_of(self.model)
@@ -120,7 +135,7 @@ class LoRAMoETrainerMixin:
             task_types = min(1, config.num_groups - 1)
         unlabelled = self._is_unlabelled(inputs)  # before super() takes the labels out
         options = {"return_outputs": return_outputs, "num_items_in_batch": _at_least_one(num_items_in_batch)}
-        with nullcontext() if config is None else collect_balance(model, task_types):
+        with nullcontext() if config is None else find_recorder(model).collect(task_types, self._in_blocks):
             result = super().compute_loss(model, inputs, **options)
             if config is not None and config.balance_loss_weight > 0 and not find_recorder(model).recorded:
                 raise ValueError(
@@ -137,6 +152,7 @@ class LoRAMoETrainerMixin:
         loss = result[0] if return_outputs else result
         if unlabelled is not None:  # the mean over no labels is not a number
             loss = torch.where(unlabelled.to(loss.device) & loss.isnan(), torch.zeros_like(loss), loss)
+        self._term_step = self.state.global_step
         added = {"balance_loss": None if config is None else balance_loss(model), "anchor_loss": anchor_loss}
         for name, term in added.items():
             if term is not None:
@@ -153,6 +169,9 @@ class LoRAMoETrainerMixin:
         _, options = self.optimizer_cls_and_kwargs or (None, {})
         given = self.optimizer is not None or "params" in options
         optimizer = super().create_optimizer(*(() if model is None else (model,)))
+        if isinstance(optimizer, torch.optim.Optimizer) and optimizer is not self._checked_optimizer:
+            self._checked_optimizer = optimizer
+            optimizer.register_step_pre_hook(lambda *_: self._check_term())
         if not _has_router_rates(trained):
             return optimizer
         if not given:
@@ -180,6 +199,13 @@ class LoRAMoETrainerMixin:
         for callback in self._router_callbacks():
             logs = {**logs, **callback.take()}
         super().log(logs, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's step of an evaluation, which needs no task types."""
+        if isinstance(inputs, Mapping) and "task_types" in inputs:
+            inputs = copy.copy(inputs)
+            inputs.pop("task_types")
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         """As the trainer's, with `task_types` in the batches."""
@@ -247,6 +273,55 @@ class LoRAMoETrainerMixin:
         dataset = prepare(**call)
         return _pack(dataset, options) if packing else dataset
 
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        batch = super()._prepare_inputs(inputs)
+        config = _config_of(self.model)
+        if config is None or not _are_typed_prompts(inputs) or "task_types" in batch:
+            return batch
+        if _is_named(self, GENERATE_IN_ORDER):
+            return self._with_types(inputs, batch)
+        raise ValueError(
+            f"{type(self).__name__}._prepare_inputs turns examples into a batch, and nothing tells which of its rows "
+            f"comes from which example. Have it return task_types, one for each row, or leave the column {COLUMN} out."
+        )
+
+    def _generate_and_score_completions(self, inputs: list[Mapping[str, Any]]) -> Any:
+        return self._with_types(inputs, super()._generate_and_score_completions(inputs))
+
+    def _prepare_training_batch(self, inputs: list[Mapping[str, Any]]) -> Any:
+        return self._with_types(inputs, super()._prepare_training_batch(inputs))
+
+    def _with_types(self, examples: list[Mapping[str, Any]], batch: dict[str, Any]) -> dict[str, Any]:
+        """Add `task_types` to a batch whose rows are generated from the examples, one from each, in their order."""
+        config = _config_of(self.model)
+        types = None if config is None else example_types(examples, config)
+        if types is None:
+            return batch
+        ids = batch["prompt_ids" if "prompt_ids" in batch else "input_ids"]
+        if len(ids) != len(examples):
+            raise ValueError(
+                f"{type(self).__name__} made {len(ids)} rows of {len(examples)} prompts, and nothing tells which row "
+                f"comes from which prompt; leave the column {COLUMN} out."
+            )
+        if any(known.dim() > 0 for known in types):
+            raise ValueError(f"A prompt has a list in {COLUMN}; answers are generated for prompts of one type only.")
+        batch["task_types"] = torch.stack(types).to(ids.device)
+        return batch
+
+    @property
+    def _in_blocks(self) -> bool:
+        return _is_named(self, IN_BLOCKS) if self.task_types_in_blocks is None else self.task_types_in_blocks
+
+    def _check_term(self) -> None:
+        """Refuse an optimizer step without the balance term in its gradient."""
+        config = _config_of(self.model)
+        if config is not None and config.balance_loss_weight > 0 and self._term_step != self.state.global_step:
+            raise ValueError(
+                f"{type(self).__name__} is about to take an optimizer step whose loss has no balance term, because it "
+                "does not come from compute_loss in training mode: some trainers, TRL's OnlineDPOTrainer for one, "
+                "compute it elsewhere. Use a trainer of the table in docs/training.md, or set balance_loss_weight=0."
+            )
+
     def _accumulation_weight(self, num_items_in_batch: Tensor | int | None) -> float:
         """The weight of this micro-batch's term and anchors, such that those of an accumulated batch count equally."""
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
@@ -285,6 +360,32 @@ def _at_least_one(num_items_in_batch: Tensor | int | None) -> Tensor | int | Non
     if isinstance(num_items_in_batch, Tensor):
         return num_items_in_batch.clamp(min=1)
     return num_items_in_batch if num_items_in_batch is None else max(num_items_in_batch, 1)
+
+
+def _is_named(trainer: LoRAMoETrainerMixin, names: frozenset[str]) -> bool:
+    return any(parent.__name__ in names for parent in type(trainer).__mro__)
+
+
+def _are_typed_prompts(inputs: Any) -> bool:
+    """Whether these are the examples themselves, as trainers get them that generate answers."""
+    return isinstance(inputs, list) and any(isinstance(example, Mapping) and COLUMN in example for example in inputs)
+
+
+def _refuse_vllm(trainer: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Refuse TRL's rollouts by vLLM, which would merge the adapter, before vLLM is started."""
+    values = (*args, *kwargs.values())
+    arguments = next((value for value in values if isinstance(value, TrainingArguments)), None)
+    model = kwargs.get("model", args[0] if args else None)
+    adapted = isinstance(model, nn.Module) and _config_of(model) is not None
+    if not adapted and not any(isinstance(value, LoRAMoEConfig) for value in values):
+        return
+    # Trainers without the option, the asynchronous ones, always generate with the server that they are given.
+    if getattr(arguments, "use_vllm", hasattr(arguments, "vllm_server_base_url")):
+        advice = "set use_vllm=False" if hasattr(arguments, "use_vllm") else "use GRPOTrainer or DistillationTrainer"
+        raise ValueError(
+            f"{trainer} would generate with vLLM, to which TRL sends weights with the adapter merged into them. "
+            f"LoRAMoE adapters cannot be merged: {advice}, so that the model itself generates."
+        )
 
 
 def _check_parallelism(accelerator: Any) -> None:
