@@ -313,7 +313,8 @@ class Recorder:
         balanced = {r.adapter for r in recording.records if self.configs[r.adapter].balance_loss_weight > 0}
         if not recording.training or not balanced:
             return output
-        if recording.carries_gradient and recording.batch.task_types is None and any(self.configs[name].num_groups > 1 for name in balanced):
+        untyped = recording.carries_gradient and recording.batch.task_types is None
+        if untyped and any(self.configs[name].num_groups > 1 for name in balanced):
             self._warn(
                 "balance_loss_weight > 0, but the model was called without task_types: every sample counts as of "
                 "unknown "
@@ -397,9 +398,9 @@ def _thread_ident() -> int:
 def _check_rows(task_types: Any, rows: int) -> None:
     if not isinstance(task_types, int) and len(task_types) != rows:
         raise ValueError(
-            f"The model was called with {rows} rows, but the batch has {len(task_types)} task types, and nothing tells "
-            "which row is of which type. Have compute_loss call the model with the rows of the batch. If it calls it "
-            "with all of them several times over, first all chosen, then all rejected answers, set "
+            f"The model was called with {rows} rows, but the batch has {len(task_types)} task types, and nothing "
+            "tells which row is of which type. Have compute_loss call the model with the rows of the batch. If it "
+            "calls it with all of them several times over, first all chosen, then all rejected answers, set "
             "task_types_in_blocks = True in the trainer's class."
         )
 

@@ -26,7 +26,7 @@ from .optimizer import router_multipliers, routers_share_a_group, set_router_rat
 
 
 # TRL's trainers whose loss calls the model with the rows of the batch several times over: all chosen answers, then all
-# rejected ones. tests/training/test_every_trainer.py has each of them.
+# rejected ones.
 IN_BLOCKS = frozenset({"DPOTrainer", "CPOTrainer", "ORPOTrainer", "RewardTrainer", "TPOTrainer"})
 # TRL's trainers that generate in `_prepare_inputs` itself and keep the order of the prompts.
 GENERATE_IN_ORDER = frozenset({"A2POTrainer"})
@@ -41,11 +41,15 @@ class LoRAMoETrainerMixin:
 
     A column `task_type` of the data sets (see `TaskTypeCollator`) reaches the model, also where the trainer calls it
     with arguments of its own choice, packs samples (TRL's "bfd" and "bfd_split"), flattens them or generates answers.
-    The balance term is added to the loss that `compute_loss` returns, in training only; the micro-batches of an accumulated batch count
-    equally, and all passes of one `compute_loss` form one batch. A micro-batch without label tokens has a task loss of
-    zero, and its term. A `RouterCallback` among the callbacks adds its numbers to the trainer's log, which also has
-    the parts of `loss`: the task loss `model_loss` and the weighted `balance_loss`. With a model without LoRAMoE
-    layers the trainer is the plain one.
+    The balance term is added to the loss that `compute_loss` returns, in training only; the micro-batches of an
+    accumulated batch count equally, and all passes of one `compute_loss` form one batch. An optimizer step whose loss
+    does not have the term is refused. A micro-batch without label tokens has a task loss of zero, and its term. A
+    `RouterCallback` among the callbacks adds its numbers to the trainer's log, which also has the parts of `loss`: the
+    task loss `model_loss` and the weighted `balance_loss`. With a model without LoRAMoE layers the trainer is the
+    plain one.
+
+    A trainer of your own whose `compute_loss` calls the model with the rows of the batch several times over, first all
+    chosen, then all rejected answers, sets `task_types_in_blocks = True` in its class.
 
     Anchors are short texts that stand for what the model knows (`sample_anchors`). Every training micro-batch draws a
     few of them for a forward pass of their own, as samples of type 0: the balance term is computed over both. Samples
@@ -70,9 +74,9 @@ class LoRAMoETrainerMixin:
         TypeError: an option is not a number.
         ValueError: FSDP 1 with `use_orig_params=False`, context or sequence parallelism, rollouts by vLLM, "wrapped"
             packing, a `compute_loss` that passes the adapted model by, an optimizer step without the balance term
-            (the trainer computes its loss elsewhere), rows without a task type, bad anchors, an option that is out of its range or has no
-            effect, or an optimizer whose rate is the same for all parameters (LOMO, layer-wise ones, an optimizer or a
-            scheduler in DeepSpeed's own configuration) while `router_lr_multiplier` is not 1.
+            (the trainer computes its loss elsewhere), rows without a task type, bad anchors, an option that is out of
+            its range or has no effect, or an optimizer whose rate is the same for all parameters (LOMO, layer-wise
+            ones, an optimizer or a scheduler in DeepSpeed's own configuration) while `router_lr_multiplier` is not 1.
 
     Example:
         >>> from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -85,9 +89,7 @@ class LoRAMoETrainerMixin:
         1
     """
 
-    # Whether `compute_loss` calls the model with the rows of the batch several times over, first all chosen, then all
-    # rejected answers. None: known for TRL's trainers, False for others.
-    task_types_in_blocks: bool | None = None
+    task_types_in_blocks: bool | None = None  # None: as known for TRL's trainers, False for others
     _warned_of_router_rate = False
     _term_step: int | None = None  # the optimizer step of the last loss that the term was added to
     _checked_optimizer: Any = None
@@ -290,6 +292,11 @@ class LoRAMoETrainerMixin:
 
     def _prepare_training_batch(self, inputs: list[Mapping[str, Any]]) -> Any:
         return self._with_types(inputs, super()._prepare_training_batch(inputs))
+
+    def _get_model_forward_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # GOLDTrainer passes on what it does not know, also to `generate`, which needs no types.
+        given = super()._get_model_forward_kwargs(*args, **kwargs)
+        return {name: value for name, value in given.items() if name != "task_types"}
 
     def _with_types(self, examples: list[Mapping[str, Any]], batch: dict[str, Any]) -> dict[str, Any]:
         """Add `task_types` to a batch whose rows are generated from the examples, one from each, in their order."""

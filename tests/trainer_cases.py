@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pkgutil
 import random
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,11 @@ import transformers
 import trl
 from datasets import Dataset
 from peft import TaskType
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DataCollatorForSeq2Seq,
     LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -48,6 +51,7 @@ OPTIONS = dict(
     per_device_eval_batch_size=4,
     gradient_accumulation_steps=MICRO_BATCHES,
     max_steps=2,
+    seed=5,  # every micro-batch has several types
     learning_rate=1e-3,
     optim="sgd",
     max_grad_norm=0.0,
@@ -69,7 +73,8 @@ class Case:
     Attributes:
         columns: of the data set; `task_type` is added.
         options: of the training arguments, beside `OPTIONS`.
-        given: further arguments of the trainer, made anew for each.
+        given: makes further arguments of the trainer, anew for each; it gets a folder.
+        evaluates: whether the trainer has an evaluation.
         model: a model with an adapter of this `balance_loss_weight`.
         stub: a context that stands for what is not installed, such as a server.
         note: what the table says beside the outcome.
@@ -77,7 +82,8 @@ class Case:
 
     columns: dict[str, list]
     options: dict[str, Any] = field(default_factory=dict)
-    given: Any = dict
+    given: Any = None
+    evaluates: bool = True
     model: Any = None
     stub: Any = nullcontext
     note: str = ""
@@ -111,24 +117,45 @@ def chat_tokenizer():
     return tokenizer
 
 
-def tokenized():
+def tokenized(folder):
     return {"processing_class": tiny_tokenizer()}
 
 
-def collated():
+def collated(folder):
     return {"data_collator": DataCollatorForSeq2Seq(tiny_tokenizer())}
 
 
-def rewarded():
-    return {**tokenized(), "reward_funcs": lambda completions, **_: [float(len(c) % 3) for c in completions]}
+def rewarded(folder):
+    return {**tokenized(folder), "reward_funcs": lambda completions, **_: [float(len(c) % 3) for c in completions]}
 
 
-def binary_rewarded():
-    return {**tokenized(), "reward_funcs": lambda completions, **_: [float(len(c) % 2) for c in completions]}
+def binary_rewarded(folder):
+    return {**tokenized(folder), "reward_funcs": lambda completions, **_: [float(len(c) % 2) for c in completions]}
 
 
-def taught():
+def taught(folder):
     return {"processing_class": chat_tokenizer(), "teacher_model": tiny_llama(seed=5)}
+
+
+def taught_from_folder(folder):
+    given = taught(folder)
+    for saved in given.values():
+        saved.save_pretrained(folder / "teacher")
+    given["teacher_model"].config._name_or_path = str(folder / "teacher")
+    return given
+
+
+def taught_by_bytes(folder):
+    """With a tokenizer of bytes, whose merges are w0 to w4."""
+    characters = ["w", *"0123456789", "\u0120"]  # the last is how a space is written
+    vocabulary = {f"w{i}": i for i in range(5)} | {c: 5 + i for i, c in enumerate(characters)}
+    model = models.BPE(vocabulary, [("w", str(i)) for i in range(5)])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w1", padding_side="left")
+    fast.chat_template = chat_tokenizer().chat_template
+    return {"processing_class": fast, "teacher_model": tiny_llama(seed=5)}
 
 
 class TeacherServer:
@@ -142,7 +169,10 @@ class TeacherServer:
         answers = [s[p:] for s, p in zip(sequences, prompt_lengths)]
         logprobs = [[[-1.0] * top_logprobs] * n for n in lengths]
         tokens = [[[token] * top_logprobs for token in answer] for answer in answers]
-        actual = {"actual_logprobs": [[[-1.0]] * n for n in lengths], "actual_token_ids": [[[t] for t in a] for a in answers]}
+        actual = {
+            "actual_logprobs": [[[-1.0]] * n for n in lengths],
+            "actual_token_ids": [[[t] for t in a] for a in answers],
+        }
         return {"logprobs": logprobs, "logprob_token_ids": tokens, **actual}
 
 
@@ -171,12 +201,14 @@ CASES = {
     "trl.experimental.distillation.DistillationTrainer": Case(PROMPTED, {"max_completion_length": 4}, taught),
     "trl.experimental.gkd.GKDTrainer": Case({"messages": MESSAGES}, {"max_new_tokens": 4}, taught),
     "trl.experimental.gmpo.GMPOTrainer": Case(PROMPTED, GENERATES, rewarded),
-    "trl.experimental.gold.GOLDTrainer": Case({"messages": MESSAGES}, {"max_completion_length": 4}, taught),
-    "trl.experimental.iw_opd.IWOPDTrainer": Case({"messages": MESSAGES}, {"max_completion_length": 4}, taught),
+    "trl.experimental.gold.GOLDTrainer": Case({"messages": MESSAGES}, {"max_completion_length": 4}, taught_by_bytes),
+    "trl.experimental.iw_opd.IWOPDTrainer": Case(
+        {"messages": MESSAGES}, {"max_completion_length": 4}, taught_from_folder
+    ),
     "trl.experimental.kto.KTOTrainer": Case(
         {"prompt": PROMPTS, "completion": CHOSEN, "label": [True, False] * 4}, given=tokenized
     ),
-    "trl.experimental.online_dpo.OnlineDPOTrainer": Case(PROMPTED, {"max_new_tokens": 4}, rewarded),
+    "trl.experimental.online_dpo.OnlineDPOTrainer": Case(PROMPTED, {"max_new_tokens": 4}, rewarded, evaluates=False),
     "trl.experimental.orpo.ORPOTrainer": Case(PAIRED, given=tokenized),
     "trl.experimental.sdft.SDFTTrainer": Case(
         {**PROMPTED, "privileged_context": CHOSEN}, {**GENERATES, "distillation_topk": 8}, tokenized
@@ -209,9 +241,9 @@ def shipped() -> dict[str, type]:
             continue
         package = "trl" if info.name.startswith("trl.trainer.") else ".".join(info.name.split(".")[:3])
         for name, value in vars(module).items():
-            if inspect.isclass(value) and issubclass(value, Trainer) and value.__module__ == info.name:
-                if not name.startswith("_"):
-                    found[f"{package}.{name}"] = value
+            own = inspect.isclass(value) and value.__module__ == info.name and not name.startswith("_")
+            if own and issubclass(value, Trainer):
+                found[f"{package}.{name}"] = value
     return found
 
 
@@ -266,14 +298,14 @@ def build(name: str, folder, mixin: bool, weight: float = WEIGHT, **options):
         args=arguments(output_dir=str(folder), **{**OPTIONS, **case.options, **options}),
         train_dataset=dataset,
         eval_dataset=dataset,
-        **case.given(),
+        **case.given(folder),
     )
 
 
-def run(name: str, folder, mixin: bool, weight: float = WEIGHT) -> Steps:
+def run(name: str, folder, mixin: bool, weight: float = WEIGHT, **options) -> Steps:
     """Evaluate, then train for two steps."""
     with CASES[name].stub():
-        trainer = build(name, folder, mixin, weight)
+        trainer = build(name, folder, mixin, weight, **options)
         micro_batches = []
         compute_loss = trainer.compute_loss
 
@@ -296,7 +328,7 @@ def run(name: str, folder, mixin: bool, weight: float = WEIGHT) -> Steps:
         trainer.add_callback(first)
         torch.manual_seed(3)
         random.seed(3)
-        evaluated = trainer.evaluate().get("eval_loss")
+        evaluated = trainer.evaluate()["eval_loss"] if CASES[name].evaluates else None
         torch.manual_seed(4)
         random.seed(4)
         trainer.train()
@@ -323,15 +355,23 @@ def gradient_of_terms(name: str, micro_batches: list[list[dict[str, torch.Tensor
     return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, values, gradients)}
 
 
-def outcome(name: str, folder) -> str:
-    """"works", or the sentence with which the mixin refuses; an error where the gradient is not right."""
+def outcome(name: str, folder, **options) -> str:
+    """ "works", or the sentence with which the mixin refuses; an error where the gradient is not right.
+
+    Args:
+        name: of the trainer.
+        folder: for its files.
+        options: further training arguments.
+    """
     try:
-        balanced = run(name, folder, True)
+        with warnings.catch_warnings(record=True) as caught:
+            balanced = run(name, folder, True, **options)
     except ValueError as error:
         if "LoRAMoE" not in str(error):
             raise
         return str(error)
-    plain = run(name, folder, False, 0.0)
+    assert not [w for w in caught if "task_type" in str(w.message)]
+    plain = run(name, folder, False, 0.0, **options)
     assert balanced.taken == plain.taken == 2
     assert balanced.evaluated == plain.evaluated
     assert len(balanced.micro_batches) == MICRO_BATCHES and all(balanced.micro_batches)
