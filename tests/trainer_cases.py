@@ -77,7 +77,7 @@ class Case:
         evaluates: whether the trainer has an evaluation.
         model: a model with an adapter of this `balance_loss_weight`.
         stub: a context that stands for what is not installed, such as a server.
-        note: what the table says beside the outcome.
+        note: how it worked, for the table.
     """
 
     columns: dict[str, list]
@@ -356,12 +356,15 @@ def gradient_of_terms(name: str, micro_batches: list[list[dict[str, torch.Tensor
 
 
 def outcome(name: str, folder, **options) -> str:
-    """ "works", or the sentence with which the mixin refuses; an error where the gradient is not right.
+    """Train with the mixin, and check the gradient against the plain trainer's and the term's.
 
     Args:
         name: of the trainer.
         folder: for its files.
         options: further training arguments.
+
+    Returns:
+        "works", or "refused" with the mixin's sentence, as the table has it.
     """
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -369,7 +372,7 @@ def outcome(name: str, folder, **options) -> str:
     except ValueError as error:
         if "LoRAMoE" not in str(error):
             raise
-        return str(error)
+        return f"refused: {error}"
     assert not [w for w in caught if "task_type" in str(w.message)]
     plain = run(name, folder, False, 0.0, **options)
     assert balanced.taken == plain.taken == 2
@@ -382,4 +385,5 @@ def outcome(name: str, folder, **options) -> str:
         torch.testing.assert_close(
             balanced.gradient[parameter], gradient + expected[parameter], atol=2e-6, rtol=1e-4, msg=parameter
         )
-    return "works"
+    note = CASES[name].note
+    return f"works ({note})" if note else "works"

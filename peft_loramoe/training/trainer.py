@@ -89,7 +89,6 @@ class LoRAMoETrainerMixin:
         1
     """
 
-    task_types_in_blocks: bool | None = None  # None: as known for TRL's trainers, False for others
     _warned_of_router_rate = False
     _term_step: int | None = None  # the optimizer step of the last loss that the term was added to
     _checked_optimizer: Any = None
@@ -317,7 +316,8 @@ class LoRAMoETrainerMixin:
 
     @property
     def _in_blocks(self) -> bool:
-        return _is_named(self, IN_BLOCKS) if self.task_types_in_blocks is None else self.task_types_in_blocks
+        # No attribute of the mixin's: it would hide that of the trainer's class, which comes after it.
+        return getattr(self, "task_types_in_blocks", _is_named(self, IN_BLOCKS))
 
     def _check_term(self) -> None:
         """Refuse an optimizer step without the balance term in its gradient."""

@@ -186,3 +186,18 @@ def test_bad_columns_are_refused(collator, rows, error, message):
 def test_names_need_task_type_names():
     with pytest.raises(ValueError, match="contains the name 'facts', but the config has no task_type_names"):
         TaskTypeCollator(padding(), LoRAMoEConfig())(examples(["facts"]))
+
+
+def test_examples_that_the_collator_returns_keep_their_column():
+    # the collator of trainers that generate answers to prompts
+    examples = [{"prompt": "w5", "task_type": "tasks"}, {"prompt": "w6", "task_type": None}]
+    config = LoRAMoEConfig(task_type_names=["facts", "tasks"])
+    assert TaskTypeCollator(lambda given: given, config)(examples) == examples
+    with pytest.raises(ValueError, match="unknown name 'others'"):
+        TaskTypeCollator(lambda given: given, config)([{"prompt": "w5", "task_type": "others"}])
+
+
+@pytest.mark.parametrize("collator", [tuple, lambda given: [dict(example) for example in given]])
+def test_a_collator_that_leaves_no_place_for_types_is_refused(collator):
+    with pytest.raises(TypeError, match="The collator returned a (tuple|list), beside which"):
+        TaskTypeCollator(collator, LoRAMoEConfig())([{"prompt": "w5", "task_type": 1}])
