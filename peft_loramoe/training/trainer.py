@@ -170,9 +170,10 @@ class LoRAMoETrainerMixin:
         _, options = self.optimizer_cls_and_kwargs or (None, {})
         given = self.optimizer is not None or "params" in options
         optimizer = super().create_optimizer(*(() if model is None else (model,)))
-        if isinstance(optimizer, torch.optim.Optimizer) and optimizer is not self._checked_optimizer:
-            self._checked_optimizer = optimizer
-            optimizer.register_step_pre_hook(lambda *_: self._check_term())
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it, before a second call of train
+        if isinstance(inner, torch.optim.Optimizer) and inner is not self._checked_optimizer:
+            self._checked_optimizer = inner
+            inner.register_step_pre_hook(lambda *_: self._check_term())
         if not _has_router_rates(trained):
             return optimizer
         if not given:

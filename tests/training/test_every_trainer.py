@@ -40,7 +40,10 @@ VARIANTS = {
     "GKD, answers of the data": ("trl.experimental.gkd.GKDTrainer", {"lmbda": 0.0}),
     "GKD, answers of the teacher": ("trl.experimental.gkd.GKDTrainer", {"lmbda": 0.0, "seq_kd": True}),
     "GOLD, answers of the data": ("trl.experimental.gold.GOLDTrainer", {"lmbda": 0.0}),
-    "IWOPD, answers of the data": ("trl.experimental.iw_opd.IWOPDTrainer", {"lmbda": 0.0}),
+    "IWOPD, answers of the data": (
+        "trl.experimental.iw_opd.IWOPDTrainer",
+        {"lmbda": 0.0, "distillation_objective": "jsd"},
+    ),
     "SDFT, answers of the teacher": ("trl.experimental.sdft.SDFTTrainer", {"generate_from_teacher": True}),
     "SDPO, policy loss too": ("trl.experimental.sdpo.SDPOTrainer", {"distillation_weight": 0.5}),
 }
