@@ -259,6 +259,15 @@ def mixed(trainer_class: type) -> type:
     return type(f"LoRAMoE{trainer_class.__name__}", (LoRAMoETrainerMixin, trainer_class), {})
 
 
+def importable(name: str) -> bool:
+    """Whether the trainer's module can be imported with the installed transformers."""
+    try:
+        load(name)
+    except ImportError:
+        return False
+    return True
+
+
 class FirstGradient(TrainerCallback):
     """Keeps the gradient of the first optimizer step."""
 
