@@ -49,6 +49,8 @@ def run(options: Namespace) -> None:
     disable_progress_bars()  # of datasets: those of steps that take no time
     # The new names do not exist in all supported versions of transformers, and PEFT uses the old ones too.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+    if options.gguf_file is not None:  # PEFT looks for a config.json to compare sizes of vocabularies with
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
     check_output_folder(options.output_dir)
     checkpoint = checkpoint_to_resume(options)
     trainer, measured = build(options)

@@ -104,7 +104,9 @@ def test_an_adapter_trained_on_a_gguf_file_loads_again(gguf_folder, tmp_path, ca
     command = ["train", "--model", str(gguf_folder), *gguf, "--train-file", str(tmp_path / "train.jsonl")]
     assert main([*command, "-o", str(out), "--max-steps", "1", "--no-bf16", "--device", "cpu"]) == 0
     load = f'from_pretrained("{gguf_folder}", gguf_file="tiny.gguf")'
-    assert load in capsys.readouterr().out and load in (out / "README.md").read_text()
+    printed, errors = capsys.readouterr()
+    assert load in printed and load in (out / "README.md").read_text()
+    assert "Could not find a config file" not in errors
     assert main(["trace", str(out), "--text", "w5", "--device", "cpu", *gguf]) == 0
     assert main(["trace", str(out), "--text", "w5", "--device", "cpu"]) == 2
     assert f"--base-model {gguf_folder} holds GGUF files only; choose one of them with" in capsys.readouterr().err
