@@ -30,7 +30,8 @@ class BaseModel:
         flag: the option that names it, for messages.
         load_in_4bit: quantise the weights to NF4 with bitsandbytes.
         dtype: of the weights that are not quantised: a name, or "auto" for that of the file.
-        compute_dtype: that quantised weights are multiplied in: a name.
+        compute_dtype: that quantised weights are multiplied in: a name; None for bfloat16, on a CPU float32, since
+            many CPUs are slow in bfloat16.
         device: None for the GPU, if there is one.
         gguf_file: name of a GGUF file in the folder or repository, whose weights are dequantised.
         revision: branch, tag or commit of the repository.
@@ -40,7 +41,7 @@ class BaseModel:
     flag: str = "--model"
     load_in_4bit: bool = False
     dtype: str = "auto"
-    compute_dtype: str = "bfloat16"
+    compute_dtype: str | None = None
     device: str | None = None
     gguf_file: str | None = None
     revision: str = "main"
@@ -88,7 +89,7 @@ class BaseModel:
         Raises:
             ValueError: it cannot be loaded.
         """
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = self._device
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         arguments = {
             "dtype": dtype,
@@ -137,6 +138,10 @@ class BaseModel:
             raise ValueError(f"--device {self.device}: there is no such GPU; torch finds {count}.")
 
     @property
+    def _device(self) -> str:
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
     def _source(self) -> dict[str, str]:
         """Arguments that tell transformers where to read from, next to the name."""
         gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
@@ -146,11 +151,12 @@ class BaseModel:
         """How to quantise; `storage` is the dtype of the packed weights, one for all in a shard."""
         if not self.load_in_4bit:
             return None
+        compute_dtype = self.compute_dtype or ("float32" if self._device == "cpu" else "bfloat16")
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, self.compute_dtype),
+            bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
             bnb_4bit_quant_storage=storage,
         )
 

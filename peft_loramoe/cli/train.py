@@ -77,7 +77,7 @@ TRAINING_OPTIONS = {
         False,
         "put several samples into a row in place of padding; they do not see each other",
     ),
-    "bf16": ("bf16", bool, True, "load the model in bfloat16 and train under bfloat16 autocast"),
+    "bf16": ("bf16", bool, None, "load the model in bfloat16 and train under bfloat16 autocast"),
     "gradient-checkpointing": ("gradient_checkpointing", bool, True, "recompute activations in the backward pass"),
     "logging-steps": ("logging_steps", float, 10, "steps between two log entries; below 1, a share of all steps"),
     "save-steps": ("save_steps", float, 500, "the same for checkpoints, of which the last two are kept; 0 for none"),
@@ -169,7 +169,8 @@ def add_arguments(parser: Parser) -> None:
     training = parser.add_argument_group("training")
     for flag, (_, kind, default, text) in TRAINING_OPTIONS.items():
         parse = {"action": switch} if kind is bool else {"type": kind, "metavar": "N" if kind is not str else "NAME"}
-        training.add_argument(f"--{flag}", default=default, help=f"{text} (default: {default})", **parse)
+        shown = "not on CPUs, many of which are slow in it" if default is None else default
+        training.add_argument(f"--{flag}", default=default, help=f"{text} (default: {shown})", **parse)
     training.add_argument(
         "--loraplus-ratio", type=positive_number, metavar="N", help="B learns this many times faster than A (LoRA+)"
     )
@@ -252,13 +253,27 @@ def adapter_config(options: Namespace) -> LoRAMoEConfig:
         ) from error
 
 
+def on_cpu(options: Namespace) -> bool:
+    """Whether there is no accelerator, or it is not to be used."""
+    import torch
+
+    accelerator = getattr(torch, "accelerator", torch.cuda)  # torch 2.5 has none
+    return options.device == "cpu" or not accelerator.is_available()
+
+
+def in_bfloat16(options: Namespace) -> bool:
+    """Whether the model is loaded and trained in bfloat16."""
+    return options.bf16 if options.bf16 is not None else not on_cpu(options)
+
+
 def training_config(options: Namespace, **more: Any) -> SFTConfig:
     """SFTConfig of the flags; `more` is what the data call for."""
     import torch
     from trl import SFTConfig
 
-    cpu = options.device == "cpu" or not torch.accelerator.is_available()
+    cpu = on_cpu(options)
     chosen = {name: getattr(options, flag.replace("-", "_")) for flag, (name, *_) in TRAINING_OPTIONS.items()}
+    chosen["bf16"] = in_bfloat16(options)
     fixed = {
         "output_dir": str(options.output_dir),
         "per_device_eval_batch_size": options.batch_size,

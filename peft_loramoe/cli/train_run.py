@@ -33,7 +33,7 @@ from ..training.retention import Retention, measure_retention
 from ..training.sft import LoRAMoESFTTrainer, marked_chat_template
 from . import tables
 from .base_model import BaseModel
-from .train import adapter_config, training_config
+from .train import adapter_config, in_bfloat16, training_config
 
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ def say_what_is_cut(tokens: Tokenized, records: int, name: str, limit: int | Non
 
 def base_model(options: Namespace) -> BaseModel:
     """The base model and how it is loaded."""
-    dtype = options.dtype or ("bfloat16" if options.bf16 else "float32")
+    dtype = options.dtype or ("bfloat16" if in_bfloat16(options) else "float32")
     return BaseModel.of(options, options.model, dtype=dtype)
 
 

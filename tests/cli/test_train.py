@@ -19,8 +19,8 @@ from peft_loramoe import LoRAMoEConfig
 from peft_loramoe.cli import main
 from peft_loramoe.cli.arguments import build_parser
 from peft_loramoe.cli.train import adapter_config, config_fields, training_config
+from peft_loramoe.cli.train_run import base_model, checkpoint_to_resume, read_data, split_anchors
 from peft_loramoe.cli.train_run import build as build_run
-from peft_loramoe.cli.train_run import checkpoint_to_resume, read_data, split_anchors
 
 
 NAMES = ["facts", "skills"]
@@ -361,6 +361,13 @@ def test_router_and_b_may_learn_at_their_own_rates(trainer):
     rates = {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}
     assert rates == {"A": 0.01, "B": 0.08, "router": 0.5}
     assert type(built.optimizer) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize(("flags", "bf16"), [(["--device", "cpu"], False), (["--device", "cpu", "--bf16"], True)])
+def test_bfloat16_has_to_be_asked_for_on_a_cpu(flags, bf16, tmp_path):
+    options = parse("--output-dir", str(tmp_path / "out"), *flags)
+    assert training_config(options).bf16 is bf16
+    assert base_model(options).dtype == ("bfloat16" if bf16 else "float32")
 
 
 def test_adapter_of_a_quantised_model_stays_float32(trainer):
