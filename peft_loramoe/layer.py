@@ -26,8 +26,8 @@ class Recorder(Protocol):
     def record(self, adapter: str, layer: str, groups: ExpertGroups, trained: bool, probabilities: Tensor) -> None:
         """Take the router probabilities of one use of the layer, shape (..., N)."""
 
-    def tokens_per_row(self, tokens: int, layer: str) -> int | None:
-        """Tokens in each row of the batch, for a layer that sees `tokens` of them, flattened."""
+    def entries_per_row(self, tokens: tuple[int, ...], layer: str) -> int | None:
+        """Neighbours in the first dimension of a layer's input that belong to one row; None if nothing tells."""
 
 
 CANNOT_MERGE = (
@@ -167,11 +167,17 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
             )
 
     def _forward_per_sample(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
-        if len(x) != len(adapter_names):  # some models flatten batch and sequence before their feed-forward layers
-            width = (
-                self.recorder.tokens_per_row(len(x), self.name) if self.recorder is not None and x.dim() == 2 else None
+        # Some models flatten batch and sequence before their feed-forward layers.
+        entries = 1 if self.recorder is None else self.recorder.entries_per_row(tuple(x.shape[:-1]), self.name)
+        if entries is None and len(set(adapter_names)) > 1:
+            raise ValueError(
+                f"Nothing tells to which samples the {tuple(x.shape[:-1])} tokens of layer '{self.name}' belong, so "
+                "`adapter_names` cannot differ between the samples: pass one name for all, or leave the layer out "
+                "with exclude_modules."
             )
-            adapter_names = [name for name in adapter_names for _ in range(width or 1)]
+        if entries is None:
+            adapter_names = adapter_names[:1] * len(x)
+        adapter_names = [name for name in adapter_names for _ in range(entries or 1)]
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "

@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .streams import MEDIA, streams_of
+
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _FC = ("fc1", "fc2")
@@ -28,6 +30,8 @@ FEED_FORWARD = {
         ("cohere", "gemma", "gemma2", "gemma3", "gemma3_text", "granite", "llama", "mistral", "ministral"), _GATED
     ),
     **dict.fromkeys(("olmo", "olmo2", "olmo3", "qwen2", "qwen3", "smollm3", "stablelm"), _GATED),
+    # the language models of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Llama 3.2 Vision
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "mllama_text_model"), _GATED),
     **dict.fromkeys(("glm", "glm4", "phi3"), ("gate_up_proj", "down_proj")),
     **dict.fromkeys(("bart", "clip", "m2m_100", "marian", "mbart", "opt", "pegasus", "phi", "siglip", "whisper"), _FC),
     **dict.fromkeys(("gpt2", "gpt_bigcode", "gpt_neo", "starcoder2"), _C_FC),
@@ -164,8 +168,7 @@ def default_targets(
         )
     excluded = EXCLUDED.get(targets) if isinstance(targets, tuple) else None
     also = [] if excluded is None else [rf"(.*\.)?{re.escape(excluded)}"]
-    if model_config.get("model_type") not in mapping:  # known by its text model: leave the other encoders alone
-        also += [rf"(.*\.)?{re.escape(encoder)}\..*" for encoder in sorted(_other_encoders(model, model_config))]
+    also += [rf"(.*\.)?{re.escape(part)}\..*" for part in _parts_for_media(model)]
     # PEFT warns about exclusions that exclude nothing.
     names = [
         name for name, _ in model.named_modules() if f".{name}".endswith(tuple(f".{target}" for target in targets))
@@ -180,17 +183,16 @@ def default_targets(
     return set(targets), "|".join(f"({pattern})" for pattern in also)
 
 
-def _other_encoders(model: nn.Module, model_config: dict[str, Any]) -> set[str]:
-    """Names of the encoders of images or sound in a model that is known by its text model."""
-    others = {
-        value.get("model_type")
-        for key, value in model_config.items()
-        if isinstance(value, dict) and key != "text_config"
-    } - {None}
-    found: list[str] = []
-    for name, module in model.named_modules():
-        if getattr(getattr(module, "config", None), "model_type", None) in others and not name.startswith(
-            tuple(found)
-        ):
-            found.append(f"{name}.")
-    return {name[:-1].rpartition(".")[2] for name in found}
+def _parts_for_media(model: nn.Module) -> list[str]:
+    """Names of the parts of a model that read images or sound beside its text, such as `vision_tower`."""
+    streams = streams_of(model)
+    media = {name: streams.kind(name) == MEDIA for name, module in model.named_modules() if is_linear(module)}
+    text = [name for name, is_media in media.items() if not is_media]
+    parts = set()
+    for name in (name for name, is_media in media.items() if is_media):
+        pieces = name.split(".")
+        above = [".".join(pieces[: i + 1]) for i in range(len(pieces))]
+        # The largest part around the layer that has no layer of the text.
+        part = next(part for part in above if not any(other.startswith(f"{part}.") for other in text))
+        parts.add(part.rpartition(".")[2])
+    return sorted(parts)

@@ -27,8 +27,9 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..config import LoRAMoEConfig
 from ..groups import ExpertGroups
+from ..streams import MEDIA, Streams, streams_of
 from .recording import Record, Recording
-from .samples import Batch, label_tokens, repeat_for_rows
+from .samples import Batch, label_tokens, number_of_rows, repeat_for_rows
 from .terms import Terms, compute_terms, deleted_adapter
 
 
@@ -119,6 +120,7 @@ class Recorder:
 
     def __init__(self, configs: dict[str, LoRAMoEConfig]) -> None:
         self.configs = configs
+        self.streams = Streams()
         self.handles: list[RemovableHandle] = []  # hooks that leave the base model with the recorder
         self._warned: set[str] = set()
         self._threads: dict[int, _Thread] = {}
@@ -126,11 +128,12 @@ class Recorder:
     def __getstate__(self) -> dict[str, Any]:
         # A recording belongs to the graph of its call: copies and pickles start empty.
         copy = Recorder(self.configs)
-        copy.handles, copy._warned = self.handles, self._warned
+        copy.streams, copy.handles, copy._warned = self.streams, self.handles, self._warned
         return copy.__dict__
 
     def install(self, model: nn.Module) -> None:
         """Hook into the base model, and into the model below its head."""
+        self.streams = streams_of(model)
         self._hook(model, self._begin)
         below_head = getattr(model, "base_model", None)
         if isinstance(below_head, nn.Module) and below_head is not model:
@@ -177,18 +180,31 @@ class Recorder:
 
         Without effect outside of a call.
         """
-        if calls := self._thread.calls:
-            calls[-1].recording.records.append(Record(adapter, layer, groups, trained, probabilities))
+        if not (calls := self._thread.calls):
+            return
+        recording = calls[-1].recording
+        if self.streams.kind(layer) == MEDIA:
+            recording.left_out.append(layer)
+        else:
+            recording.records.append(Record(adapter, layer, groups, trained, probabilities))
 
-    def tokens_per_row(self, tokens: int, layer: str) -> int | None:
-        """Tokens in each row of the batch, if a layer that sees `tokens` of them sees the whole batch, flattened."""
+    def entries_per_row(self, tokens: tuple[int, ...], layer: str) -> int | None:
+        """How many neighbours in the first dimension of a layer's input belong to each row of the batch.
+
+        Args:
+            tokens: leading dimensions of the input.
+            layer: name of the layer.
+
+        Returns:
+            None if nothing tells. Outside of a call, as in an encoder that is called on its own, 1.
+        """
         calls = self._thread.calls
-        return calls[-1].recording.batch.row_width(tokens, layer) if calls else None
+        return calls[-1].recording.batch.entries_per_row(tokens, layer) if calls else 1
 
     @property
     def recorded(self) -> bool:
         """Whether an adapted layer was called in the passes that are read next."""
-        return any(recording.records for recording in self._thread.recordings)
+        return any(recording.records or recording.left_out for recording in self._thread.recordings)
 
     def terms(self) -> dict[str, dict[str, Tensor]]:
         """The balance term of each layer, unweighted, by adapter and layer name."""
@@ -287,12 +303,13 @@ class Recorder:
         thread.terms = None
         names = inspect.signature(module.forward).parameters if args else ()
         inputs = {**dict(zip(names, args)), **kwargs}
-        is_encoder_decoder = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
-        batch = Batch(inputs, task_types, is_encoder_decoder)
         if task_types is None and thread.collected_types is not None:
+            rows = number_of_rows(inputs)
             if not thread.in_blocks:
-                _check_rows(thread.collected_types, batch.rows)
-            batch = Batch(inputs, repeat_for_rows(thread.collected_types, batch.rows), is_encoder_decoder)
+                _check_rows(thread.collected_types, rows)
+            task_types = repeat_for_rows(thread.collected_types, rows)
+        frames = getattr(module, "_get_feat_extract_output_lengths", None)
+        batch = Batch(inputs, task_types, self.streams, frames)
         calls.append(_Call(module, Recording(batch, module.training), frame))
         return args, kwargs
 
@@ -306,10 +323,11 @@ class Recorder:
         recording = calls.pop().recording
         recording.check_task_types()
         if thread.collecting:
-            if recording.carries_gradient and recording.records:
+            if recording.carries_gradient and (recording.records or recording.left_out):
                 thread.recordings = [*thread.recordings, recording]
         elif not calls:  # a call inside another one leaves no trace
             thread.recordings = [recording]
+        self._warn_of_left_out(recording)
         balanced = {r.adapter for r in recording.records if self.configs[r.adapter].balance_loss_weight > 0}
         if not recording.training or not balanced:
             return output
@@ -378,6 +396,16 @@ class Recorder:
                 "balance_loss_weight=0."
             )
 
+    def _warn_of_left_out(self, recording: Recording) -> None:
+        if not recording.left_out or not recording.training:
+            return
+        if any(config.balance_loss_weight > 0 for config in self.configs.values()):
+            self._warn(
+                f"The balance term leaves out the {len(set(recording.left_out))} adapted layers that read images or "
+                f"sound, such as '{recording.left_out[0]}': nothing tells for every model which of their tokens "
+                "belong to which row of the batch. The loss alone trains them; exclude_modules leaves them unadapted."
+            )
+
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
@@ -408,7 +436,8 @@ def _check_rows(task_types: Any, rows: int) -> None:
 def _label_tokens(module: nn.Module, recording: Recording) -> Tensor | None:
     """Number of labels in the loss of a call of the model; None if it was given none."""
     batch = recording.batch
-    shifted = LOSS_MAPPING.get(getattr(module, "loss_type", None)) is ForCausalLMLoss and not batch.is_encoder_decoder
+    causal = LOSS_MAPPING.get(getattr(module, "loss_type", None)) is ForCausalLMLoss
+    shifted = causal and not batch.streams.is_encoder_decoder
     return label_tokens(batch.inputs, shifted)
 
 

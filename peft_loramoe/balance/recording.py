@@ -42,6 +42,10 @@ class Recording:
     Args:
         batch: the call's arguments.
         training: whether the model is in training mode.
+
+    Attributes:
+        records: uses of adapted layers, in their order.
+        left_out: names of adapted layers whose tokens belong to no row that could be told.
     """
 
     def __init__(self, batch: Batch, training: bool) -> None:
@@ -49,6 +53,7 @@ class Recording:
         self.training = training
         self.grad_enabled = torch.is_grad_enabled()
         self.records: list[Record] = []
+        self.left_out: list[str] = []
         # Shared by layers that see the same tokens. Found by comparing keys: hashing a shape would make torch.compile
         # take it as fixed.
         self._samples: list[tuple[tuple, Samples]] = []
@@ -86,8 +91,8 @@ class Recording:
 
     def key(self, record: Record) -> tuple:
         """Equal for records of one adapter that see the same tokens."""
-        probabilities, of_decoder = record.probabilities, self.batch.reads_decoder_tokens(record.layer)
-        return record.adapter, probabilities.shape[:-1], probabilities.device, of_decoder
+        probabilities = record.probabilities
+        return record.adapter, probabilities.shape[:-1], probabilities.device, self.batch.reads(record.layer)
 
     def _sum(self, record: Record, values: Tensor) -> tuple[Tensor, Tensor]:
         samples = self._samples_of(record)

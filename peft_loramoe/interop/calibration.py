@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from ..balance.hooks import find_recorder
 from ..balance.samples import Batch, label_tokens, task_type_tensor
 from ..config import LoRAMoEConfig
 from ..layer import LoRAMoELinear
@@ -103,6 +104,7 @@ def _prepare_batch(
     types = inputs.pop("task_types", None)
     if types is not None:
         types = task_type_tensor(types, config.num_groups, config.task_type_names)
+    recorder = find_recorder(model)
     is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not is_encoder_decoder
     if causal and inputs.get("labels") is None and inputs.get("input_ids") is not None:
@@ -111,7 +113,10 @@ def _prepare_batch(
         inputs["labels"] = ids if mask is None or mask.dim() != 2 else ids.masked_fill(mask == 0, -100)
     labels = label_tokens(inputs, shifted=causal)
     return CalibrationBatch(
-        inputs, Batch(inputs, types, is_encoder_decoder), types, 0 if labels is None else int(labels)
+        inputs,
+        Batch(inputs, types, None if recorder is None else recorder.streams),
+        types,
+        0 if labels is None else int(labels),
     )
 
 

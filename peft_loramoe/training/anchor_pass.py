@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 
-from ..balance.samples import Batch
+from ..balance.samples import number_of_rows
 from ..config import LoRAMoEConfig
 from .anchors import check_anchor, check_counts, comparable, read_anchors
 
@@ -254,7 +254,7 @@ def _number_of_samples(inputs: Mapping[str, Any]) -> int:
     if isinstance(positions, Tensor) and positions.dim() == 2:
         second = positions == 1  # every sample has one such token, padding at the end of a packed row none
         return int((second if mask is None else second & (mask != 0)).sum())
-    return Batch(inputs, None, False).rows
+    return number_of_rows(inputs)
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
