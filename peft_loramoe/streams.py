@@ -124,7 +124,10 @@ def _model_types(modules: Mapping[str, nn.Module]) -> dict[str, str | None]:
 
 def _encoder_and_decoder(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> tuple[dict[str, str], str]:
     """What the modules inside of the encoder and the decoder read, by name, and what the encoder reads."""
-    encoder, decoder = model.get_encoder(), model.get_decoder()
+    owner = model if hasattr(model, "get_encoder") else model.base_model  # transformers 4: classifiers have none
+    if not hasattr(owner, "get_encoder"):
+        return {}, TEXT
+    encoder, decoder = owner.get_encoder(), owner.get_decoder()
     signal = getattr(encoder, "main_input_name", "input_ids") not in ("input_ids", "inputs_embeds")
     kinds: dict[str, str] = {}
     for part, other, kind in ((encoder, decoder, SIGNAL if signal else TEXT), (decoder, encoder, DECODER)):

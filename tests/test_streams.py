@@ -1,5 +1,7 @@
 """What the layers of other architectures read, where sizes alone would mislead."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -40,7 +42,7 @@ PADDED = [7, 6, 5]  # real tokens of token_batch()
 
 def build(model_type, options, auto_class="AutoModel"):
     torch.manual_seed(0)
-    return getattr(transformers, auto_class).from_config(CONFIG_MAPPING[model_type](**options))
+    return getattr(transformers, auto_class).from_config(CONFIG_MAPPING[model_type](**copy.deepcopy(options)))
 
 
 def adapt(model, **options):

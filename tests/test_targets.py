@@ -125,7 +125,15 @@ def test_every_architecture_that_the_issue_names_has_an_entry():
         "falcon",
     }
     assert named | {"bert", "roberta", "t5", "vit"} <= set(FEED_FORWARD)
-    assert set(FEED_FORWARD) <= {*CONFIG_MAPPING.keys(), "ministral", "smollm3", "olmo3", "modernbert", "gemma3"}
+    assert set(FEED_FORWARD) <= {
+        *CONFIG_MAPPING.keys(),
+        "ministral",
+        "smollm3",
+        "olmo3",
+        "modernbert",
+        "gemma3",
+        "mllama_text_model",
+    }
 
 
 @pytest.mark.parametrize("targets", [["up_proj"], {"up_proj"}, ("up_proj",), r".*\.up_proj", "all-linear"], ids=str)
