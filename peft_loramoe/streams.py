@@ -25,7 +25,7 @@ SIGNAL = "signal"
 PAIRED = "paired"
 # images or sound that become tokens of the text: how many belong to which row differs from model to model
 MEDIA = "media"
-# tokens in another order than (batch, seq), or others than the batch's
+# tokens in another order than (batch, seq), or none of the batch's
 OTHER = "other"
 
 # Linears of a decoder that read the encoder's tokens.
@@ -41,6 +41,13 @@ OTHER_ORDER = {
     "perceiver": re.compile(r".*"),
     "xlnet": re.compile(r".*\.ff\..*"),
 }
+# Linears that read positions or distances instead of tokens.
+POSITIONS = re.compile(
+    r"(.*\.)?(\w*pos_proj|\w*pos_sine_proj|pos_q_proj|pos_key_proj|pos_query_proj|pos_trans|linear_pos|relative_k_proj"
+    r"|rel_pos(_[xy])?_bias|gru_rel_pos_linear|continuous_position_bias_mlp\.\d+)"
+)
+# The same where DeBERTa projects its distances with the linears that project its tokens (`share_att_key`).
+SHARED_POSITIONS = re.compile(r".*\.(query_proj|key_proj)")
 PLACEHOLDER = re.compile(r"(image|video|audio|speech)_token_(id|index)")
 
 
@@ -95,6 +102,7 @@ def streams_of(model: nn.Module) -> Streams:
         parts, encoder = _encoder_and_decoder(model, modules)
         own = DECODER
     text = _text_among_others(config, types, own)
+    shares_positions = getattr(config, "relative_attention", False) and getattr(config, "share_att_key", False)
     kinds = {}
     for name, module in modules.items():
         if name in parts or module is head:
@@ -107,8 +115,9 @@ def streams_of(model: nn.Module) -> Streams:
             kind = TEXT if text else own
         if kind in (TEXT, DECODER) and CROSS_ATTENTION_INPUT.search(name):
             kind = MEDIA if text and not is_encoder_decoder else ENCODED
-        order = OTHER_ORDER.get(types[name])
-        kinds[name] = OTHER if order is not None and order.fullmatch(name) else kind
+        others = [POSITIONS, OTHER_ORDER.get(types[name]), SHARED_POSITIONS if shares_positions else None]
+        is_other = kind != MEDIA and any(pattern is not None and pattern.fullmatch(name) for pattern in others)
+        kinds[name] = OTHER if is_other else kind
     labels_are_read = is_encoder_decoder and model.can_generate()
     return Streams(kinds, repeated, is_encoder_decoder, encoder, labels_are_read)
 

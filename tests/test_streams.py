@@ -172,6 +172,17 @@ def test_tokens_in_another_order_are_refused(model_type, options, target):
         balance_loss(model)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("options", [{"share_att_key": True}, {"share_att_key": False}], ids=str)
+def test_distances_between_tokens_are_no_tokens(rows, options):
+    relative = {**BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 2, **options}
+    model = adapt(build("deberta-v2", relative), target_modules=["key_proj", "pos_key_proj"])
+    # In a batch of one row, the distances' shape may be that of its tokens.
+    model(**{name: value[:rows, :4] for name, value in token_batch().items()}, task_types=TYPES[:rows])
+    with pytest.raises(ValueError, match=rf"which of the {rows} rows of the batch the .* of layer '.*key_proj'"):
+        balance_loss(model)
+
+
 def test_choices_of_a_row_are_one_sample():
     model = adapt(build("bert", BERT, "AutoModelForMultipleChoice"))
     batch = {name: torch.stack([value, value.flip(0)], 1) for name, value in token_batch().items()}

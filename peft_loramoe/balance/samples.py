@@ -40,6 +40,7 @@ KEPT_INPUTS = (
     "position_ids",
     "seq_idx",
     *BOUNDARIES,
+    "logits_to_keep",
     "num_items_in_batch",
 )
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -163,10 +164,12 @@ class _Grid:
     Attributes:
         real: False for padding, shape (rows, tokens per row), bool.
         is_text: whether these are the tokens that positions, boundaries and types per token speak of.
+        last: how many tokens at the end of each row the layer reads; None for all.
     """
 
     real: Tensor
     is_text: bool = False
+    last: int | None = None
 
 
 class Batch:
@@ -252,7 +255,10 @@ class Batch:
         first[:, :1] = True
         ids = (first if starts is None else first | starts).flatten().cumsum(0) - 1
         token_types = (types if types.dim() == 2 else types[:, None].expand(rows, width)).flatten()
-        return Samples(ids, real.flatten(), types.new_full((slots,), -1).scatter(0, ids, token_types))
+        sample_types = types.new_full((slots,), -1).scatter(0, ids, token_types)
+        if grid.last is not None:
+            ids, real = ids.view(rows, width)[:, -grid.last :].flatten(), real[:, -grid.last :]
+        return Samples(ids, real.flatten(), sample_types)
 
     def entries_per_row(self, tokens: tuple[int, ...], layer: str) -> int | None:
         """How many neighbours in the first dimension of a layer's input belong to each row; None if nothing tells."""
@@ -272,43 +278,45 @@ class Batch:
         kind, repeated = self.reads(layer)
         if kind in (MEDIA, OTHER):
             raise self._refusal(tokens, layer)
-        shape, rows = self._shape(kind), self.rows
-        if shape is not None:
-            *lines, width = shape
-            layouts = (shape, (prod(lines), width), (prod(shape),), (*shape, 1), (*lines, 1, width))
-            if any(_same(tokens, layout) for layout in layouts):
-                return _Grid(self._real(kind, shape), is_text=kind == TEXT)
-            # Inside the blocks, a list of tokens that is not the whole batch is a part of it, as experts get.
-            if _same(tokens, (prod(lines),)) and not repeated:
-                return _Grid(torch.ones(rows, prod(lines[1:]), dtype=torch.bool))
-        if not _same(tokens[:1], (rows,)) or (len(tokens) == 1 and repeated and shape is not None):
+        if (shape := self._shape(kind)) is None:
+            return self._grid_of_rows(kind, tokens, layer)
+        *lines, width = shape
+        layouts = (shape, (prod(lines), width), (prod(shape),), (*shape, 1), (*lines, 1, width))
+        if any(_same(tokens, layout) for layout in layouts):
+            return _Grid(self._real(kind, shape), is_text=kind == TEXT)
+        if not repeated:  # inside the blocks, other tokens are a part of the batch, as experts get, or no text at all
+            if _same(tokens, (prod(lines),)) or _same(tokens, (prod(lines), 1)):
+                return _Grid(torch.ones(self.rows, prod(lines[1:]), dtype=torch.bool))  # pooled
+            last = self.inputs.get("logits_to_keep")
+            if isinstance(last, int) and len(lines) == 1 and _same(tokens, (lines[0], last)):
+                return _Grid(self._real(kind, shape), is_text=kind == TEXT, last=last)
+        raise self._refusal(tokens, layer)
+
+    def _grid_of_rows(self, kind: str, tokens: tuple[int, ...], layer: str) -> _Grid:
+        """Tokens of images, of sound, or of a model that is given no text: the first dimension is the batch."""
+        if not _same(tokens[:1], (self.rows,)):
             raise self._refusal(tokens, layer)
         width = prod(tokens[1:])
-        everything = torch.ones(rows, width, dtype=torch.bool)
-        mask = self.inputs.get("attention_mask")
-        if kind == PAIRED or width == 1:
-            return _Grid(everything)
-        if shape is not None:
-            real = self._real(kind, shape)
-        elif mask is None:
-            return _Grid(everything)
-        elif not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise _unreadable("attention_mask", mask, tokens)
-        elif _same(tokens, tuple(mask.shape)):
-            return _Grid(mask != 0)
-        else:
-            real = mask != 0
-        # They are fewer or more than those that the mask speaks of.
+        everything = _Grid(torch.ones(self.rows, width, dtype=torch.bool))
+        name = "decoder_attention_mask" if kind == DECODER else "attention_mask"
+        mask = self.inputs.get(name)
+        if kind == PAIRED or width == 1 or mask is None:
+            return everything
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise _unreadable(name, mask, tokens)
+        real = mask != 0
+        if _same(tokens, tuple(real.shape)):
+            return _Grid(real)
         if not torch.compiler.is_compiling():
             if kind == SIGNAL and self._frames is not None:
                 frames = self._frames(torch.cat([real.new_tensor([real.shape[1]], dtype=torch.long), real.sum(-1)]))
                 if frames[0] == width:
                     return _Grid(torch.arange(width, device=real.device) < frames[1:, None])
             if bool(real.all()):
-                return _Grid(everything)
+                return everything
         raise ValueError(
-            f"The mask of the {tuple(real.shape)} tokens of the batch does not tell which of the {tokens} tokens of "
-            f"layer '{layer}' are padding. {WHAT_TO_DO}"
+            f"{name} of shape {tuple(real.shape)} does not tell which of the {tokens} tokens of layer '{layer}' are "
+            f"padding. {WHAT_TO_DO}"
         )
 
     def _refusal(self, tokens: tuple[int, ...], layer: str) -> ValueError:
@@ -322,8 +330,10 @@ class Batch:
         shape = self._shapes.get(kind)
         if shape is None and kind == DECODER:
             labels = self._labels_read
+            if labels is not None:
+                return tuple(labels.shape)
             # Given neither, classifiers shift their input to the right for the decoder.
-            return self._shape(TEXT) if labels is None else tuple(labels.shape)
+            return None if self.streams.labels_are_read and self.has_labels else self._shape(TEXT)
         if shape is None and kind == TEXT:
             mask = self.inputs.get("attention_mask")
             return tuple(mask.shape) if isinstance(mask, Tensor) and mask.dim() == 2 else None

@@ -289,11 +289,25 @@ def test_a_biased_mask_of_one_row_holds_for_all():
     assert samples((2, 3), input_ids=torch.ones(2, 3), attention_mask=mask).real.all()
 
 
-def test_shortened_tokens_are_counted_only_without_padding():
-    ids = torch.ones(2, 4)
-    assert samples((2, 2), input_ids=ids, attention_mask=torch.ones(2, 4)).ids.tolist() == [0, 0, 1, 1]
-    with pytest.raises(ValueError, match=r"mask of the \(2, 4\) tokens .* which of the \(2, 2\) tokens of layer"):
-        samples((2, 2), input_ids=ids, attention_mask=torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]))
+@pytest.mark.parametrize("tokens", [(2, 2), (2, 1), (2,), (1, 8), (2, 4, 2)])
+def test_other_tokens_than_the_texts_are_refused(tokens):
+    with pytest.raises(ValueError, match=r"which of the 2 rows of the batch"):
+        samples(tokens, input_ids=torch.ones(2, 4))
+
+
+def test_the_head_may_read_the_last_tokens_only():
+    inputs = dict(input_ids=torch.ones(2, 4), attention_mask=torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]))
+    batch = Batch({**inputs, "logits_to_keep": 2}, None)
+    result = batch.samples((2, 2), "lm_head", torch.tensor([1, 0]), CPU)
+    assert result.ids.tolist() == [0, 0, 1, 1] and result.real.tolist() == [True, False, True, True]
+    packed = Batch({"input_ids": PACKED, "position_ids": PACKED, "logits_to_keep": 5}, None)
+    assert packed.samples((1, 5), "lm_head", None, CPU).ids.tolist() == [0, 1, 1, 1, 1]
+
+
+def test_shortened_sound_is_counted_only_without_padding():
+    assert samples((2, 2), kind=SIGNAL, attention_mask=torch.ones(2, 4)).ids.tolist() == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 4\) does not tell which of the \(2, 2\)"):
+        samples((2, 2), kind=SIGNAL, attention_mask=torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]))
 
 
 def test_types_per_token_are_those_of_the_text():
