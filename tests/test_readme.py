@@ -1,14 +1,34 @@
-"""The first example of the README, on a small model in place of the one that it names."""
+"""The first example of the README, on a small model in place of the one that it names, and the links of all pages."""
 
 import re
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from example_scripts import build_toy
 
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(page for name in ("docs", "research", "examples") for page in (ROOT / name).rglob("*.md")),
+]
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What `#...` may name: the headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(((?!https?:)[^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists() and (not anchor or anchor in anchors_of(target)), link
 
 
 def test_the_first_example_trains_and_saves(tmp_path, monkeypatch):

@@ -62,9 +62,11 @@ def _texts_of_dataset(source: str) -> Iterator[str]:
     from datasets import load_dataset
 
     name, _, rest = source.partition(":")
+    if not name.strip("/"):
+        raise ValueError(f"--dataset {source!r} names no data set; write NAME[:CONFIG[:SPLIT]].")
     config, _, split = rest.partition(":")
     records = load_dataset(name, config or None, split=split or "train", streaming=True)
-    return (_text_of(record, f"{source}, record {i}") for i, record in enumerate(islice(records, READ)))
+    return (_text_of(record, f"{source}, record {i}") for i, record in enumerate(islice(records, READ), start=1))
 
 
 def _text_of(record: Any, place: str) -> str:

@@ -133,6 +133,8 @@ class BaseModel:
             device = torch.device(self.device)
         except RuntimeError as error:
             raise ValueError(f"--device {self.device}: write cpu, cuda, cuda:1 or mps.") from error
+        if device.type == "meta":
+            raise ValueError(f"--device {self.device} has no memory for weights: write cpu, cuda, cuda:1 or mps.")
         count = torch.cuda.device_count()
         if device.type == "cuda" and (device.index or 0) >= count:
             raise ValueError(f"--device {self.device}: there is no such GPU; torch finds {count}.")

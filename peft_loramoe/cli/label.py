@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..analysis.answer_scores import AnswerScore, score_answers
 from ..config import LoRAMoEConfig
 from ..reading import read_json_lines
-from ..training.records import PLAIN_PROMPT, Record, check_records
+from ..training.records import PLAIN_PROMPT, Record, check_records, refusals_of_template
 from ..writing import write_whole
 from .base_model import BaseModel
 from .options import check_output
@@ -75,13 +75,17 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _question(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What the model reads, and the answer."""
     if not record.prompt:
-        raise ValueError(f"{record.place}: a text has no answer to label; leave texts out, or use them as anchors.")
+        raise ValueError(
+            f"{record.place}: nothing is asked, so there is no answer to label; leave it out, or use it as an anchor."
+        )
     if isinstance(record.prompt, str):
         return record.prompt, record.completion
     turns = [*record.prompt, *record.completion]
     if not tokenizer.chat_template:
         return PLAIN_PROMPT.format("\n".join(turn["content"] for turn in turns[:-1])), turns[-1]["content"]
-    return tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True), turns[-1]["content"]
+    with refusals_of_template(record.place):
+        asked = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    return asked, turns[-1]["content"]
 
 
 def _show(records: list[Record], scores: list[AnswerScore], types: list[int], options: argparse.Namespace) -> None:

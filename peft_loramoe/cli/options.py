@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,12 +46,18 @@ class Parser(argparse.ArgumentParser):
         import yaml
 
         try:
-            options = yaml.safe_load(read_text(file))
+            text = read_text(file)
+            options, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+        except RecursionError:
+            self.error(f"--config {file}: cannot be read as YAML (it is nested too deeply)")
         except (OSError, ValueError, yaml.YAMLError) as error:
             self.error(f"--config {file}: cannot be read as YAML ({' '.join(str(error).split())})")
         if not isinstance(options, dict):
             self.error(f"--config {file}: must hold lines like `learning-rate: 1e-3`, not {options!r}")
         known = {flag for flag in self._option_string_actions if flag.startswith("--")} - {"--help", "--config"}
+        keys = Counter(key.value.replace("_", "-") for key, _ in node.value)
+        if twice := [key for key, count in keys.items() if count > 1]:  # YAML would take the last one
+            self.error(f"--config {file}: '{twice[0]}' stands there {keys[twice[0]]} times; write it once")
         flags: list[str] = []
         for key, value in options.items():
             flag = "--" + str(key).replace("_", "-")
@@ -71,7 +78,10 @@ class Parser(argparse.ArgumentParser):
             off = "--no-" + flag[2:]
             return [flag] if value else [off] if off in self._option_string_actions else []
         if action.type is json_value:
-            return [f"{flag}={value if isinstance(value, str) else json.dumps(value)}"]
+            try:
+                return [f"{flag}={value if isinstance(value, str) else json.dumps(value)}"]
+            except (TypeError, ValueError) as error:  # YAML has dates, and lists that hold themselves
+                self.error(f"{place} is {value!r}, which JSON cannot say ({error}); quote dates")
         if value is None:
             return []
         if action.nargs == "+":

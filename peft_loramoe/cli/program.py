@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     runs = words[:1] == ["run"] and words[1:2] not in (["-h"], ["--help"])
+    options = Namespace(traceback="--traceback" in words)  # until they are parsed
     try:
         if runs:  # argparse would parse the options of the program
             program = find_program(words[2:] if words[1:2] == ["--"] else words[1:])
@@ -94,9 +95,10 @@ def _with_flags(message: str, options: Namespace) -> str:
 
 
 def _errors() -> tuple[type[Exception], ...]:
+    from jinja2 import TemplateError  # a chat template refuses a conversation
     from safetensors import SafetensorError
 
-    return (*ERRORS, SafetensorError)
+    return (*ERRORS, SafetensorError, TemplateError)
 
 
 @contextmanager

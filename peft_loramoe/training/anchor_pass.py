@@ -40,6 +40,7 @@ class AnchorBatches:
 
     Raises:
         FileNotFoundError: the file does not exist.
+        TypeError: the anchors are a mapping, such as a dictionary of splits.
         ValueError: there is no anchor, all are the same, or one is empty, too short, too long, or has another
             tokenizer's special tokens.
     """
@@ -52,6 +53,10 @@ class AnchorBatches:
         max_length: int | None = None,
         seed: int = 0,
     ) -> None:
+        if isinstance(anchors, Mapping):  # a DatasetDict too; its keys are no texts
+            raise TypeError(
+                f"anchors is a {type(anchors).__name__}; give one list or split, such as anchors['train']."
+            )
         given = read_anchors(anchors) if isinstance(anchors, (str, Path)) else anchors
         texts = [check_anchor(anchor, f"anchors[{i}]")["text"] for i, anchor in enumerate(given)]
         if not texts:

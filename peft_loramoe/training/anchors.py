@@ -208,6 +208,7 @@ def write_anchors(path: str | Path, anchors: Iterable[str | Mapping[str, Any]], 
 
     Raises:
         FileExistsError: the file exists, and `append` is False.
+        TypeError: `anchors` is one text, not a list of them.
         ValueError: an anchor is no text and no such record.
 
     Example:
@@ -215,6 +216,8 @@ def write_anchors(path: str | Path, anchors: Iterable[str | Mapping[str, Any]], 
         >>> len(read_anchors("more.jsonl"))
         2
     """
+    if isinstance(anchors, str):  # each of its letters would be an anchor
+        raise TypeError(f"anchors={anchors[:60]!r} is one text; give a list of texts.")
     lines = [
         json.dumps(check_anchor(anchor, f"anchors[{i}]"), ensure_ascii=False) + "\n"
         for i, anchor in enumerate(anchors)

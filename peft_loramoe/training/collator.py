@@ -104,6 +104,21 @@ class TaskTypeCollator:
         return arranged
 
 
+def default_task_type(config: LoRAMoEConfig) -> int:
+    """The type of samples that are given none, beside anchors: 1, the tasks; 0 where there is one expert group only.
+
+    Raises:
+        ValueError: its group is a null group, which would leave the tasks to the base model.
+    """
+    task_type = min(1, config.num_groups - 1)
+    if task_type in (config.null_groups or ()):
+        raise ValueError(
+            f"Samples without {COLUMN} are of type {task_type}, which null_groups={config.null_groups} leaves to the "
+            f"base model, and anchors of type 0: set null_groups=[0], or give the samples a {COLUMN}."
+        )
+    return task_type
+
+
 def example_types(examples: Sequence[Mapping[str, Any]], config: LoRAMoEConfig) -> list[Tensor] | None:
     """The task types in the column `task_type`; None if no example has it.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import LoRAMoEConfig
 from ..reading import parse_json, read_json_lines, read_text
-from .collator import COLUMN
+from .collator import COLUMN, default_task_type
 
 
 if TYPE_CHECKING:
@@ -126,6 +127,22 @@ def check_records(values: Iterable[tuple[str, Any]], source: str, config: LoRAMo
         raise ValueError(f"{source}: there are no records; each is an object with {_formats()}.")
     typed = next((place for place, value in placed if isinstance(value, Mapping) and COLUMN in value), None)
     return [_check_record(place, value, typed, config) for place, value in placed]
+
+
+@contextmanager
+def refusals_of_template(place: str) -> Iterator[None]:
+    """Name the record that a chat template refuses inside.
+
+    Args:
+        place: where the record stands.
+
+    Raises:
+        ValueError: the template refuses the conversation.
+    """
+    try:
+        yield
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"{place}: the chat template refuses the conversation ({error}).") from error
 
 
 def tokenize_records(
@@ -248,7 +265,7 @@ def _check_answer(prompt: str | Turns, completion: str | Turns, name: str) -> No
 def _check_task_type(record: Mapping[str, Any], place: str, config: LoRAMoEConfig) -> int:
     names, count = config.task_type_names or [], config.num_groups
     if COLUMN not in record:
-        return min(1, count - 1)
+        return default_task_type(config)
     task_type = record[COLUMN]
     if task_type in names:
         return names.index(task_type)
@@ -284,11 +301,9 @@ def _tokens(
         return _text_tokens(PLAIN_PROMPT.format(turns[0]["content"]), turns[1]["content"], tokenizer)
     marked = record.earlier_answers and marked_template is not None
     template = marked_template if marked else None  # None: the tokenizer's own
-    try:
+    with refusals_of_template(record.place):
         prompt = _render(record.prompt, tokenizer, template, add_generation_prompt=True)["input_ids"]
         whole = _render(turns, tokenizer, template, return_assistant_tokens_mask=marked)
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"{record.place}: the chat template refuses the conversation ({error}).") from error
     ids = whole["input_ids"]
     start = _common_length(prompt, ids)
     marks = whole["assistant_masks"] if marked else [0] * len(ids)

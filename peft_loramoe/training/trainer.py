@@ -21,7 +21,7 @@ from ..config import LoRAMoEConfig
 from ..layer import LoRAMoELinear
 from .anchor_pass import AnchorPass, check_anchor_options
 from .callback import RouterCallback
-from .collator import COLUMN, TaskTypeCollator, example_types
+from .collator import COLUMN, TaskTypeCollator, default_task_type, example_types
 from .optimizer import router_multipliers, routers_share_a_group, set_router_rates
 
 
@@ -71,7 +71,7 @@ class LoRAMoETrainerMixin:
     (`optimizer_groups` makes some) are kept, with a warning if they give routers and experts one rate.
 
     Raises:
-        TypeError: an option is not a number.
+        TypeError: an option is not a number, or the anchors are a mapping.
         ValueError: FSDP 1 with `use_orig_params=False`, context or sequence parallelism, rollouts by vLLM, "wrapped"
             packing, a `compute_loss` that passes the adapted model by, an optimizer step without the balance term
             (the trainer computes its loss elsewhere), rows without a task type, bad anchors, an option that is out of
@@ -133,7 +133,7 @@ class LoRAMoETrainerMixin:
             )
         anchors = None if self._anchors is None else self._anchors.draw(inputs)
         if task_types is None and self._anchors is not None and config is not None:
-            task_types = min(1, config.num_groups - 1)
+            task_types = default_task_type(config)
         unlabelled = self._is_unlabelled(inputs)  # before super() takes the labels out
         options = {"return_outputs": return_outputs, "num_items_in_batch": _at_least_one(num_items_in_batch)}
         with nullcontext() if config is None else find_recorder(model).collect(task_types, self._in_blocks):

@@ -1,6 +1,7 @@
 """`peft-loramoe anchors` and `label`, as `main` runs them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -75,6 +76,8 @@ WRONG = {
     "chat": (["--texts", "texts.jsonl", "--number", "1", "--chat", "1"], "--chat 1.0 has no effect with texts"),
     "a share": (["--number", "1", "--chat", "2"], "error: --chat 2.0 must be a share from 0 to 1"),
     "no device": (["--number", "1", "--device", "gpu"], "--device gpu: write cpu, cuda"),
+    "no memory": (["--number", "1", "--device", "meta"], "--device meta has no memory for weights"),
+    "no data set": (["--dataset", "", "--number", "1"], "--dataset '' names no data set"),
     "no GPU": (["--number", "1", "--device", "cuda:99"], "--device cuda:99: there is no such GPU"),
     "no folder": (["--number", "1", "-o", "none/a.jsonl"], "--output none/a.jsonl: the folder none does not exist"),
     "a folder": (["--number", "1", "-o", "."], "--output .: is a folder; name a file"),
@@ -138,7 +141,7 @@ def test_label_takes_a_low_loss_for_known(base, tmp_path):
 
 BAD_DATA = {
     "typed": ([{"prompt": "w20", "completion": "w21", "task_type": 1}], "has a task_type already"),
-    "text": ([{"text": "w20 w21"}], "record 1: a text has no answer to label"),
+    "text": ([{"text": "w20 w21"}], "record 1: nothing is asked, so there is no answer to label"),
     "no answer": (
         [{"prompt": "w20", "completion": "w21"}, {"prompt": "w20"}],
         "record 2: the column 'completion' is missing",
@@ -152,3 +155,14 @@ def test_label_refuses_bad_data(records, message, base, tmp_path, capsys):
     data = write(tmp_path / "data.jsonl", records)
     assert main(["label", data, "--model", base, "-o", str(tmp_path / "typed.jsonl")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "typed.jsonl").exists()
+
+
+def test_label_names_the_conversation_that_the_template_refuses(base, tmp_path, capsys):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
+    shutil.copytree(base, tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    turns = [{"role": "user", "content": "w20"}, {"role": "assistant", "content": "w21"}]
+    data = write(tmp_path / "data.jsonl", [{"messages": turns}])
+    assert main(["label", data, "--model", str(tmp_path / "base"), "-o", str(tmp_path / "typed.jsonl")]) == 2
+    assert "record 1: the chat template refuses the conversation (no system turns)" in capsys.readouterr().err

@@ -192,6 +192,10 @@ def test_flags_override_the_file(tmp_path):
         ("epochs: many", "argument --epochs: 'many' must be a number above 0"),
         ("- epochs", "must hold lines like `learning-rate: 1e-3`, not ['epochs']"),
         ("epochs: {", "cannot be read as YAML"),
+        ("rank-pattern: " + "[" * 3000, "cannot be read as YAML (it is nested too deeply)"),
+        ("rank-pattern: {a: 2026-01-01}", "rank-pattern is {'a': datetime.date(2026, 1, 1)}, which JSON cannot say"),
+        ("rank-pattern: &a [*a]", "which JSON cannot say (Circular reference detected)"),
+        ("max-length: 8\nmax_length: 9", "'max-length' stands there 2 times; write it once"),
     ],
 )
 def test_errors_of_the_file_name_the_key(tmp_path, capsys, text, message):

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -356,6 +356,17 @@ def test_bad_anchors_are_refused(anchors, message):
     with pytest.raises(ValueError) as error:
         AnchorBatches(anchors, tiny_tokenizer(), max_length=8)
     assert message in str(error.value)
+
+
+def test_a_dictionary_of_splits_is_refused():
+    with pytest.raises(TypeError, match="anchors is a DatasetDict; give one list or split"):
+        AnchorBatches(DatasetDict({"train": Dataset.from_dict({"text": ["w1 w2"]})}), tiny_tokenizer())
+
+
+def test_untyped_samples_of_a_null_group_are_refused(tmp_path):
+    trainer = build(tmp_path, anchors=ANCHORS, model=loramoe(null_groups=[1]))
+    with pytest.raises(ValueError, match="Samples without task_type are of type 1, which null_groups=.1. leaves"):
+        trainer.train()
 
 
 def test_repeated_anchors_are_left_out_with_a_warning():

@@ -218,3 +218,9 @@ def test_a_model_that_repeats_itself_is_an_error(tmp_path):
         "w5 w9 w9 w9 w9",
         "w6 w7 w9 w9 w9 w9",
     )
+
+
+def test_one_text_is_no_list_of_anchors(tmp_path):
+    with pytest.raises(TypeError, match="is one text; give a list"):
+        write_anchors(tmp_path / "anchors.jsonl", "The sky is blue.")
+    assert not (tmp_path / "anchors.jsonl").exists()
