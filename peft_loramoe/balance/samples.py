@@ -44,6 +44,7 @@ KEPT_INPUTS = (
     "num_items_in_batch",
 )
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+PADDING = -100  # as a token's task type, in packed rows without a mask; as in labels
 # A mask that is added to attention scores hides a token where it is lower: float32's exponential is zero there.
 HIDDEN = -104.0
 
@@ -68,7 +69,8 @@ def task_type_tensor(task_types: Any, num_groups: int, names: Sequence[str] | No
 
     Args:
         task_types: an integer tensor, shape (batch,) or (batch, seq), or a (nested) list of integers or names.
-        num_groups: number of expert groups; valid types are 0 to num_groups - 1, and -1 for unknown.
+        num_groups: number of expert groups; valid types are 0 to num_groups - 1, and -1 for unknown. Of single tokens,
+            also -100 for padding.
         names: the config's `task_type_names`.
 
     Returns:
@@ -97,7 +99,10 @@ def task_type_tensor(task_types: Any, num_groups: int, names: Sequence[str] | No
     # Reading values waits for the device, and cannot be compiled.
     if not torch.compiler.is_compiling():
         lowest = -1 if dtype.is_signed else 0
-        outside = task_types[(task_types < lowest) | (task_types >= num_groups)]
+        outside = (task_types < lowest) | (task_types >= num_groups)
+        if task_types.dim() == 2:
+            outside &= task_types != PADDING
+        outside = task_types[outside]
         if outside.numel():
             unknown = ", or -1 for unknown" + ("" if dtype.is_signed else f", which {dtype} cannot hold: take int64")
             raise ValueError(
@@ -246,6 +251,7 @@ class Batch:
             )
         starts = self._starts(rows, width, device) if grid.is_text else None
         if types.dim() == 2:
+            real, types = real & (types != PADDING), types.clamp(min=-1)
             changes = _changes(types)
             starts = changes if starts is None else starts | changes
         # A packed batch holds an unknown number of samples: as many slots as tokens keep shapes independent of the

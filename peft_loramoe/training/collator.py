@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..balance.samples import BATCH_INPUTS, task_type_tensor
+from ..balance.samples import BATCH_INPUTS, PADDING, task_type_tensor
 from ..config import LoRAMoEConfig
 
 
@@ -24,8 +24,9 @@ class TaskTypeCollator:
     its `seq_lengths`, or one for each token.
 
     The batch may be padded on either side, or flattened to one row (padding-free). `task_types` is int64, shape
-    (examples,), or, where a row holds several samples, (rows, tokens). Batches without the column are passed on as
-    they are, and so are examples with it that the collator returns untouched, as those of trainers that generate do.
+    (examples,), or, where a row holds several samples, (rows, tokens) with -100 for padding. Batches without the
+    column are passed on as they are, and so are examples with it that the collator returns untouched, as those of
+    trainers that generate do.
 
     Args:
         collator: gets the examples without their `task_type`.
@@ -91,7 +92,7 @@ class TaskTypeCollator:
             return torch.stack(types)
         per_token = [_of_tokens(t, example) for t, example in zip(types, examples)]
         tokens = batch["input_ids"]
-        arranged = torch.full_like(tokens, -1)
+        arranged = torch.full_like(tokens, PADDING)
         for row, real in enumerate([torch.cat(per_token)] if flattened else per_token):
             where = _real_tokens(batch, row)
             if len(real) > where.sum() or ("attention_mask" in batch and len(real) < where.sum()):

@@ -65,6 +65,14 @@ def test_positions_with_gaps_are_one_sample():
     assert samples((1, 4), position_ids=positions, input_ids=positions).ids.tolist() == [0, 0, 0, 0]
 
 
+def test_padding_marked_by_its_type_is_no_sample():
+    positions = torch.tensor([[0, 1, 0, 1, 0, 0]])
+    types = task_type_tensor(torch.tensor([[1, 1, 0, 0, -100, -100]]), 2, None)
+    result = samples((1, 6), types, position_ids=positions, input_ids=positions)
+    assert result.real.tolist() == [True] * 4 + [False] * 2
+    assert result.task_types.tolist()[:2] == [1, 0] and set(result.task_types.tolist()[2:]) == {-1}
+
+
 def test_a_change_of_type_separates_packed_samples():
     types = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
     result = samples((2, 4), types, input_ids=types)

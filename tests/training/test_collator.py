@@ -67,9 +67,9 @@ def test_flattened_batches_have_a_type_for_each_token():
     assert batch["task_types"].tolist() == [[0, 0, 0, 1, 1, -1, -1, -1, -1]]
 
 
-@pytest.mark.parametrize(("side", "second"), [("right", [1, 0, -1, -1]), ("left", [-1, -1, 1, 0])])
+@pytest.mark.parametrize(("side", "second"), [("right", [1, 0, -100, -100]), ("left", [-100, -100, 1, 0])])
 @pytest.mark.parametrize("per", ["segment", "token"])
-def test_packed_rows_are_padded_with_unknown(side, second, per):
+def test_packed_rows_are_padded(side, second, per):
     types = {"segment": [[0, 1, 0], [1, 0]], "token": [[0, 1, 1, 0], [1, 0]]}[per]
     lengths = {"seq_lengths": [[1, 2, 1], [1, 1]]} if per == "segment" else {}
     batch = collate(with_positions(padding(side)), examples(types, [TOKENS[2], TOKENS[1]], **lengths))
@@ -81,11 +81,13 @@ def test_packed_and_flattened():
     assert collate(with_positions(join), rows)["task_types"].tolist() == [[0, 0, 1, 1, 1]]
 
 
-def test_padding_to_a_multiple_is_unknown():
+def test_padding_to_a_multiple_is_marked():
     def collator(rows):
         return {"input_ids": nn.functional.pad(join(rows)["input_ids"], (0, 3))}
 
-    assert collate(with_positions(collator), examples([0, 1]))["task_types"].tolist() == [[0, 0, 0, 1, 1, -1, -1, -1]]
+    assert collate(with_positions(collator), examples([0, 1]))["task_types"].tolist() == [
+        [0, 0, 0, 1, 1, -100, -100, -100]
+    ]
 
 
 def test_one_packed_example_fills_the_batch():
