@@ -98,6 +98,7 @@ class _Thread:
         collecting: whether `collect_balance` is open.
         collected_types: the task types of calls inside it that are given none.
         in_blocks: whether a call inside it may have the rows of the batch several times over, block after block.
+        adds_term: whether the one who opened it adds the term to the loss.
     """
 
     calls: list[_Call] = field(default_factory=list)
@@ -107,6 +108,7 @@ class _Thread:
     collecting: bool = False
     collected_types: Any = None
     in_blocks: bool = True
+    adds_term: bool = False
 
 
 class Recorder:
@@ -153,13 +155,14 @@ class Recorder:
         self._threads = {}
 
     @contextmanager
-    def collect(self, task_types: Any = None, in_blocks: bool = True) -> Iterator[None]:
+    def collect(self, task_types: Any = None, in_blocks: bool = True, adds_term: bool = False) -> Iterator[None]:
         """See `collect_balance`.
 
         Args:
             task_types: for calls that are given none.
             in_blocks: whether a call may have the rows of the batch several times over, block after block. Otherwise
                 a call with another number of rows is refused.
+            adds_term: whether the caller adds the term itself, so that code inside must not.
         """
         thread = self._thread
         if thread.collecting:
@@ -170,10 +173,11 @@ class Recorder:
             )
         thread.recordings, thread.terms = [], None
         thread.collecting, thread.collected_types, thread.in_blocks = True, task_types, in_blocks
+        thread.adds_term = adds_term
         try:
             yield
         finally:
-            thread.collecting, thread.collected_types = False, None
+            thread.collecting, thread.collected_types, thread.adds_term = False, None, False
 
     def record(self, adapter: str, layer: str, groups: ExpertGroups, trained: bool, probabilities: Tensor) -> None:
         """Called by each adapted layer with its router probabilities, shape (..., N).
@@ -222,6 +226,11 @@ class Recorder:
 
     def loss(self) -> Tensor:
         """The sum of all terms, each weighted by its adapter's `balance_loss_weight`: a scalar."""
+        if self._thread.adds_term and torch.is_grad_enabled():
+            raise RuntimeError(
+                "balance_loss was read in a compute_loss to whose loss LoRAMoETrainerMixin adds it: it would count "
+                "twice. Leave it out; to look at it, read it under torch.no_grad()."
+            )
         weights = [(self.configs[terms.adapter].balance_loss_weight, terms.values) for terms in self._terms()]
         # A gradient of zeros would still be added, and would round the others differently.
         weighted = [weight * values.sum() for weight, values in weights if weight > 0]
@@ -476,6 +485,7 @@ def balance_loss(model: nn.Module) -> Tensor:
         A scalar, float32; zero if no adapter was active.
 
     Raises:
+        RuntimeError: it is read with gradient in a `compute_loss` to which `LoRAMoETrainerMixin` adds it.
         ValueError: the model has no LoRAMoE layers, or the term cannot be computed (the message says why).
 
     Example:

@@ -136,14 +136,17 @@ class LoRAMoETrainerMixin:
             task_types = default_task_type(config)
         unlabelled = self._is_unlabelled(inputs)  # before super() takes the labels out
         options = {"return_outputs": return_outputs, "num_items_in_batch": _at_least_one(num_items_in_batch)}
-        with nullcontext() if config is None else find_recorder(model).collect(task_types, self._in_blocks):
+        with (
+            nullcontext()
+            if config is None
+            else find_recorder(model).collect(task_types, self._in_blocks, adds_term=True)
+        ):
             result = super().compute_loss(model, inputs, **options)
             if config is not None and config.balance_loss_weight > 0 and not find_recorder(model).recorded:
                 raise ValueError(
-                    f"{type(self).__name__}.compute_loss called no LoRAMoE layer through the model's forward, so "
-                    "there is "
-                    "no balance term: are the adapters disabled, or does a fused loss read the weights itself? Change "
-                    "that, or set balance_loss_weight=0."
+                    f"{type(self).__name__}.compute_loss called no LoRAMoE layer in training mode through the model's "
+                    "forward, so there is no balance term: is the model in eval mode, are the adapters disabled, or "
+                    "does a fused loss read the weights itself? Change that, or set balance_loss_weight=0."
                 )
             anchor_loss = None if anchors is None else self._anchors.loss(model, anchors)
         if config is not None:

@@ -596,3 +596,20 @@ def test_engines_that_cannot_be_right_are_refused(plugin, parallelism, message, 
 
     with pytest.raises(ValueError, match=message):
         build(mixed(OnThatEngine), tmp_path)
+
+
+@pytest.mark.parametrize("read", [balance_loss, torch.no_grad()(balance_loss)], ids=["added", "looked at"])
+def test_a_compute_loss_that_adds_the_term_too_is_refused(read, tmp_path):
+    class Adding(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs).loss + read(model)
+
+    class LoRAMoEAdding(LoRAMoETrainerMixin, Adding):
+        pass
+
+    trainer = build(LoRAMoEAdding, tmp_path)
+    if read is not balance_loss:
+        assert trainer.train().global_step == 1
+        return
+    with pytest.raises(RuntimeError, match="balance_loss was read in a compute_loss .* it would count twice"):
+        trainer.train()
