@@ -142,8 +142,8 @@ def main(arguments: list[str] | None = None) -> Path:
     if options.set == "gpu" and not cuda and not options.smoke:
         parser.exit(
             1,
-            "The GPU set needs a CUDA device, and torch sees none. `make bench` runs the CPU set; "
-            "`python -m benchmarks gpu --smoke` only tries the code out.\n",
+            "The GPU set needs a CUDA device, and torch sees none. `make bench` runs the CPU set; `python -m "
+            "benchmarks gpu --smoke` only tries the code out.\n",
         )
     if options.peers.is_dir():
         sys.path.append(str(options.peers.resolve()))

@@ -43,7 +43,6 @@ class Kind:
 
 
 # --- one linear layer: forward and backward, with a gradient for the input
-# ------------------------------------------------
 
 
 def linear_base(config: Config, device: torch.device) -> nn.Module:
@@ -93,7 +92,6 @@ def linear_step(module: nn.Module, inputs: dict[str, Tensor], config: Config) ->
 
 
 # --- a Llama with random weights
-# ----------------------------------------------------------------------------------------
 
 
 def llama_base(config: Config, device: torch.device) -> nn.Module:
@@ -189,7 +187,6 @@ KINDS = {
 
 
 # --- the tables
-# ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -222,14 +222,12 @@ def heading(result: Mapping[str, Any]) -> str:
     commit = about["commit"][:7] + about["commit"][40:]
     return (
         f"{about['device']}, {about['threads']} threads of {about['cores']} cores, load {about['load_at_start']:.1f} "
-        "to "
-        f"{about['load_at_end']:.1f}, {about['date']}, commit {commit}, Python {about['python']}, "
+        f"to {about['load_at_end']:.1f}, {about['date']}, commit {commit}, Python {about['python']}, "
         f"{versions}{', CUDA ' + about['cuda'] if about['cuda'] else ''}; {about['minutes']} minutes."
     )
 
 
 # --- figures
-# ------------------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers and hatches do too.
 STYLE = {

@@ -98,7 +98,6 @@ def build_world(args: argparse.Namespace) -> list[str]:
 
 
 # --- measurements
-# -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -151,7 +150,6 @@ def verify(output_dir: Path) -> int:
 
 
 # --- report
-# -----------------------------------------------------------------------------------------------------------
 
 
 def accuracy_table(sizes: dict[str, int], before: dict[str, float], after: dict[str, float]) -> Table:

@@ -60,11 +60,9 @@ def loading_snippet(adapter: str, options: Mapping[str, Any], gguf_file: str | N
     base_model = options.get("base_model_name_or_path") or "BASE_MODEL"
     file = "" if gguf_file is None else f", gguf_file={_literal(gguf_file)}"
     return (
-        "import peft_loramoe  # registers LORAMOE with PEFT\n"
-        "from peft import PeftModel\n"
-        f"from transformers import {auto_class}\n\n"
-        f"base_model = {auto_class}.from_pretrained({_literal(base_model)}{file})\n"
-        f"model = PeftModel.from_pretrained(base_model, {_literal(adapter)})"
+        "import peft_loramoe  # registers LORAMOE with PEFT\nfrom peft import PeftModel\nfrom transformers import "
+        f"{auto_class}\n\nbase_model = {auto_class}.from_pretrained({_literal(base_model)}{file})\nmodel = "
+        f"PeftModel.from_pretrained(base_model, {_literal(adapter)})"
     )
 
 

@@ -127,8 +127,7 @@ class LoRAMoEConfig(PeftConfig):
     lora_alpha: float = _option(
         ALPHA,
         "The mixture is scaled by lora_alpha / r. Null experts take router weight without adding anything, so with "
-        "them "
-        "the LoRA experts start with a smaller sum of gates; LoRAMoEConfig.retain makes up for it.",
+        "them the LoRA experts start with a smaller sum of gates; LoRAMoEConfig.retain makes up for it.",
         8,
     )
     lora_dropout: float = _option(
@@ -210,8 +209,7 @@ class LoRAMoEConfig(PeftConfig):
     null_groups: list[int] | None = _option(
         optional(list_of(INDEX, "indices of expert groups")),
         "Groups whose experts are null: a router output without parameters or contribution. Their samples are routed "
-        "to "
-        "the untouched backbone.",
+        "to the untouched backbone.",
     )
     task_type_names: list[str] | None = _option(
         optional(list_of(text, "names")), "Names of the groups' task types, accepted in task_types."
@@ -228,14 +226,12 @@ class LoRAMoEConfig(PeftConfig):
     router_lr_multiplier: float | None = _option(
         number(0, 1e6, open_minimum=True, why="; with 1, routers learn at the rate of the experts"),
         "The router's learning rate is this many times that of the experts; LoRAMoETrainerMixin and optimizer_groups "
-        "apply it. "
-        "None: 10, or 1 for a file written before the option existed.",
+        "apply it. None: 10, or 1 for a file written before the option existed.",
     )
     freeze_experts: bool = _option(
         boolean,
         "Train the routers only; A and B stay as they are, through switching, saving and loading. For experts that "
-        "were "
-        "trained before, for example by upcycling. FSDP1 needs use_orig_params=True for it.",
+        "were trained before, for example by upcycling. FSDP1 needs use_orig_params=True for it.",
         False,
     )
 
@@ -258,22 +254,19 @@ class LoRAMoEConfig(PeftConfig):
     balance_target: str = _option(
         choice(*BALANCE_TARGETS),
         "'corrected': importance is divided by its target, so the matched group gets the larger weight; 'paper': it "
-        "is "
-        "multiplied by it, as printed there, which gives the matched group the smaller one.",
+        "is multiplied by it, as printed there, which gives the matched group the smaller one.",
         "corrected",
     )
     balance_importance: str = _option(
         choice(*BALANCE_IMPORTANCE),
         "Importance of an expert for a sample: 'mean' of the router probabilities over its tokens, or their 'sum' as "
-        "in "
-        "the paper, with which long samples outweigh short ones.",
+        "in the paper, with which long samples outweigh short ones.",
         "mean",
     )
     balance_detach: bool = _option(
         boolean,
         "The balance term trains the router only, not the layers below it. Without it the terms of all adapted "
-        "linears push "
-        "on the hidden states, which makes a language model forget.",
+        "linears push on the hidden states, which makes a language model forget.",
         True,
     )
     balance_across_processes: bool = _option(
@@ -371,9 +364,8 @@ class LoRAMoEConfig(PeftConfig):
             if len(groups) == 1:
                 raise ValueError(
                     f"LoRAMoEConfig.retain(expert_groups={groups!r}): there must be a null group for type 0 and at "
-                    "least one "
-                    "group of LoRA experts, for example [6, 6]. Use LoRAMoEConfig(...) for a mixture without a null "
-                    "group."
+                    "least one group of LoRA experts, for example [6, 6]. Use LoRAMoEConfig(...) for a mixture "
+                    "without a null group."
                 )
             preset["num_experts"] = sum(groups)
             if len(groups) > 2:
@@ -400,8 +392,7 @@ class LoRAMoEConfig(PeftConfig):
             if lost:
                 raise ValueError(
                     f"LoRAMoEConfig.retain({option}={getattr(config, option)!r}): {promise}. Leave {option} out, or "
-                    "use "
-                    "LoRAMoEConfig(...), which promises nothing."
+                    "use LoRAMoEConfig(...), which promises nothing."
                 )
         if "lora_alpha" not in overrides:
             alpha = 4 * config.num_experts * (config.r**0.5 if config.use_rslora else config.r) / 3
@@ -459,9 +450,8 @@ class LoRAMoEConfig(PeftConfig):
         """
         if "routing_strategy" in kwargs:
             raise ValueError(
-                "The configuration was written by MoE-PEFT (it has "
-                f"routing_strategy={kwargs['routing_strategy']!r}), whose "
-                "adapters have another layout. Convert the adapter first: "
+                f"The configuration was written by MoE-PEFT (it has routing_strategy={kwargs['routing_strategy']!r}), "
+                "whose adapters have another layout. Convert the adapter first: "
                 "peft_loramoe.interop.convert_checkpoint(SOURCE, OUTPUT)."
             )
         return super().check_kwargs(**kwargs)
@@ -520,8 +510,8 @@ class LoRAMoEConfig(PeftConfig):
         if self.expert_groups is None:
             if num_experts % 2:
                 raise ValueError(
-                    f"{option}={num_experts} cannot be split into two equal groups; set expert_groups, "
-                    f"for example [{num_experts - num_experts // 2}, {num_experts // 2}] or [{num_experts}]."
+                    f"{option}={num_experts} cannot be split into two equal groups; set expert_groups, for example "
+                    f"[{num_experts - num_experts // 2}, {num_experts // 2}] or [{num_experts}]."
                 )
             return [num_experts // 2] * 2
         if sum(self.expert_groups) != num_experts:
@@ -543,14 +533,13 @@ class LoRAMoEConfig(PeftConfig):
             for name in ("layers_to_transform", "layers_pattern"):
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(
-                        f"`{name}` cannot be used when `target_modules` is a str: {name}={shown(value)} would have "
-                        "no effect "
-                        f"on target_modules={shown(self.target_modules)}. Put the layers into the expression or pass "
-                        "a list."
+                        f"`{name}` cannot be used when `target_modules` is a str: {name}={shown(value)} would have no "
+                        f"effect on target_modules={shown(self.target_modules)}. Put the layers into the expression "
+                        "or pass a list."
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
-                f"When `layers_pattern` is specified, `layers_to_transform` must also be specified: "
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified: "
                 f"layers_pattern={shown(self.layers_pattern)} names the list that layers_to_transform indexes."
             )
 
@@ -569,10 +558,8 @@ class LoRAMoEConfig(PeftConfig):
             if rank * sum(groups) > MAX_RANK:
                 raise ValueError(
                     f"{rank_option}={rank} times the {sum(groups)} experts of {option} is a rank of "
-                    f"{rank * sum(groups)}; at "
-                    f"most {MAX_RANK} is possible: no linear layer has more inputs or outputs. Take fewer experts or "
-                    "a smaller "
-                    "rank."
+                    f"{rank * sum(groups)}; at most {MAX_RANK} is possible: no linear layer has more inputs or "
+                    "outputs. Take fewer experts or a smaller rank."
                 )
         if self.null_groups is not None:
             self.null_groups = self._checked_null_groups(num_groups)

@@ -32,10 +32,8 @@ class Recorder(Protocol):
 
 CANNOT_MERGE = (
     "LoRAMoE adapters cannot be merged: the router weighs the experts anew for every token, so no single weight "
-    "matrix "
-    "equals the mixture. Keep the adapter attached, use unload() to get the base model back without it, or "
-    "approximate it by a "
-    "plain LoRA with peft_loramoe.interop.export_lora."
+    "matrix equals the mixture. Keep the adapter attached, use unload() to get the base model back without it, or "
+    "approximate it by a plain LoRA with peft_loramoe.interop.export_lora."
 )
 
 
@@ -159,11 +157,9 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
         if not passed_on:
             raise ValueError(
                 f"The base layer of '{self.name}', {type(self.base_layer).__name__}, passes no gradient on, so what "
-                "is below "
-                "would not be trained. Its backend may be for inference only, or packed its weights for inference "
-                "when the "
-                "model was evaluated: load the base model anew, or with a backend that can be trained "
-                "(docs/quantization.md)."
+                "is below would not be trained. Its backend may be for inference only, or packed its weights for "
+                "inference when the model was evaluated: load the base model anew, or with a backend that can be "
+                "trained (docs/quantization.md)."
             )
 
     def _forward_per_sample(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
@@ -180,8 +176,8 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
         adapter_names = [name for name in adapter_names for _ in range(entries or 1)]
         if len(x) != len(adapter_names):
             raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {len(x)} respectively."
             )
         for adapter in dict.fromkeys(adapter_names):
             if adapter in self.loramoe_experts:

@@ -129,8 +129,6 @@ def _refuse(problems: list[str]) -> None:
         shown = "\n  ".join(problems[:6]) + (f"\n  and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise RuntimeError(
             "The checkpoint does not fit the LoRAMoE layers of this model. Check that the base model is the one it "
-            "was trained "
-            "on, and that r, num_experts, expert_groups, null_groups and target_modules in adapter_config.json are "
-            "as saved.\n"
-            f"  {shown}"
+            "was trained on, and that r, num_experts, expert_groups, null_groups and target_modules in "
+            f"adapter_config.json are as saved.\n  {shown}"
         )

@@ -73,14 +73,12 @@ class LoRAMoEModel(BaseTuner):
         if others and not PEFT_AT_LEAST_0_21:
             raise ValueError(
                 f"The model already has adapters of {', '.join(others)}, and PEFT before 0.21 would freeze them. "
-                "Upgrade "
-                "PEFT, or unload them."
+                "Upgrade PEFT, or unload them."
             )
         if config.bias != "none" and not PEFT_AT_LEAST_0_21:
             raise ValueError(
                 f"bias={config.bias!r} needs peft>=0.21: older versions train the biases but do not save them. "
-                "Upgrade PEFT, "
-                "or set bias='none'."
+                "Upgrade PEFT, or set bias='none'."
             )
         super()._check_new_adapter_config(config)
 
@@ -120,16 +118,13 @@ class LoRAMoEModel(BaseTuner):
         if isinstance(target, BaseTunerLayer):
             raise ValueError(
                 f"Target module '{current_key}' already carries a {type(target).__module__} adapter. A layer holds "
-                "adapters of "
-                "one method: unload that adapter, or target other modules."
+                "adapters of one method: unload that adapter, or target other modules."
             )
         if is_bypassed(parent, target_name):
             raise ValueError(
                 f"Target module '{current_key}' is incompatible with Mamba-based models: kernels of the mixer read "
-                "its "
-                "weight and never call it, so an adapter there would have no effect. Leave it out with "
-                "exclude_modules. "
-                f"Linear layers that can be adapted: {candidates(self.model)}."
+                "its weight and never call it, so an adapter there would have no effect. Leave it out with "
+                f"exclude_modules. Linear layers that can be adapted: {candidates(self.model)}."
             )
         if is_routed_expert(self.model, current_key):
             raise ValueError(
@@ -139,9 +134,8 @@ class LoRAMoEModel(BaseTuner):
         if not is_linear(target):
             raise ValueError(
                 f"Target module {target} is not supported: '{current_key}' is no linear layer that the model calls. "
-                "Use "
-                "target_modules to name nn.Linear, Conv1D or quantised linear layers, or exclude_modules to leave it "
-                "out."
+                "Use target_modules to name nn.Linear, Conv1D or quantised linear layers, or exclude_modules to leave "
+                "it out."
             )
         layer = LoRAMoELinear(target, current_key, self._shared_recorder())
         layer.quantization_backend = quantization_backend_of(target)
@@ -195,9 +189,8 @@ class LoRAMoEModel(BaseTuner):
 
     def _add_targets_to_tie(self, peft_config: LoRAMoEConfig, tied_weight_keys: list[str]) -> None:
         raise ValueError(
-            "ensure_weight_tying=True cannot tie the adapters of "
-            f"target_modules={shown(peft_config.target_modules)}: an "
-            "embedding has no linear layer to adapt. Name the embedding in modules_to_save instead, or set "
+            f"ensure_weight_tying=True cannot tie the adapters of target_modules={shown(peft_config.target_modules)}: "
+            "an embedding has no linear layer to adapt. Name the embedding in modules_to_save instead, or set "
             "ensure_weight_tying=False."
         )
 
@@ -212,8 +205,7 @@ class LoRAMoEModel(BaseTuner):
         """
         raise ValueError(
             "LoRAMoE adapters cannot be combined into one by weights: each has a router of its own. Activate several "
-            "adapters "
-            "together instead, model.base_model.set_adapter([...]): their contributions add up."
+            "adapters together instead, model.base_model.set_adapter([...]): their contributions add up."
         )
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:

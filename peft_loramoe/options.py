@@ -104,8 +104,7 @@ def expression(template: str = "{}") -> Kind:
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{name}={shown(value)} is no valid regular expression ({error}); write '\\' before characters that "
-                "are meant "
-                "literally."
+                "are meant literally."
             ) from error
         return value
 

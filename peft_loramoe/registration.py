@@ -37,8 +37,7 @@ def register() -> None:
     if known is not None and not known.__module__.startswith(__package__):
         warnings.warn(
             f"PEFT already knows a tuner '{PEFT_TYPE}' ({known.__module__}.{known.__qualname__}); importing "
-            "peft_loramoe "
-            "replaces it in this process. Do not import peft_loramoe to use the other one.",
+            "peft_loramoe replaces it in this process. Do not import peft_loramoe to use the other one.",
             stacklevel=2,
         )
     PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = LoRAMoEConfig
@@ -141,9 +140,8 @@ def _load_all_or_nothing() -> None:
                     if find_recorder(self) is None:
                         raise  # an adapter of another method
                     raise RuntimeError(
-                        f"adapter_model.safetensors of '{source}' cannot be read ({error}): the file is incomplete "
-                        "or damaged. "
-                        "Download it again, or save the adapter again."
+                        f"adapter_model.safetensors of '{source}' cannot be read ({error}): the file is incomplete or "
+                        "damaged. Download it again, or save the adapter again."
                     ) from error
                 check_load_result(self, adapter, result)
             return result
@@ -162,9 +160,8 @@ def _load_all_or_nothing() -> None:
         if isinstance(config0, LoRAMoEConfig) or isinstance(config1, LoRAMoEConfig):
             raise ValueError(
                 "LoRAMoE adapters cannot be hot-swapped. Load the other adapter beside this one with "
-                "model.load_adapter(folder, adapter_name='other'), switch with model.set_adapter('other'), and "
-                "remove this one "
-                "with model.delete_adapter."
+                "model.load_adapter(folder, adapter_name='other'), switch with model.set_adapter('other'), and remove "
+                "this one with model.delete_adapter."
             )
         check(config0, config1)
 

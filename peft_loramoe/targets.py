@@ -54,9 +54,8 @@ ROUTED_EXPERTS = re.compile(r"(?P<block>|.*\.)experts(\.(expert_)?\d+(\..*)?)?")
 ROUTERS = ("gate", "router")
 WHY_NOT_ROUTED = (
     "cannot be adapted: each sees only the tokens that the backbone's router sends it, so no balance term can be "
-    "computed "
-    "there, and transformers 5 keeps them as 3-D parameters instead of linear layers. Linear layers that can be "
-    "adapted: "
+    "computed there, and transformers 5 keeps them as 3-D parameters instead of linear layers. Linear layers that can "
+    "be adapted: "
 )
 # Names that feed-forward linears have in one model or another.
 FEED_FORWARD_NAMES = {"gate_up_proj", "w1", "w2", "w3"} | {
@@ -125,8 +124,7 @@ def check_names(model: nn.Module, target_modules: Any) -> None:
     if absent := sorted(name for name in absent if not any(module.endswith(f".{name}") for module in modules)):
         raise ValueError(
             f"target_modules contains {', '.join(absent)}, but the feed-forward layers of this model are routed "
-            "experts "
-            f"({experts}), which {WHY_NOT_ROUTED}{candidates(model)}."
+            f"experts ({experts}), which {WHY_NOT_ROUTED}{candidates(model)}."
         )
 
 

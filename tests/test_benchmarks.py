@@ -73,7 +73,6 @@ def test_an_unknown_group_is_refused_with_the_known_ones(capsys):
 
 
 # --- measuring
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_rounds_time_every_step_once_in_changing_order():

@@ -42,11 +42,10 @@ def test_registering_again_and_reloading_change_nothing():
 @pytest.mark.slow
 def test_the_rest_of_the_registry_is_untouched():
     script = (
-        "import peft, peft.mapping as m; before = [dict(x) for x in vars(m).values() if isinstance(x, dict) and x]\n"
-        "import peft_loramoe; after = [dict(x) for x in vars(m).values() if isinstance(x, dict) and x]\n"
-        "extra = [set(b) - set(a) for a, b in zip(before, after)]\n"
-        "changed = [k for a, b in zip(before, after) for k in a if a[k] is not b[k]]\n"
-        "assert not changed and all(e <= {'LORAMOE'} for e in extra), (changed, extra)"
+        "import peft, peft.mapping as m; before = [dict(x) for x in vars(m).values() if isinstance(x, dict) and "
+        "x]\nimport peft_loramoe; after = [dict(x) for x in vars(m).values() if isinstance(x, dict) and x]\nextra = "
+        "[set(b) - set(a) for a, b in zip(before, after)]\nchanged = [k for a, b in zip(before, after) for k in a if "
+        "a[k] is not b[k]]\nassert not changed and all(e <= {'LORAMOE'} for e in extra), (changed, extra)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
@@ -62,11 +61,9 @@ def test_a_tuner_of_that_name_in_peft_is_replaced_with_a_warning(monkeypatch):
 @pytest.mark.slow
 def test_importing_the_package_imports_no_optional_dependency():
     script = (
-        "import sys, peft, transformers.loss.loss_utils\n"
-        "before = set(sys.modules)  # PEFT itself imports bitsandbytes where it is installed\n"
-        "import peft_loramoe\n"
-        "loaded = {'bitsandbytes', 'triton', 'matplotlib', 'trl', 'datasets'} & (set(sys.modules) - before)\n"
-        "assert not loaded, loaded"
+        "import sys, peft, transformers.loss.loss_utils\nbefore = set(sys.modules)  # PEFT itself imports "
+        "bitsandbytes where it is installed\nimport peft_loramoe\nloaded = {'bitsandbytes', 'triton', 'matplotlib', "
+        "'trl', 'datasets'} & (set(sys.modules) - before)\nassert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
@@ -75,9 +72,9 @@ def test_importing_the_package_imports_no_optional_dependency():
 def test_a_pickle_of_the_bare_type_imports_the_package():
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         script = (
-            "import pickle, sys\n"
-            f"member = pickle.loads({pickle.dumps({'type': PeftType('LORAMOE')}, protocol)!r})['type']\n"
-            "assert 'peft_loramoe' in sys.modules and member == 'LORAMOE', member"
+            "import pickle, sys\nmember = "
+            f"pickle.loads({pickle.dumps({'type': PeftType('LORAMOE')}, protocol)!r})['type']\nassert 'peft_loramoe' "
+            "in sys.modules and member == 'LORAMOE', member"
         )
         subprocess.run([sys.executable, "-c", script], check=True)
     assert copy.deepcopy(PeftType("LORAMOE")) is copy.copy(PeftType("LORAMOE")) is PeftType("LORAMOE")

@@ -111,8 +111,8 @@ def encoder_decoder(weight):
 def chat_tokenizer():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
-        "{% for message in messages %}{{ message['content'] }} {% if message['role'] == 'assistant' %}w1 {% endif %}"
-        "{% endfor %}"
+        "{% for message in messages %}{{ message['content'] }} {% if message['role'] == 'assistant' %}w1 {% endif "
+        "%}{% endfor %}"
     )
     return tokenizer
 

@@ -84,8 +84,7 @@ def require_finite(values: Tensor, adapter: str, layer: str) -> None:
     if not torch.isfinite(values).all():
         raise ValueError(
             f"The router probabilities of adapter '{adapter}' in layer '{layer}' are not finite: training diverged, "
-            "or the "
-            "base model overflows in its dtype."
+            "or the base model overflows in its dtype."
         )
 
 

@@ -103,8 +103,7 @@ def encode(
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"{type(tokenizer).__name__} has no character offsets (is_fast is False), which separate the answer from "
-            "its "
-            "prompt; load the fast tokenizer of this model."
+            "its prompt; load the fast tokenizer of this model."
         )
     encoded: dict[int, tuple[list[int], list[tuple[int, int]]]] = {}
     for special in (True, False):

@@ -171,8 +171,7 @@ def build_prompts(
     if chat and not tokenizer.chat_template:
         raise ValueError(
             f"The tokenizer '{tokenizer.name_or_path}' has no chat template, which chat=True (--chat) needs; choose "
-            "another "
-            "tokenizer (--tokenizer)."
+            "another tokenizer (--tokenizer)."
         )
 
     def put(question: str) -> str:

@@ -62,9 +62,8 @@ def compare_results(before: ClosedBookResult, after: ClosedBookResult, seed: int
     """
     if [r.question for r in before.responses] != [r.question for r in after.responses]:
         raise ValueError(
-            f"The results belong to different questions ({len(before.responses)} and {len(after.responses)}); "
-            "compare answers "
-            "to the same questions in the same order."
+            f"The results belong to different questions ({len(before.responses)} and {len(after.responses)}); compare "
+            "answers to the same questions in the same order."
         )
     pairs = [(first.exact_match, second.exact_match) for first, second in zip(before.responses, after.responses)]
     known, lost, gained = sum(first for first, _ in pairs), pairs.count((True, False)), pairs.count((False, True))

@@ -45,8 +45,7 @@ def expert_similarity(model: nn.Module) -> list[dict[str, Any]]:
         if A.is_meta or not A.numel():
             raise ValueError(
                 f"The experts of adapter '{adapter}' in layer '{layer}' have no values in this process: they are on "
-                "the meta "
-                "device or sharded. Load the saved adapter in a single process."
+                "the meta device or sharded. Load the saved adapter in a single process."
             )
         if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
             raise ValueError(

@@ -100,8 +100,7 @@ def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) ->
             if not isinstance(batch, Mapping):
                 raise TypeError(
                     f"batches yielded a {type(batch).__name__}; it must yield dictionaries of the model's arguments, "
-                    "such as "
-                    "{'input_ids': ..., 'attention_mask': ..., 'task_types': ...}."
+                    "such as {'input_ids': ..., 'attention_mask': ..., 'task_types': ...}."
                 )
             # The loss needs all logits.
             options = {

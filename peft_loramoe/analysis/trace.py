@@ -102,8 +102,7 @@ def router_trace(
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"router_trace does not support encoder-decoders such as {type(model).__name__}; call the model yourself "
-            "and read "
-            "peft_loramoe.layer_routing(model)."
+            "and read peft_loramoe.layer_routing(model)."
         )
     token_ids = list(tokenizer(text, add_special_tokens=adds_special_tokens(tokenizer, text))["input_ids"])
     if not token_ids:

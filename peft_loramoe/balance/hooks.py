@@ -168,8 +168,8 @@ class Recorder:
         if thread.collecting:
             raise RuntimeError(
                 "collect_balance is open already, and a pass inside two of them would count twice. "
-                "LoRAMoETrainerMixin opens "
-                "one around compute_loss: leave collect_balance and balance_loss out of a compute_loss of your own."
+                "LoRAMoETrainerMixin opens one around compute_loss: leave collect_balance and balance_loss out of a "
+                "compute_loss of your own."
             )
         thread.recordings, thread.terms = [], None
         thread.collecting, thread.collected_types, thread.in_blocks = True, task_types, in_blocks
@@ -300,8 +300,8 @@ class Recorder:
         if getattr(module, "_is_replica", False):
             raise ValueError(
                 "The model runs inside nn.DataParallel, whose threads would mix up their batches. Start one process "
-                "for each "
-                "GPU instead (torchrun, accelerate launch), or make one GPU visible with CUDA_VISIBLE_DEVICES."
+                "for each GPU instead (torchrun, accelerate launch), or make one GPU visible with "
+                "CUDA_VISIBLE_DEVICES."
             )
         thread, calls = self._thread, self._calls_of(frame, module)
         kwargs = dict(kwargs)
@@ -344,10 +344,9 @@ class Recorder:
         if untyped and any(self.configs[name].num_groups > 1 for name in balanced):
             self._warn(
                 "balance_loss_weight > 0, but the model was called without task_types: every sample counts as of "
-                "unknown "
-                "type, so the balance term only spreads the load evenly over the experts. Pass task_types (with "
-                "Trainer or "
-                "TRL: a column task_type and peft_loramoe.training.LoRAMoETrainerMixin), or set balance_loss_weight=0."
+                "unknown type, so the balance term only spreads the load evenly over the experts. Pass task_types "
+                "(with Trainer or TRL: a column task_type and peft_loramoe.training.LoRAMoETrainerMixin), or set "
+                "balance_loss_weight=0."
             )
         if thread.collecting:
             return output
@@ -401,8 +400,7 @@ class Recorder:
                 "The balance term of the last training pass reached no loss: the model computed none itself, and "
                 "balance_loss(model) was not read before the next pass. With Trainer or TRL use "
                 "peft_loramoe.training.LoRAMoETrainerMixin; in a loop of your own add balance_loss(model) to the "
-                "loss, or set "
-                "balance_loss_weight=0."
+                "loss, or set balance_loss_weight=0."
             )
 
     def _warn_of_left_out(self, recording: Recording) -> None:

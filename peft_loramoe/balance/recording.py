@@ -106,8 +106,7 @@ class Recording:
             if not torch.compiler.is_compiling() and not samples.real.any():
                 raise ValueError(
                     "Nothing can be averaged over a batch without a real token: attention_mask is zero everywhere. "
-                    "Leave such "
-                    "batches out, or train without a balance term (balance_loss_weight=0)."
+                    "Leave such batches out, or train without a balance term (balance_loss_weight=0)."
                 )
             self._samples.append((key, samples))
         return samples

@@ -106,8 +106,7 @@ def _refuse_without_gradient(record: Record, recording: Recording, config: LoRAM
     ):
         raise ValueError(
             f"The router probabilities of layer '{record.layer}' carry no gradient, so the balance term would not "
-            "train "
-            "the router: the layer ran inside reentrant gradient checkpointing. Use "
+            "train the router: the layer ran inside reentrant gradient checkpointing. Use "
             'gradient_checkpointing_kwargs={"use_reentrant": False}, or set balance_loss_weight=0.'
         )
 

@@ -241,8 +241,8 @@ def _add_analysis(add: Callable[..., Parser], model: Parser, as_json: Parser) ->
         "analysis:analyze",
         "measure how the routers of an adapter use its experts on a file of texts",
         "Prints the mean router weight of each expert group by task type, the entropy of the routers, dead and "
-        "dominating "
-        "experts, and the similarity of experts. `plot groups`, `plot load` and `plot entropy` plot the file from -o.",
+        "dominating experts, and the similarity of experts. `plot groups`, `plot load` and `plot entropy` plot the "
+        "file from -o.",
         model,
         text_options("--data", required=True),
         as_json,
@@ -316,8 +316,7 @@ def _add_files(command: Command, output: Parser, as_json: Parser) -> None:
         "commands:inspect",
         "show the configuration and size of an adapter, and the norms and similarity of its experts",
         "The norm of an expert is the Frobenius norm of B A times the scaling; the similarity of two experts is the "
-        "cosine of "
-        "their matrices B A. The base model is not needed.",
+        "cosine of their matrices B A. The base model is not needed.",
         as_json,
     )
     inspect.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
@@ -336,9 +335,8 @@ def _add_files(command: Command, output: Parser, as_json: Parser) -> None:
         "upcycle",
         "commands:upcycle",
         "turn plain LoRA adapters into the experts of a LoRAMoE adapter",
-        "Several LoRAs become one expert each, and the mixture starts as their mean. A single LoRA with "
-        "--num-experts becomes "
-        "several experts, and the mixture starts as this LoRA.",
+        "Several LoRAs become one expert each, and the mixture starts as their mean. A single LoRA with --num-experts "
+        "becomes several experts, and the mixture starts as this LoRA.",
         output,
     )
     upcycle.add_argument("sources", metavar="LORA", nargs="+", help="folders or Hub ids of plain LoRA adapters")
@@ -364,8 +362,7 @@ def _add_export(command: Command, options: list[Parser]) -> None:
         "commands:export_lora",
         "approximate a mixture by a plain LoRA with fixed gates, and measure the error",
         "The gates of a plain LoRA cannot depend on the token, as those of a mixture do. The error of this "
-        "approximation is "
-        "measured on --calibration data, printed, and saved in the folder.",
+        "approximation is measured on --calibration data, printed, and saved in the folder.",
         *options,
     )
     export.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
@@ -415,9 +412,8 @@ def _add_surgery(operation: Command, output: Parser, model: Parser, data: Parser
         "commands:add_experts",
         "add experts that do not contribute yet",
         "New router outputs take weight from the old ones. The output is preserved only if the number of router "
-        "outputs "
-        "becomes a multiple of the old number (--start exact). Any other number changes it, and the error is measured "
-        "(--start nearest).",
+        "outputs becomes a multiple of the old number (--start exact). Any other number changes it, and the error is "
+        "measured (--start nearest).",
         output,
         model,
         data,

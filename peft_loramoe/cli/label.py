@@ -92,8 +92,8 @@ def _show(records: list[Record], scores: list[AnswerScore], types: list[int], op
     known = types.count(0)
     right = sum(score.correct for score in scores)
     print(
-        f"Wrote {options.output}: {known} of {len(types)} records are of type 0, {right} of them answered right, "
-        f"and {len(types) - known} of type 1."
+        f"Wrote {options.output}: {known} of {len(types)} records are of type 0, {right} of them answered right, and "
+        f"{len(types) - known} of type 1."
     )
     table = Table(title="loss of the answers, nats per token")
     for column in ("up to", "records", "answered right", ""):

@@ -103,7 +103,6 @@ PRESETS = {"retain": LoRAMoEConfig.retain, "paper": LoRAMoEConfig.paper, "plain"
 
 
 # --- arguments
-# --------------------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: Parser) -> None:
@@ -238,7 +237,6 @@ def config_fields() -> list[dataclasses.Field]:
 
 
 # --- what they ask for
-# ------------------------------------------------------------------------------------------------
 
 
 def adapter_config(options: Namespace) -> LoRAMoEConfig:

@@ -179,7 +179,6 @@ def build(options: Namespace) -> tuple[LoRAMoESFTTrainer, dict[str, Any]]:
 
 
 # --- data
-# -------------------------------------------------------------------------------------------------------------
 
 
 def read_data(options: Namespace, config: LoRAMoEConfig) -> tuple[list[Record], dict[str, list[Record]]]:
@@ -223,8 +222,8 @@ def marked_template(records: Iterable[Record], tokenizer: Any) -> str | None:
     template = marked_chat_template(tokenizer)
     if template is None:
         say(
-            "Only the last answer of each conversation is learned: the chat template does not mark answers with "
-            "{% generation %}, and TRL knows no version of it that does (--chat-template can give one)."
+            "Only the last answer of each conversation is learned: the chat template does not mark answers with {% "
+            "generation %}, and TRL knows no version of it that does (--chat-template can give one)."
         )
     return template
 
@@ -268,8 +267,7 @@ def say_what_was_read(records: list[Record], kept: int, held_back: int, config: 
     if config.null_groups and not kept and not any(counts[group] for group in config.null_groups):
         _warn(
             "All records are of one kind, so nothing tells the routers what to leave to the base model. Sample "
-            "anchors with "
-            "`peft-loramoe anchors` and give them with --anchors, or add records of task_type 0."
+            "anchors with `peft-loramoe anchors` and give them with --anchors, or add records of task_type 0."
         )
 
 
@@ -291,7 +289,6 @@ def say_what_is_cut(tokens: Tokenized, records: int, name: str, limit: int | Non
 
 
 # --- model and trainer
-# ------------------------------------------------------------------------------------------------
 
 
 def base_model(options: Namespace) -> BaseModel:
@@ -337,8 +334,7 @@ def check_checkpointing(training: SFTConfig, config: LoRAMoEConfig) -> None:
     if zero_3 and training.gradient_checkpointing and config.balance_loss_weight:
         raise ValueError(
             "--gradient-checkpointing: with DeepSpeed ZeRO-3, SFTTrainer makes it reentrant, which gives the balance "
-            "term no "
-            "gradient; use ZeRO-2 or FSDP, or --no-gradient-checkpointing, or --balance-loss-weight 0."
+            "term no gradient; use ZeRO-2 or FSDP, or --no-gradient-checkpointing, or --balance-loss-weight 0."
         )
 
 
@@ -352,7 +348,6 @@ def anchor_options(options: Namespace, anchors: list[dict[str, str]]) -> dict[st
 
 
 # --- what is shown
-# ----------------------------------------------------------------------------------------------------
 
 
 class ProgressLines(ProgressCallback):

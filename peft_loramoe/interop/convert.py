@@ -71,7 +71,7 @@ def convert_checkpoint(source: str | Path, output: str | Path, to: str = "loramo
                 )
                 raise ValueError(
                     f"The layout of '{source}' is unknown. Expected {AUTHORS}; or {MOE_PEFT}. Found "
-                    f"peft_type={config.get('peft_type')!r}, the options {abbreviate(config, 40)}, "
-                    f"the tensors {abbreviate(tensors)}.{hint}"
+                    f"peft_type={config.get('peft_type')!r}, the options {abbreviate(config, 40)}, the tensors "
+                    f"{abbreviate(tensors)}.{hint}"
                 )
     return Path(output)

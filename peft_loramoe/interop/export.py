@@ -223,8 +223,7 @@ def _check_adapter(adapter: Adapter, rank: int | float | None) -> None:
     if adapter.config.bias != "none":
         raise ValueError(
             f"Adapter '{adapter.name}' has bias='{adapter.config.bias}'; an export would lose the biases. Only "
-            "bias='none' "
-            "can be exported."
+            "bias='none' can be exported."
         )
     if rank is None:
         return
@@ -428,8 +427,8 @@ def warn(report: LoRAExport) -> None:
     """Warn if the approximation is poor or was not measured."""
     if report.kl_divergence is None:
         warnings.warn(
-            f"The error of the LoRA in '{report.output}' is unmeasured. Pass calibration data to measure how far "
-            "it is from the mixture."
+            f"The error of the LoRA in '{report.output}' is unmeasured. Pass calibration data to measure how far it "
+            "is from the mixture."
         )
     elif report.poor:
         warnings.warn(

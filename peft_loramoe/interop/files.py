@@ -283,8 +283,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"'{path}' is refused: it is damaged, or it holds more than tensors, possibly code that runs when it is "
-            "read "
-            f"({_reason(error)}). If you trust its author, have them save it as {SAFETENSORS}."
+            f"read ({_reason(error)}). If you trust its author, have them save it as {SAFETENSORS}."
         ) from error
     except MemoryError:
         raise
@@ -312,8 +311,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if "lora" in name and not tensor.is_floating_point():
             raise ValueError(
                 f"'{path}': '{name}' has dtype {tensor.dtype}, but the matrices of adapters are floating point. The "
-                "file is "
-                "damaged or of another kind."
+                "file is damaged or of another kind."
             )
     dense = {
         name: tensor

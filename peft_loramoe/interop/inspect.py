@@ -156,8 +156,7 @@ def _layer(config: LoRAMoEConfig, module: str, parts: dict[str, Tensor]) -> tupl
         if found != wanted:
             raise ValueError(
                 f"'{module}' has {found} {name}, but adapter_config.json implies {wanted} (groups "
-                f"{list(groups.sizes)}, "
-                f"null_groups={config.null_groups}, r={r}): the files do not belong together."
+                f"{list(groups.sizes)}, null_groups={config.null_groups}, r={r}): the files do not belong together."
             )
     if not all(tensor.isfinite().all() for tensor in (A, B, router)):
         warnings.warn(f"'{module}' has values that are not finite: training diverged, or the file is damaged.")

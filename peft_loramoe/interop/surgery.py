@@ -141,10 +141,9 @@ def add_experts(
             if fill and not fill_with_null:
                 raise ValueError(
                     f"count={count} experts cannot be added to the {len(old)} of layer '{layer.name}' without "
-                    "changing its "
-                    f"output: the total must be a multiple of {len(old)}. Add {wanted + fill}; or set "
-                    "fill_with_null=True, "
-                    f"which adds {fill} null experts; or set start='nearest', which is approximate."
+                    f"changing its output: the total must be a multiple of {len(old)}. Add {wanted + fill}; or set "
+                    f"fill_with_null=True, which adds {fill} null experts; or set start='nearest', which is "
+                    "approximate."
                 )
             new_rows = rows.repeat(-(-(wanted + fill) // len(old)), 1)
             factors.add(factor := (len(old) + wanted + fill) / len(old))
@@ -161,8 +160,7 @@ def add_experts(
         if len(factors) > 1:
             raise ValueError(
                 f"count={count} with top_k={top_k}: the layers differ in their number of experts, so each would need "
-                "another "
-                "top_k. Set count=None."
+                "another top_k. Set count=None."
             )
         top_k *= int(factors.pop())
     batches = prepare(model, adapter, calibration)

@@ -236,9 +236,8 @@ def _check_understood(name: str, config: Mapping[str, Any]) -> None:
             raise ValueError(f"'{name}' has {option}={value!r}, which experts cannot represent.")
     if (init := config.get("init_lora_weights")) not in HARMLESS_INITS:
         raise ValueError(
-            f"'{name}' has init_lora_weights={init!r}, with which PEFT changes the weights of the base model. Save "
-            "it with "
-            "path_initial_model_for_weight_conversion first, to get a plain LoRA for the original base model."
+            f"'{name}' has init_lora_weights={init!r}, with which PEFT changes the weights of the base model. Save it "
+            "with path_initial_model_for_weight_conversion first, to get a plain LoRA for the original base model."
         )
 
 

@@ -165,8 +165,8 @@ def _is_autocast(kind: str) -> bool:
 # Custom operators take flat arguments; this is the only place where the options are taken apart.
 # The schemas are written out because torch before 2.6 does not infer them from annotations like tuple[int, ...].
 _OPTIONS = (
-    "SymInt[] experts, float scaling, float temperature, float dropout, SymInt? top_k, ScalarType router_dtype, "
-    "bool balance_detach"
+    "SymInt[] experts, float scaling, float temperature, float dropout, SymInt? top_k, ScalarType router_dtype, bool "
+    "balance_detach"
 )
 _NUM_TENSORS = 8  # x to bias
 
@@ -194,8 +194,8 @@ _mixture_backward_op = torch.library.custom_op(
     _flat_backward,
     mutates_args=(),
     schema="(Tensor grad_output, Tensor? grad_probabilities, Tensor x, Tensor A, Tensor B, Tensor router, "
-    "Tensor? keep, Tensor? weight, Tensor probabilities, Tensor hidden, "
-    f"{_OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? keep, Tensor? weight, Tensor probabilities, Tensor hidden, {_OPTIONS}, bool[] needs) -> (Tensor, "
+    "Tensor, Tensor, Tensor)",
 )
 
 
@@ -290,8 +290,8 @@ def _differentiate_op(ctx: Any, grad_output: Tensor | None, grad_probabilities: 
 def _refuse(ctx: Any, *_: Any) -> None:
     raise RuntimeError(
         "The gradient of a LoRAMoE mixture was differentiated once more (create_graph=True), which it does not "
-        "support. Take "
-        "second derivatives through ops.reference.mixture, or leave the adapted layers out with disable_adapter()."
+        "support. Take second derivatives through ops.reference.mixture, or leave the adapted layers out with "
+        "disable_adapter()."
     )
 
 

@@ -79,8 +79,7 @@ class AnchorBatches:
             if max_length is not None and len(row) > max_length:
                 raise ValueError(
                     f"The anchor {text[:60]!r}... has {len(row)} tokens, more than max_length={max_length}: shorten "
-                    "it "
-                    "(anchors_from_texts cuts texts), or raise max_length."
+                    "it (anchors_from_texts cuts texts), or raise max_length."
                 )
         self._rows = [torch.tensor(row) for row in rows]
         self._seed = seed
@@ -168,8 +167,7 @@ class AnchorPass:
         if not self._has_effect:
             warnings.warn(
                 "The anchors have no effect: anchor_loss_weight=0, and there is no balance term "
-                "(balance_loss_weight=0, "
-                "or a model without LoRAMoE layers)."
+                "(balance_loss_weight=0, or a model without LoRAMoE layers)."
             )
         max_length = getattr(trainer.args, "max_length", None)
         max_length = max_length or getattr(model_config, "max_position_embeddings", None)
@@ -273,6 +271,6 @@ def _check_special_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) 
         if foreign := sorted({token for token in SPECIAL.findall(text) if token not in vocabulary}):
             raise ValueError(
                 f"The anchor {text[:60]!r} contains {', '.join(foreign)}, which the tokenizer does not know: the "
-                "anchors "
-                "are of another model. Sample them from this one with sample_anchors or `peft-loramoe anchors`."
+                "anchors are of another model. Sample them from this one with sample_anchors or `peft-loramoe "
+                "anchors`."
             )

@@ -167,8 +167,7 @@ def anchors_from_texts(
     if len(distinct) < number:
         raise ValueError(
             f"The texts give {len(distinct)} distinct anchors of up to {max_tokens} tokens, fewer than "
-            f"number={number}: ask "
-            "for fewer, or give more texts."
+            f"number={number}: ask for fewer, or give more texts."
         )
     return [{"text": text, "kind": "prose"} for text in random.Random(seed).sample(list(distinct.values()), number)]
 
@@ -373,8 +372,7 @@ def _distinct(
         if in_vain == FEW:
             raise ValueError(
                 f"The model wrote {found} distinct anchors of kind {kind}, and nothing new in {FEW} batches; {count} "
-                "were "
-                "asked for. Raise temperature, top_p or max_tokens, give more prefixes, or ask for fewer anchors."
+                "were asked for. Raise temperature, top_p or max_tokens, give more prefixes, or ask for fewer anchors."
             )
         found += len(new)
         if new:

@@ -149,8 +149,7 @@ class RouterCallback(TrainerCallback):
         if self.take():
             raise ValueError(
                 "The trainer logged without taking RouterCallback's metrics, which would be lost. Put the mixin "
-                "before the "
-                "trainer, `class MyTrainer(LoRAMoETrainerMixin, SFTTrainer)`, or leave the callback out."
+                "before the trainer, `class MyTrainer(LoRAMoETrainerMixin, SFTTrainer)`, or leave the callback out."
             )
 
 
@@ -197,8 +196,8 @@ class _Separation:
         types = " or ".join(map(str, config.null_groups))
         if seen.isdisjoint(config.null_groups):
             return (
-                f"no sample of type {types} was seen: nothing tells the routers what to leave to the base model. "
-                "Give the trainer anchors, or samples of that type."
+                f"no sample of type {types} was seen: nothing tells the routers what to leave to the base model. Give "
+                "the trainer anchors, or samples of that type."
             )
         if seen <= {*config.null_groups}:
             return (

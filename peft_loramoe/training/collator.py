@@ -77,9 +77,8 @@ class TaskTypeCollator:
         if not self._warned and (task_types < 0).all():
             self._warned = True
             warnings.warn(
-                f"Every {COLUMN} of a batch is unknown (-1): there the balance term only spreads the load evenly "
-                "over the "
-                f"experts. Check the column {COLUMN}, or set balance_loss_weight=0."
+                f"Every {COLUMN} of a batch is unknown (-1): there the balance term only spreads the load evenly over "
+                f"the experts. Check the column {COLUMN}, or set balance_loss_weight=0."
             )
 
     def _arrange(self, types: list[Tensor], examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> Tensor:
@@ -98,8 +97,7 @@ class TaskTypeCollator:
             if len(real) > where.sum() or ("attention_mask" in batch and len(real) < where.sum()):
                 raise ValueError(
                     f"Row {row} of the batch has {int(where.sum())} tokens, but {COLUMN} speaks of {len(real)}: does "
-                    "the "
-                    "collator truncate or flatten? Truncate the data set before."
+                    "the collator truncate or flatten? Truncate the data set before."
                 )
             arranged[row, where.nonzero().flatten()[: len(real)]] = real
         return arranged
@@ -139,8 +137,8 @@ def example_types(examples: Sequence[Mapping[str, Any]], config: LoRAMoEConfig) 
         return None
     if len(given) < len(examples):
         raise ValueError(
-            f"{len(examples) - len(given)} of the {len(examples)} examples of a batch have no {COLUMN}; give "
-            "every example one, -1 for unknown."
+            f"{len(examples) - len(given)} of the {len(examples)} examples of a batch have no {COLUMN}; give every "
+            "example one, -1 for unknown."
         )
     values = [value.tolist() if hasattr(value, "tolist") else value for value in (e[COLUMN] for e in examples)]
     _check_kinds(values)
@@ -162,8 +160,7 @@ def _check_kinds(values: list[Any]) -> None:
         raise TypeError(
             f"{COLUMN} holds values of type {', '.join(sorted(kind.__name__ for kind in kinds))}, such as "
             f"{', '.join(repr(next(e for e in entries if type(e) is kind)) for kind in kinds)}; write integers only, "
-            "or names "
-            "only."
+            "or names only."
         )
 
 
@@ -176,10 +173,9 @@ def _check_boundaries(examples: Sequence[Mapping[str, Any]], batch: Mapping[str,
     positions = batch.get("position_ids")
     if joined and not (isinstance(positions, Tensor) and positions.dim() == 2):
         raise ValueError(
-            "The collator joins several samples in a row but returns no 2-D position_ids, so samples of one type "
-            "that follow "
-            "each other would be balanced as one. Have it return position_ids that start again with each sample "
-            "(DataCollatorWithFlattening: return_position_ids=True), or set balance_loss_weight=0."
+            "The collator joins several samples in a row but returns no 2-D position_ids, so samples of one type that "
+            "follow each other would be balanced as one. Have it return position_ids that start again with each "
+            "sample (DataCollatorWithFlattening: return_position_ids=True), or set balance_loss_weight=0."
         )
 
 
@@ -193,8 +189,8 @@ def _of_tokens(types: Tensor, example: Mapping[str, Any]) -> Tensor:
     if (input_ids := example.get("input_ids")) is None:
         raise ValueError(
             f"The batch joins several samples in a row, but the examples (columns {', '.join(example)}) have no "
-            "input_ids that "
-            f"tell where a {COLUMN} begins. Tokenize the data set before, or collate without padding_free."
+            f"input_ids that tell where a {COLUMN} begins. Tokenize the data set before, or collate without "
+            "padding_free."
         )
     length = len(input_ids)
     if types.dim() == 0:
@@ -206,7 +202,6 @@ def _of_tokens(types: Tensor, example: Mapping[str, Any]) -> Tensor:
         found = "no seq_lengths" if segments is None else f"seq_lengths {list(segments)}"
         raise ValueError(
             f"A packed example of {length} tokens has {len(types)} values in {COLUMN} and {found}; give one {COLUMN} "
-            "for each "
-            "entry of seq_lengths, or one for each token."
+            "for each entry of seq_lengths, or one for each token."
         )
     return types.repeat_interleave(torch.as_tensor(segments))

@@ -74,8 +74,7 @@ def optimizer_groups(
     if not (params["A"] or params["B"] or params["router"]):
         raise ValueError(
             "None of the model's LoRAMoE parameters is trainable: the adapter was loaded for inference, or "
-            "set_adapter chose "
-            "another one. Load it with is_trainable=True."
+            "set_adapter chose another one. Load it with is_trainable=True."
         )
     for option, value, role in (("router_lr", router_lr, "router"), ("loraplus_lr_ratio", loraplus_lr_ratio, "B")):
         if value is not None and not params[role]:
@@ -139,8 +138,8 @@ def set_router_rates(optimizer: Optimizer, model: nn.Module) -> None:
             if group["lr"] is None:
                 raise ValueError(
                     f"{type(optimizer).__name__} was made with lr=None and sets its learning rate itself, so the "
-                    "routers "
-                    f"cannot have {multiplier:g} times that. Give it a learning rate, or set router_lr_multiplier=1."
+                    f"routers cannot have {multiplier:g} times that. Give it a learning rate, or set "
+                    "router_lr_multiplier=1."
                 )
             rate = group["lr"] * multiplier
             optimizer.add_param_group({**group, "params": routers, "lr": rate, "name": "router"})

@@ -185,7 +185,6 @@ def tokenize_records(
 
 
 # --- reading
-# ----------------------------------------------------------------------------------------------------------
 
 
 def _formats() -> str:
@@ -205,8 +204,8 @@ def _check_record(place: str, value: Any, typed: str | None, config: LoRAMoEConf
     for column in columns:
         if column not in given and not (column == "instruction" and "input" in given):
             raise ValueError(
-                f"{place}: the column '{column}' is missing (found: {', '.join(given) or 'nothing'}); "
-                f"a record has {_formats()}."
+                f"{place}: the column '{column}' is missing (found: {', '.join(given) or 'nothing'}); a record has "
+                f"{_formats()}."
             )
     if typed is not None and COLUMN not in value:
         raise ValueError(
@@ -275,13 +274,11 @@ def _check_task_type(record: Mapping[str, Any], place: str, config: LoRAMoEConfi
     fix = "" if names else "; to use names, give task_type_names (--task-type-names)"
     raise ValueError(
         f"{place}: unknown task_type {task_type!r}; write {known}an integer from 0 to {count - 1} (one for each "
-        "expert group), "
-        f"or -1 for unknown{fix}."
+        f"expert group), or -1 for unknown{fix}."
     )
 
 
 # --- tokens
-# -----------------------------------------------------------------------------------------------------------
 
 
 def _tokens(
@@ -295,8 +292,7 @@ def _tokens(
         if [turn["role"] for turn in turns] != ["user", "assistant"]:
             raise ValueError(
                 f"{record.place}: the tokenizer has no chat template, without which a conversation can be one "
-                "question and "
-                "its answer only; give it one (--chat-template)."
+                "question and its answer only; give it one (--chat-template)."
             )
         return _text_tokens(PLAIN_PROMPT.format(turns[0]["content"]), turns[1]["content"], tokenizer)
     marked = record.earlier_answers and marked_template is not None

@@ -233,8 +233,7 @@ class LoRAMoETrainerMixin:
         if own_rate and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             raise ValueError(
                 f"optim='{name}' updates all parameters with one learning rate during the backward pass; choose "
-                "another, "
-                "or set router_lr_multiplier=1."
+                "another, or set router_lr_multiplier=1."
             )
         if self.is_deepspeed_enabled:
             config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
@@ -242,9 +241,8 @@ class LoRAMoETrainerMixin:
                 if section in config:
                     raise ValueError(
                         f"The DeepSpeed configuration has a section '{section}', which gives all parameters one "
-                        "learning rate. "
-                        "Remove it, so that `optim` and `lr_scheduler_type` of the training arguments count, or set "
-                        "router_lr_multiplier=1."
+                        "learning rate. Remove it, so that `optim` and `lr_scheduler_type` of the training arguments "
+                        "count, or set router_lr_multiplier=1."
                     )
 
     @contextmanager
@@ -410,9 +408,8 @@ def _check_parallelism(accelerator: Any) -> None:
     for kind in ("cp", "sp"):
         if getattr(parallelism, f"{kind}_enabled", False):
             raise ValueError(
-                f"{kind}_size={getattr(parallelism, f'{kind}_size')} splits samples between processes, and a "
-                "sample's routing "
-                f"cannot be balanced in parts; set {kind}_size=1."
+                f"{kind}_size={getattr(parallelism, f'{kind}_size')} splits samples between processes, and a sample's "
+                f"routing cannot be balanced in parts; set {kind}_size=1."
             )
 
 
@@ -428,8 +425,7 @@ def _pack(dataset: Any, options: Any) -> Any:
     if options.packing_strategy == "wrapped":
         raise ValueError(
             "packing_strategy='wrapped' keeps no boundaries between samples, so task types cannot be attributed; use "
-            "'bfd' or "
-            f"'bfd_split', or leave the column {COLUMN} out."
+            f"'bfd' or 'bfd_split', or leave the column {COLUMN} out."
         )
     dataset = dataset.map(lambda example: {COLUMN: [example[COLUMN]] * len(example["input_ids"])})
     by_token = ("input_ids", "labels", "completion_mask", "assistant_masks", COLUMN)

@@ -35,9 +35,8 @@ CONTINENTS = {
     "AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "SA": "South America", "OC": "Oceania"
 }  # fmt: skip
 CURRENCIES = listed(
-    "euro dollar franc peso pound rupee yen krone krona dinar shilling rial won rand baht lira real ruble "
-    "zloty yuan riyal rupiah ringgit dirham kwacha naira taka dong shekel leu lev forint koruna sol birr "
-    "tenge som lari"
+    "euro dollar franc peso pound rupee yen krone krona dinar shilling rial won rand baht lira real ruble zloty yuan "
+    "riyal rupiah ringgit dirham kwacha naira taka dong shekel leu lev forint koruna sol birr tenge som lari"
 )
 WITH_ARTICLE = {"United States", "United Kingdom", "Netherlands", "Philippines", "United Arab Emirates"}
 OPENINGS = listed(

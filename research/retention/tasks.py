@@ -21,9 +21,8 @@ UNITS = [
     ("feet", "inches", 12), ("liters", "ml", 1000), ("years", "months", 12), ("minutes", "seconds", 60), ("days", "hours", 24),
 ]  # fmt: skip
 WORDS = listed(
-    "apple bridge candle desert engine forest garden hammer island jacket kettle ladder market needle "
-    "orange pencil rabbit silver table umbrella valley window yellow zebra anchor basket copper dragon "
-    "feather glass"
+    "apple bridge candle desert engine forest garden hammer island jacket kettle ladder market needle orange pencil "
+    "rabbit silver table umbrella valley window yellow zebra anchor basket copper dragon feather glass"
 )
 NAMES = listed(
     "Alice Bruno Clara Dennis Edith Felix Gloria Hugo Irene Jonas Karin Leo Maria Nils Olga Peter Ruth Simon"
@@ -46,8 +45,8 @@ CLASSES = {  # an invented classification, to be learned from the examples
     ),
 }
 ONES = listed(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
 )
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 

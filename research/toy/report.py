@@ -23,7 +23,6 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 # --- the main result
-# --------------------------------------------------------------------------------------------------
 
 
 def methods(results: Results) -> str:
@@ -64,8 +63,8 @@ def bar(results: Results) -> str:
         verdict += f" ({', '.join(doubts)})"
     return (
         f"Bar: at most {BAR} of LoRA's loss in both kinds, tasks not below LoRA's. "
-        f"{METHODS[RECIPE].title.capitalize()}: "
-        f"{verdict}. Other methods that would meet it: {'; '.join(others) or 'none'}."
+        f"{METHODS[RECIPE].title.capitalize()}: {verdict}. Other methods that would meet it: "
+        f"{'; '.join(others) or 'none'}."
     )
 
 
@@ -89,7 +88,6 @@ def _compared(results: Results, method: str) -> tuple[list[tuple[float, float, f
 
 
 # --- tables
-# -----------------------------------------------------------------------------------------------------------
 
 
 def growth(results: Results) -> str:
@@ -233,7 +231,6 @@ def _interval(values: tuple[float, float, float], form: str = ".1f") -> str:
 
 
 # --- the whole
-# --------------------------------------------------------------------------------------------------------
 
 
 def write_report(rows: Sequence[Row], output: Path) -> str:

@@ -102,7 +102,6 @@ def _answers(city: dict, country: dict) -> dict[str, str | None]:
 
 
 # --- tasks
-# ------------------------------------------------------------------------------------------------------------
 
 
 def _digits(cities: list[str], generator: random.Random) -> list[str]:

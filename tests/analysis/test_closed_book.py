@@ -13,8 +13,8 @@ LINE = 5  # the token of a line break
 QUESTIONS = [Question(f"w{i} w{i + 1} " * (1 + i % 3), (f"w{i + 2}", "w9")) for i in range(20, 40)]
 SHOTS = [Question("w41", ("w42", "w43")), Question("w44 w45", ("w46 w47",))]
 CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>"
-    "{{ 'thinking' if enable_thinking is not defined or enable_thinking }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{{ "
+    "'thinking' if enable_thinking is not defined or enable_thinking }}{% endif %}"
 )
 
 

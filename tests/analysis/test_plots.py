@@ -116,7 +116,6 @@ def assert_apart(boxes):
 
 
 # --- files
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")])
@@ -173,7 +172,6 @@ def test_dollar_signs_are_no_mathematics(tmp_path):
 
 
 # --- order and looks
-# --------------------------------------------------------------------------------------------------
 
 KINDS = {
     "one kind": (
@@ -234,7 +232,6 @@ def test_layers_are_numbered_as_in_the_model(tmp_path, plot):
 
 
 # --- group weights
-# ----------------------------------------------------------------------------------------------------
 
 
 def test_group_weights_have_panels_and_curves(tmp_path):
@@ -269,7 +266,6 @@ def test_unknown_and_nameless_types_have_panels(tmp_path):
 
 
 # --- load
-# -------------------------------------------------------------------------------------------------------------
 
 
 def cells(panel):
@@ -316,7 +312,6 @@ def test_labels_of_the_load_do_not_overlap(tmp_path, sizes):
 
 
 # --- entropy
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_entropy_has_curves_for_tokens_and_means(tmp_path):
@@ -344,7 +339,6 @@ def test_lines_without_markers_show_one_layer_too(tmp_path):
 
 
 # --- trace
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_trace_shows_the_weight_of_a_group(tmp_path):
@@ -395,7 +389,6 @@ def test_labels_of_a_trace_do_not_overlap(tmp_path, tokens, blocks):
 
 
 # --- frontier
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_frontier_has_a_point_for_each_model(tmp_path):

@@ -276,7 +276,6 @@ def test_probabilities_that_are_not_finite_are_refused():
 
 
 # --- weights of groups
-# ------------------------------------------------------------------------------------------------
 
 
 def test_group_weights_sum_experts_and_average_layers():
@@ -302,7 +301,6 @@ def test_weights_of_a_layer_sum_to_one(per_layer):
 
 
 # --- usage of experts
-# -------------------------------------------------------------------------------------------------
 
 
 def statistics_of(**weights_by_type):

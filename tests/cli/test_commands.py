@@ -96,7 +96,6 @@ def printed(capsys, *words):
 
 
 # --- inspect
-# ----------------------------------------------------------------------------------------------------------
 
 LAYOUTS = {
     "plain": {},
@@ -173,7 +172,6 @@ def changed_copy(source, folder, change):
 
 
 # --- convert, upcycle
-# -------------------------------------------------------------------------------------------------
 
 
 def test_convert_to_the_authors_layout_and_back(tmp_path, base, adapter, capsys):
@@ -208,7 +206,6 @@ def test_a_lora_is_split(tmp_path, base, loras):
 
 
 # --- export-lora
-# ------------------------------------------------------------------------------------------------------
 
 EXPORTS = {
     "uniform": ([], {"gates": "uniform", "rank": 8}),
@@ -246,7 +243,6 @@ def test_an_unmeasured_export_says_so(tmp_path, adapter, capsys):
 
 
 # --- surgery
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_experts_are_listed_with_their_load(adapter, calibration, capsys):
@@ -291,7 +287,6 @@ def test_an_operation_prints_what_it_did(tmp_path, adapter, calibration, capsys)
 
 
 # --- analyze, trace, plot
-# ---------------------------------------------------------------------------------------------
 
 
 def test_analyze_measures_every_text(base, adapter, calibration, capsys):
@@ -422,7 +417,6 @@ def test_a_frontier_is_drawn(tmp_path, capsys):
 
 
 # --- models
-# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -461,7 +455,6 @@ def test_what_belongs_to_no_expert_stays(tmp_path, base):
 
 
 # --- bad input
-# --------------------------------------------------------------------------------------------------------
 
 
 def test_every_command_has_a_help_text(capsys):
@@ -817,7 +810,6 @@ def test_a_child_of_another_environment_is_told(tmp_path):
 
 
 # --- lm-eval
-# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

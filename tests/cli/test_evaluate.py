@@ -289,7 +289,6 @@ def test_another_base_model_is_warned_about(base, adapters, questions, tmp_path,
 
 
 # --- lm-eval
-# ----------------------------------------------------------------------------------------------------------
 
 TEXTS = ["w3 w4 w5 w6 w7", "w8 w9 w20", "w21 w22 w23 w24 w25 w26"]
 
@@ -347,7 +346,6 @@ def test_tasks_need_lm_eval(base, capsys, monkeypatch):
 
 
 # --- bad input
-# --------------------------------------------------------------------------------------------------------
 
 # (words, part of the message); {base}, {questions} and so on are replaced by paths.
 BAD = {

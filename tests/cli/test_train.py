@@ -62,7 +62,6 @@ def parse(*options):
 
 
 # --- options
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_every_config_option_has_a_flag(capsys):
@@ -147,7 +146,6 @@ def test_options_that_exclude_each_other(capsys, options, message):
 
 
 # --- --config
-# ---------------------------------------------------------------------------------------------------------
 
 
 def config_file(folder, text):
@@ -211,7 +209,6 @@ def test_a_file_that_does_not_exist_is_named(capsys):
 
 
 # --- data
-# -------------------------------------------------------------------------------------------------------------
 
 
 def test_splits_of_a_data_set(tmp_path):
@@ -284,7 +281,6 @@ def test_data_of_one_type_without_anchors_are_warned_about(trainer):
 
 
 # --- model and training
-# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -463,7 +459,6 @@ def test_a_file_without_anchors_is_refused(arguments, tmp_path, capsys):
 
 
 # --- what is shown
-# ----------------------------------------------------------------------------------------------------
 
 
 def test_what_a_run_prints(arguments, capsys, monkeypatch):

@@ -33,7 +33,6 @@ def tiny(monkeypatch):
 
 
 # --- data
-# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,6 @@ def test_held_back_anchors_are_not_trained_on():
 
 
 # --- training
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_step_has_as_many_anchors_beside_the_same_samples():
@@ -102,7 +100,6 @@ def test_anchors_in_the_balance_term_only_leave_the_tasks_loss_alone():
 
 
 # --- scores
-# -----------------------------------------------------------------------------------------------------------
 
 
 def test_scores_are_those_of_one_item_at_a_time():
@@ -119,7 +116,6 @@ def test_scores_are_those_of_one_item_at_a_time():
 
 
 # --- terms
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["class_equal", "cross_entropy"])
@@ -153,7 +149,6 @@ def test_a_normalised_router_does_not_see_the_length_of_x():
 
 
 # --- commands
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_runs_end_as_rows_once_and_become_a_report(tiny, tmp_path, capsys):
@@ -183,7 +178,6 @@ def test_routers_learn_from_the_term_alone(tiny, tmp_path):
 
 
 # --- report
-# -----------------------------------------------------------------------------------------------------------
 
 
 def row_of(method, seed, text, solved, ranked):

@@ -28,7 +28,6 @@ MINIATURE = VARIANTS["miniature"]
 
 
 # --- world
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_fact_is_asked_and_stated_with_the_same_answer():
@@ -110,7 +109,6 @@ def test_seeds_replay_different_facts():
 
 
 # --- protocol
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda variant: variant.name)
@@ -206,7 +204,6 @@ def test_all_adapters_start_with_the_same_scale():
 
 
 # --- report
-# -----------------------------------------------------------------------------------------------------------
 
 
 def test_mean_interval_is_student_s():
@@ -330,7 +327,6 @@ def test_rows_of_other_variants_are_refused(names, found):
 
 
 # --- runs
-# -------------------------------------------------------------------------------------------------------------
 
 
 ROW = {"variant": "toy", "scores": {}}

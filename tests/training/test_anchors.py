@@ -12,8 +12,8 @@ from tiny import loramoe, tiny_llama, tiny_tokenizer
 
 
 TEMPLATE = (
-    "{% for m in messages %}{{ 'w2 w3 ' if m.role == 'user' else 'w2 w4 ' }}{{ m.content }}{{ ' w1 ' }}{% endfor %}"
-    "{% if add_generation_prompt %}w2 w4 {% endif %}"
+    "{% for m in messages %}{{ 'w2 w3 ' if m.role == 'user' else 'w2 w4 ' }}{{ m.content }}{{ ' w1 ' }}{% endfor %}{% "
+    "if add_generation_prompt %}w2 w4 {% endif %}"
 )
 OPTIONS = {"max_tokens": 8, "batch_size": 4, "progress": False, "prefixes": ("w5", "w6 w7")}
 

@@ -38,7 +38,6 @@ def answer(tokenizer, text):
 
 
 # --- reading
-# ----------------------------------------------------------------------------------------------------------
 
 
 def without(column):
@@ -141,7 +140,6 @@ def test_columns_that_a_data_set_filled_with_none_are_absent():
 
 
 # --- tokens
-# -----------------------------------------------------------------------------------------------------------
 
 
 def test_only_the_answer_is_learned(tokenizer):
