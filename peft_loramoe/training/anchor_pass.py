@@ -76,6 +76,11 @@ class AnchorBatches:
                 raise ValueError(
                     f"The anchor {text!r} has {len(row)} token; an anchor needs two or more to be learned from."
                 )
+            if 2 * row.count(tokenizer.unk_token_id) > len(row):
+                raise ValueError(
+                    f"More than half of the tokens of the anchor {text[:60]!r} are unknown to the tokenizer; sample "
+                    "anchors from this model."
+                )
             if max_length is not None and len(row) > max_length:
                 raise ValueError(
                     f"The anchor {text[:60]!r}... has {len(row)} tokens, more than max_length={max_length}: shorten "

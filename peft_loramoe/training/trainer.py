@@ -142,7 +142,7 @@ class LoRAMoETrainerMixin:
             else find_recorder(model).collect(task_types, self._in_blocks, adds_term=True)
         ):
             result = super().compute_loss(model, inputs, **options)
-            if config is not None and config.balance_loss_weight > 0 and not find_recorder(model).recorded:
+            if _has_term(model) and not find_recorder(model).recorded:
                 raise ValueError(
                     f"{type(self).__name__}.compute_loss called no LoRAMoE layer in training mode through the model's "
                     "forward, so there is no balance term: is the model in eval mode, are the adapters disabled, or "
@@ -193,13 +193,14 @@ class LoRAMoETrainerMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's log, with the parts of its loss, and what `RouterCallback` measured in this step."""
-        if "loss" in logs and self._added:
+        of_training = {"loss", "learning_rate"} <= logs.keys()  # not a log of the user's own
+        if of_training and self._added:
             means = {name: self._mean(total / self._steps_added) for name, total in self._added.items()}
             logs = {**logs, "model_loss": logs["loss"] - sum(means.values())}
             if "balance_loss" in means:
                 logs["balance_loss"] = means["balance_loss"]
             self._added, self._steps_added = {}, 0.0
-        if self._anchors is not None and "loss" in logs and (anchor_loss := self._anchors.take_loss()) is not None:
+        if self._anchors is not None and of_training and (anchor_loss := self._anchors.take_loss()) is not None:
             logs = {**logs, "anchor_loss": anchor_loss}
         for callback in self._router_callbacks():
             logs = {**logs, **callback.take()}
@@ -323,8 +324,7 @@ class LoRAMoETrainerMixin:
 
     def _check_term(self) -> None:
         """Refuse an optimizer step without the balance term in its gradient."""
-        config = _config_of(self.model)
-        if config is not None and config.balance_loss_weight > 0 and self._term_step != self.state.global_step:
+        if _has_term(self.model) and self._term_step != self.state.global_step:
             raise ValueError(
                 f"{type(self).__name__} is about to take an optimizer step whose loss has no balance term, because it "
                 "does not come from compute_loss in training mode: some trainers, TRL's OnlineDPOTrainer for one, "
@@ -358,6 +358,13 @@ def _config_of(model: nn.Module) -> LoRAMoEConfig | None:
     if layer is None:
         return None
     return next(layer.recorder.configs[name] for name in (*layer.active_adapters, *layer.loramoe_experts))
+
+
+def _has_term(model: nn.Module) -> bool:
+    """Whether an active adapter has a balance term."""
+    layer = next((m for m in model.modules() if isinstance(m, LoRAMoELinear)), None)
+    configs = {} if layer is None else layer.recorder.configs
+    return any(configs[name].balance_loss_weight > 0 for name in configs if name in layer.active_adapters)
 
 
 def _has_router_rates(model: nn.Module) -> bool:

@@ -358,6 +358,14 @@ def test_bad_anchors_are_refused(anchors, message):
     assert message in str(error.value)
 
 
+def test_anchors_of_unknown_tokens_are_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.unk_token = "w0"
+    assert len(AnchorBatches(["w2 zz w3"], tokenizer)) == 1
+    with pytest.raises(ValueError, match="More than half of the tokens of the anchor 'zz yy w2' are unknown"):
+        AnchorBatches(["zz yy w2"], tokenizer)
+
+
 def test_a_dictionary_of_splits_is_refused():
     with pytest.raises(TypeError, match="anchors is a DatasetDict; give one list or split"):
         AnchorBatches(DatasetDict({"train": Dataset.from_dict({"text": ["w1 w2"]})}), tiny_tokenizer())

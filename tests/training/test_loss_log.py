@@ -25,7 +25,7 @@ class Keep(TrainerCallback):
     on_step_end = on_substep_end
 
 
-def logs(tmp_path, weight, keep, rows=4, accumulation=1, steps=2):
+def logs(tmp_path, weight, keep, rows=4, accumulation=1, steps=2, trainer_class=LoRAMoESFTTrainer):
     args = trl.SFTConfig(
         tmp_path,
         per_device_train_batch_size=rows,
@@ -41,11 +41,9 @@ def logs(tmp_path, weight, keep, rows=4, accumulation=1, steps=2):
     )
     dataset = Dataset.from_dict({"input_ids": ROWS, "labels": ROWS, "task_type": [0, 1, 1, 0]})
     model = loramoe(balance_loss_weight=weight)
-    trainer = LoRAMoESFTTrainer(
-        model, args, train_dataset=dataset, processing_class=tiny_tokenizer(), callbacks=[keep]
-    )
+    trainer = trainer_class(model, args, train_dataset=dataset, processing_class=tiny_tokenizer(), callbacks=[keep])
     trainer.train()
-    return next(log for log in trainer.state.log_history if "loss" in log)
+    return next(log for log in trainer.state.log_history if "learning_rate" in log)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -59,3 +57,15 @@ def test_the_models_loss_and_the_term_are_apart(tmp_path, accumulation):
     assert without["balance_loss"] == 0 and without["model_loss"] == without["loss"]
     if accumulation == 1:
         assert with_term["balance_loss"] == pytest.approx(sum(keep.terms) / len(keep.terms), rel=1e-5)
+
+
+class Talkative(LoRAMoESFTTrainer):
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.log({"loss": 7.0})
+        return loss
+
+
+def test_a_log_of_the_users_own_takes_nothing_away(tmp_path):
+    plain, talkative = (logs(tmp_path, 0.5, Keep(), trainer_class=c) for c in (LoRAMoESFTTrainer, Talkative))
+    assert talkative["balance_loss"] == pytest.approx(plain["balance_loss"])
