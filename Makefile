@@ -1,6 +1,6 @@
 # Everything runs in virtual environments inside this folder, with the versions pinned in the constraints files.
 #   make demo          install and run the whole method on a small model (two CPU cores, under five minutes)
-#   make test          install and run the tests of every change (two cores: five to eight minutes)
+#   make test          install and run the tests of every change (about seven minutes on two cores)
 #   make test-all      also the slow ones and those that start several processes
 #   make test-oldest   what may depend on versions, with the oldest peft and transformers
 #   make test-newest   the same with the newest transformers, peft and TRL, if any is newer than the pinned one

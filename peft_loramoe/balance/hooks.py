@@ -231,10 +231,7 @@ class Recorder:
                 "balance_loss was read in a compute_loss to whose loss LoRAMoETrainerMixin adds it: it would count "
                 "twice. Leave it out; to look at it, read it under torch.no_grad()."
             )
-        weights = [(self.configs[terms.adapter].balance_loss_weight, terms.values) for terms in self._terms()]
-        # A gradient of zeros would still be added, and would round the others differently.
-        weighted = [weight * values.sum() for weight, values in weights if weight > 0]
-        return torch.stack([term.to(weighted[0].device) for term in weighted]).sum() if weighted else torch.zeros(())
+        return self._weighted_sum(self._terms())
 
     @torch.no_grad()
     def routing(self) -> list[LayerRouting]:
@@ -379,8 +376,13 @@ class Recorder:
     def _weighted(self, recording: Recording) -> Tensor:
         if self._thread.recordings == [recording]:
             return self.loss()
-        terms = compute_terms([recording], self.configs)  # of a call inside another one
-        return torch.stack([self.configs[t.adapter].balance_loss_weight * t.values.sum() for t in terms]).sum()
+        return self._weighted_sum(compute_terms([recording], self.configs))  # of a call inside another one
+
+    def _weighted_sum(self, terms: list[Terms]) -> Tensor:
+        weights = [(self.configs[of_adapter.adapter].balance_loss_weight, of_adapter.values) for of_adapter in terms]
+        # A gradient of zeros would still be added, and would round the others differently.
+        weighted = [weight * values.sum() for weight, values in weights if weight > 0]
+        return torch.stack([term.to(weighted[0].device) for term in weighted]).sum() if weighted else torch.zeros(())
 
     def _terms(self) -> list[Terms]:
         thread = self._thread

@@ -352,6 +352,11 @@ class Batch:
         is_text = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
         return labels if is_text and self.streams.labels_are_read else None
 
+    def _mask(self, name: str) -> Any:
+        mask = self.inputs.get(name)
+        # A mapping has one for each kind of attention.
+        return mask.get("full_attention", mask) if isinstance(mask, Mapping) else mask
+
     def _real(self, kind: str, shape: tuple[int, ...]) -> Tensor:
         """The mask of the tokens of a text, shape (rows, tokens per row), bool."""
         rows, width = shape[0], prod(shape[1:])
@@ -364,9 +369,7 @@ class Batch:
                 name = "attention_mask"
         elif kind == ENCODED and not self.streams.is_encoder_decoder:
             name = "encoder_attention_mask"
-        mask = self.inputs.get(name)
-        if isinstance(mask, Mapping):  # one for each kind of attention
-            mask = mask.get("full_attention", mask)
+        mask = self._mask(name)
         real = torch.ones(rows, width, dtype=torch.bool) if mask is None else None
         if isinstance(mask, Tensor):
             if mask.dim() == len(shape) == 3:
@@ -421,9 +424,7 @@ class Batch:
             if not isinstance(indices, Tensor) or not _same(tuple(indices.shape), (rows, width)):
                 raise ValueError(f"seq_idx has shape {_shape_of(indices)}; the tokens have shape ({rows}, {width}).")
             found.append(_changes(indices).to(device))
-        mask = self.inputs.get("attention_mask")
-        if isinstance(mask, Mapping):
-            mask = mask.get("full_attention")
+        mask = self._mask("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() in (3, 4) and _same(tuple(mask.shape[-2:]), (width, width)):
             found.append(_may_attend(mask)[0].expand(rows, width).to(device))
         elif isinstance(mask, Tensor) and _same(tuple(mask.shape), (rows, width)) and _numbers_samples(mask):

@@ -20,13 +20,13 @@ from .files import PREFIX, abbreviate, expert_keys, new_folder, read_adapter, wr
 
 METHODS = ("replicate", "split")
 LAYER_OPTIONS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# Options of a LoRA that are carried over or do not affect its output; all others must have their default.
 # Options that a LoRAMoE has too, with the same meaning.
 SHARED = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "fan_in_fan_out"),
     *LAYER_OPTIONS,
     *("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
 )
+# Options of a LoRA that are carried over or do not affect its output; all others must have their default.
 UNDERSTOOD = {
     *SHARED,
     "peft_type",

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ..balance import balance_loss
 from ..balance.hooks import find_recorder
 from ..balance.samples import label_tokens
 from ..config import LoRAMoEConfig
@@ -136,13 +135,10 @@ class LoRAMoETrainerMixin:
             task_types = default_task_type(config)
         unlabelled = self._is_unlabelled(inputs)  # before super() takes the labels out
         options = {"return_outputs": return_outputs, "num_items_in_batch": _at_least_one(num_items_in_batch)}
-        with (
-            nullcontext()
-            if config is None
-            else find_recorder(model).collect(task_types, self._in_blocks, adds_term=True)
-        ):
+        recorder = find_recorder(model)
+        with recorder.collect(task_types, self._in_blocks, adds_term=True) if recorder else nullcontext():
             result = super().compute_loss(model, inputs, **options)
-            if _has_term(model) and not find_recorder(model).recorded:
+            if _has_term(model) and not recorder.recorded:
                 raise ValueError(
                     f"{type(self).__name__}.compute_loss called no LoRAMoE layer in training mode through the model's "
                     "forward, so there is no balance term: is the model in eval mode, are the adapters disabled, or "
@@ -157,7 +153,7 @@ class LoRAMoETrainerMixin:
         if unlabelled is not None:  # the mean over no labels is not a number
             loss = torch.where(unlabelled.to(loss.device) & loss.isnan(), torch.zeros_like(loss), loss)
         self._term_step = self.state.global_step
-        added = {"balance_loss": None if config is None else balance_loss(model), "anchor_loss": anchor_loss}
+        added = {"balance_loss": recorder.loss() if recorder else None, "anchor_loss": anchor_loss}
         for name, term in added.items():
             if term is not None:
                 loss = loss + (term * self._accumulation_weight(num_items_in_batch)).to(loss.device, loss.dtype)
