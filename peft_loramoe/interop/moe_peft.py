@@ -105,7 +105,7 @@ def from_moe_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> t
         if parts["plain"]:
             num_experts = COPIES
             A, B = ({i: parts["plain"][P] for i in range(COPIES) if P in parts["plain"]} for P in "AB")
-            gate = torch.zeros(COPIES, A[0].shape[-1]) if A else None
+            gate = torch.zeros(COPIES, *A[0].shape[-1:]) if A else None  # stack_experts checks A
         stacked |= stack_experts(module, A, B, gate, num_experts, converted.r)
     return converted, stacked
 

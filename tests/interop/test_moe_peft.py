@@ -137,6 +137,11 @@ def test_pefts_own_reader_says_what_to_do(tmp_path):
             r"'model\.layers\.0\.self_attn\.q_proj' lacks A of expert",
         ),
         (
+            {"loramoe.layers.0.self_attn.q_proj.lora_A.weight": torch.tensor(1.0)},
+            {},
+            r"A of expert 0 of 'model\.layers\.0\.self_attn\.q_proj' has shape \(\), not that of a matrix",
+        ),
+        (
             {f"{FIRST}.lora_A.weight": torch.ones(2, 32)},
             {},
             "'gate_proj' have experts in some layers and a plain LoRA in others",
