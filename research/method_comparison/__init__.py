@@ -1,0 +1,4 @@
+"""PEFT's comparison of its methods on MetaMathQA, run with LoRAMoE and anchors.
+
+See README.md.
+"""
