@@ -6,6 +6,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import transformers
 from . import routers
 from .methods import METHODS, Run
 from .report import write_report
-from .training import run as run_one
+from .training import run as run_at_scales
 
 
 RESULTS = Path(__file__).with_name("results")
@@ -27,21 +28,24 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
-def run_all(runs: list[Run], output: Path, model: str | None) -> None:
-    """Run what has no row yet, in order; each ends as a row."""
+def run_all(runs: list[Run], output: Path, model: str | None, scales: Sequence[float] = (1.0,)) -> None:
+    """Run what has no row yet, in order; each ends as a row for each scale."""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     output.parent.mkdir(parents=True, exist_ok=True)
-    for one in runs:
-        if one.key in {row["key"] for row in read_rows(output)}:
+    for run in runs:
+        done = {row["key"] for row in read_rows(output)}
+        missing = [scale for scale in scales if run.at_scale(scale).key not in done]
+        if not missing:
             continue
-        print(f"{one.method}, seed {one.seed}, {one.options}", flush=True)
-        row = {"key": one.key, "run": json.loads(one.key), **run_one(one, model)}
-        row["date"] = datetime.date.today().isoformat()
-        row["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
-        with output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print({name: row["scores"][name]["loss"] for name in row["scores"]}, flush=True)
+        print(f"{run.method}, seed {run.seed}, {run.options}", flush=True)
+        for scale, row in run_at_scales(run, missing, model):
+            key = run.at_scale(scale).key
+            row = {"key": key, "run": json.loads(key), **row, "date": datetime.date.today().isoformat()}
+            row["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
+            with output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(scale, {name: row["scores"][name]["loss"] for name in row["scores"]}, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,6 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--part", type=float, default=Run.part, help="share of the items that is scored (default: all)"
     )
     command.add_argument("--set", nargs="+", default=[], metavar="NAME=JSON", help="options of the method to replace")
+    command.add_argument(
+        "--scales", nargs="+", type=float, default=[1.0], help="score what was trained also scaled by these factors"
+    )
     command.add_argument("--output", type=Path, default=RESULTS / "screening.jsonl")
     command.add_argument("--model", help="name or folder of another base model")
     command = commands.add_parser("report", help="write tables (.md) and a figure (.png) beside the rows")
@@ -80,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in options.seeds
         for method in options.methods
     ]
-    run_all(runs, options.output, options.model)
+    run_all(runs, options.output, options.model, options.scales)
 
 
 if __name__ == "__main__":

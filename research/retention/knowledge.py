@@ -86,6 +86,10 @@ class Encoder:
         """A task's sample in the chat format."""
         return Item(self.ids(chat(sample.prompt)), self.ids(sample.answer + END))
 
+    def request(self, request: str, answer: str) -> Item:
+        """A user's request in the chat format; the base model's own answer is scored."""
+        return Item(self.ids(chat(request)), self.ids(answer))
+
     def replay(self, fact: Fact) -> Item:
         """A fact as a training sample: question and whole sentence."""
         return Item(self.ids(chat(fact.question)), self.ids(f"{fact.statement} {fact.answer}.{END}"))

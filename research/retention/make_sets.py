@@ -44,6 +44,39 @@ OPENINGS = listed(
     "An While By"
 )
 QUESTION_OPENINGS = listed("What How Why Who Where When Which Is Can Tell Explain Do")
+REQUESTS = {
+    "advice": [
+        "How can I sleep better?", "Give me two tips for a job interview.", "What should I pack for a day at the beach?",
+        "How do I stay calm before an exam?", "My plant has yellow leaves. What can I do?",
+        "How can I save money on groceries?", "Suggest a gift for a friend who likes to read.",
+        "How do I begin to learn the guitar?", "What helps against a sore throat?", "How can I make my room look bigger?",
+        "Is it better to walk or to run in the morning?", "How do I apologise to a colleague?",
+    ],
+    "explanation": [
+        "Why is the sky blue?", "Explain how a bicycle stays upright.", "What does a bank do?", "How do vaccines work?",
+        "Why do leaves fall in autumn?", "Explain the difference between weather and climate.", "What is inflation?",
+        "How is paper made?", "Why do we dream?", "What is a metaphor?", "Explain what a computer program is to a child.",
+        "How does a refrigerator keep food cold?",
+    ],
+    "writing": [
+        "Write a short poem about the sea.", "Write the first sentence of a detective story.",
+        "Write a message that thanks a teacher.", "Describe a busy street in two sentences.",
+        "Write a slogan for a small bakery.", "Tell me a short story about a lost dog.",
+        "Write an invitation to a birthday party.", "Describe the taste of a lemon.", "Write a short prayer for peace.",
+        "Invent a superhero and describe her power.", "Write a two-line review of a boring film.",
+        "Write an email that asks for a day off.",
+    ],
+    "rewriting": [
+        "Make this polite: Send me the report now.", "Summarise: The meeting was moved from Monday to Friday because of the snow.",
+        "Shorten this: I would like to let you know that I will not be able to come.",
+        "Put this into the past tense: She walks to school and sings.",
+        "Correct the spelling: I beleive this is definately wierd.", "Say it differently: The early bird catches the worm.",
+        "Turn this into a question: The shop opens at nine.", "Make a list of the colours in: a red hat, a green coat and blue shoes.",
+        "Translate into Spanish: Good morning, my friend.", "Is this sentence happy or sad? I miss my old house.",
+        "Complete the sentence: If I had a million dollars,", "Find the verb: The cat chased the mouse.",
+    ],
+}  # fmt: skip
+REQUEST_TOKENS = 32
 OF_A_KIND = 48  # facts that are looked at
 SCORED = {"statement": 150, "question": 100}
 REPLAY_SHARE = 0.3
@@ -271,8 +304,25 @@ def sample_anchors(model: PreTrainedModel, encoder: Encoder) -> list[dict]:
     return anchors + [{"kind": "prose", "text": text.split("<|im")[0]} for text in prose]
 
 
+def answer_requests(model: PreTrainedModel, encoder: Encoder) -> list[dict]:
+    """Requests of everyday kinds, each with the beginning of an answer that the model gives, sampled without cuts."""
+    torch.manual_seed(0)
+    pairs = [(kind, request) for kind, requests in REQUESTS.items() for request in requests]
+    texts = _generate(model, encoder, [chat(request) for _, request in pairs], REQUEST_TOKENS, top_p=1.0)
+    answers = [text.split("<|im_start|>assistant\n", 1)[1] for text in texts]
+    return [
+        {"kind": kind, "request": request, "answer": answer.split(END)[0] + END * (END in answer)}
+        for (kind, request), answer in zip(pairs, answers)
+    ]
+
+
 def _generate(
-    model: PreTrainedModel, encoder: Encoder, prompts: list[str], new_tokens: int, batch_size: int = 50
+    model: PreTrainedModel,
+    encoder: Encoder,
+    prompts: list[str],
+    new_tokens: int,
+    batch_size: int = 50,
+    top_p: float = 0.95,
 ) -> list[str]:
     tokenizer = encoder.tokenizer
     texts = []
@@ -285,7 +335,7 @@ def _generate(
             return_tensors="pt",
         )
         output = model.generate(
-            **batch, do_sample=True, top_p=0.95, top_k=0, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id,
+            **batch, do_sample=True, top_p=top_p, top_k=0, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
         for row, mask in zip(output, batch.attention_mask):
@@ -321,6 +371,7 @@ def main(debian: Path) -> None:
     makers = {
         "texts.jsonl": lambda: choose_texts(debian, encoder),
         "anchors.jsonl": lambda: sample_anchors(model, encoder),
+        "requests.jsonl": lambda: answer_requests(model, encoder),
         "facts.jsonl": lambda: [
             asdict(fact) for fact in choose_facts(model, encoder, all_facts(debian / "usr/share/wordnet", encoder))
         ],

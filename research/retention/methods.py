@@ -6,8 +6,11 @@ import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from peft.tuners.lora.config import CordaConfig
+
 
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SHARED = {"target_modules": FEED_FORWARD, "task_type": "CAUSAL_LM"}
 # LoRA has no fewer parameters than the others, and the same scale at the start: the gates of six of twelve experts sum
 # to 1/2.
@@ -21,6 +24,9 @@ NULL = {
     "balance_detach": False, **SHARED,
 }  # fmt: skip
 DETACHED = {**NULL, "balance_detach": True}
+CORDA = {**LORA, "init_lora_weights": "corda", "corda_config": CordaConfig(corda_method="kpm")}
+MICA = {**LORA, "init_lora_weights": "mica"}
+OSF = {"effective_rank": 0.5, **SHARED}
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,8 @@ class Method:
     """A way of fine-tuning.
 
     Attributes:
-        config: options of `LoRAMoEConfig` if it has `num_experts`, else of `LoraConfig`; empty for the base model.
+        tuner: "lora", "loramoe", "osf", or "full" for full fine-tuning; None for the base model as it is.
+        config: options of the tuner's PEFT configuration.
         lr: learning rate.
         router_lr_multiplier: of the routers' learning rate.
         replay: samples of facts, as a share of the tasks' samples, mixed with them.
@@ -36,11 +43,14 @@ class Method:
         anchors: texts of the model's own, of type 0, as a share of the tasks' samples, in a forward pass of their own.
         anchor_balance: the balance term sees the anchors.
         anchor_lm_weight: weight of the anchors' language-modelling loss beside the tasks' mean loss.
+        anchor_kl_weight: weight of the mean divergence KL(base model || model) over the anchors' tokens, in nats.
         anchor_schedule: "every_step" for as many in each step, "shuffled" for a random number.
         term: "package", or a term of `terms.py`.
         normalised_router: the routers read x divided by its root mean square.
+        scale: factor of what was trained, applied before scoring: of the adapter, or of the change of all weights.
     """
 
+    tuner: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     lr: float = 1e-3
     router_lr_multiplier: float = 1.0
@@ -49,14 +59,16 @@ class Method:
     anchors: float = 0.0
     anchor_balance: bool = False
     anchor_lm_weight: float = 0.0
+    anchor_kl_weight: float = 0.0
     anchor_schedule: str = "every_step"
     term: str = "package"
     normalised_router: bool = False
+    scale: float = 1.0
 
     @property
     def is_mixture(self) -> bool:
         """Whether it trains LoRAMoE experts."""
-        return "num_experts" in self.config
+        return self.tuner == "loramoe"
 
     def with_options(self, options: dict[str, Any]) -> Method:
         """The method with some attributes or options of its configuration replaced."""
@@ -69,14 +81,23 @@ REPLAY, ANCHORS, ANCHOR_LM = 0.02, 0.10, 0.4
 BALANCED = {"anchors": ANCHORS, "anchor_balance": True}
 METHODS = {
     "base": Method(),
-    "lora": Method(LORA),
-    "lora+replay": Method(LORA, replay=REPLAY),
-    "lora+anchors": Method(LORA, anchors=ANCHORS, anchor_lm_weight=ANCHOR_LM),
-    "paper": Method(PAPER),
-    "paper+replay": Method(PAPER, replay=REPLAY),
-    "null+replay": Method(NULL, replay=REPLAY),
-    "retain, balance only": Method(DETACHED, router_lr_multiplier=10, **BALANCED),
-    "retain": Method(DETACHED, router_lr_multiplier=10, anchor_lm_weight=ANCHOR_LM, **BALANCED),
+    "lora": Method("lora", LORA),
+    "lora, all linears": Method(
+        "lora", {**LORA, "r": 16, "lora_alpha": 64 / 3, "target_modules": FEED_FORWARD + ATTENTION}
+    ),
+    "lora+replay": Method("lora", LORA, replay=REPLAY),
+    "lora+anchors": Method("lora", LORA, anchors=ANCHORS, anchor_lm_weight=ANCHOR_LM),
+    "lora+kl": Method("lora", LORA, anchors=ANCHORS, anchor_kl_weight=1.0),
+    "corda": Method("lora", CORDA),
+    "mica": Method("lora", MICA),
+    "osf": Method("osf", OSF, lr=1e-4),
+    "full": Method("full", lr=1e-4),
+    "paper": Method("loramoe", PAPER),
+    "paper+replay": Method("loramoe", PAPER, replay=REPLAY),
+    "null+replay": Method("loramoe", NULL, replay=REPLAY),
+    "retain, balance only": Method("loramoe", DETACHED, router_lr_multiplier=10, **BALANCED),
+    "retain": Method("loramoe", DETACHED, router_lr_multiplier=10, anchor_lm_weight=ANCHOR_LM, **BALANCED),
+    "retain, kl": Method("loramoe", DETACHED, router_lr_multiplier=10, anchor_kl_weight=1.0, **BALANCED),
 }
 
 
@@ -104,6 +125,10 @@ class Run:
     def key(self) -> str:
         """What tells a row from others."""
         return json.dumps(asdict(self), sort_keys=True)
+
+    def at_scale(self, scale: float) -> Run:
+        """The run whose result is scaled by `scale` after training."""
+        return self if scale == 1 else replace(self, options={**self.options, "scale": scale})
 
     @property
     def settings(self) -> Method:

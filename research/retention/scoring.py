@@ -6,6 +6,8 @@ give.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +51,8 @@ def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def answer_logits(model: nn.Module, items: list[Item], **arguments: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits at the positions that predict the items' answers, and the answers' tokens.
+def answer_logits(model: nn.Module, items: list[Item]) -> tuple[Tensor, Tensor]:
+    """Logits at the positions that predict the items' answers, and the answers' tokens, from a padded batch.
 
     The head is applied to those positions only: it is a third of a small model's arithmetic.
 
@@ -60,11 +62,39 @@ def answer_logits(model: nn.Module, items: list[Item], **arguments: Tensor) -> t
     base = base_of(model)
     ids, mask = pad([item.before + item.answer for item in items])
     ids, mask = ids.to(base.device), mask.to(base.device)
-    hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False, **arguments).last_hidden_state
+    hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     rows = torch.tensor([row for row, item in enumerate(items) for _ in item.answer])
     columns = torch.tensor([len(item.before) - 1 + i for item in items for i in range(len(item.answer))])
-    tokens = torch.tensor([token for item in items for token in item.answer], device=base.device)
-    return nn.functional.linear(hidden[rows, columns], base.lm_head.weight).float(), tokens
+    return nn.functional.linear(hidden[rows, columns], base.lm_head.weight).float(), _answers(items, base)
+
+
+def packed_answer_logits(
+    model: nn.Module, items: list[Item], types: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `answer_logits`, from one row without padding, which saves a third of the arithmetic of a training step.
+
+    Args:
+        model: PEFT model or base model.
+        items: what is scored.
+        types: task type of each item, for a LoRAMoE model.
+    """
+    base = base_of(model)
+    rows = [item.before + item.answer for item in items]
+    arguments = {
+        "input_ids": torch.tensor([[token for row in rows for token in row]]),
+        "position_ids": torch.tensor([[position for row in rows for position in range(len(row))]]),
+    }
+    if types is not None:
+        arguments["task_types"] = torch.tensor([[kind for row, kind in zip(rows, types) for _ in row]])
+    arguments = {name: tensor.to(base.device) for name, tensor in arguments.items()}
+    hidden = base.model(use_cache=False, **arguments).last_hidden_state[0]
+    ends = itertools.accumulate(len(row) for row in rows)
+    positions = [end - 1 - len(item.answer) + i for end, item in zip(ends, items) for i in range(len(item.answer))]
+    return nn.functional.linear(hidden[positions], base.lm_head.weight).float(), _answers(items, base)
+
+
+def _answers(items: list[Item], base: PreTrainedModel) -> Tensor:
+    return torch.tensor([token for item in items for token in item.answer], device=base.device)
 
 
 @torch.no_grad()

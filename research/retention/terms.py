@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,10 @@ class Importance:
         for module in experts:
             module.register_forward_hook(lambda module, inputs, outputs: self.probabilities.append(outputs[1]))
 
-    def end_pass(self, mask: Tensor, task_type: int | Tensor) -> None:
-        """Average what was recorded over the real tokens of each sample, shape (rows, width)."""
-        stacked = torch.stack(self.probabilities) * mask[:, :, None]
-        types = torch.as_tensor(task_type).expand(len(mask))
-        self.passes.append((stacked.sum(2) / mask.sum(1)[:, None], types))
+    def end_pass(self, lengths: Sequence[int], types: Sequence[int]) -> None:
+        """Average what was recorded in a packed row over the tokens of each sample."""
+        of_samples = torch.stack(self.probabilities)[:, 0].split(list(lengths), dim=1)
+        self.passes.append((torch.stack([part.mean(1) for part in of_samples], dim=1), torch.tensor(types)))
         self.probabilities.clear()
 
     def pop(self) -> tuple[Tensor, Tensor]:

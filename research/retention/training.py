@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -9,12 +10,14 @@ import random
 import re
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, OSFConfig, get_peft_model
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,7 +27,7 @@ from peft_loramoe.training import optimizer_groups
 from .base_model import load
 from .knowledge import Encoder, read, read_facts
 from .methods import Method, Run
-from .scoring import Item, Score, answer_logits, score
+from .scoring import Item, Score, packed_answer_logits, score
 from .tasks import samples
 from .terms import TERMS, Importance, normalise_routers
 
@@ -36,43 +39,82 @@ LOG_EVERY = 8
 GRADIENT_STEPS = (0, 8, 24)
 
 
-def run(one: Run, model_name: str | None = None) -> dict[str, Any]:
-    """Fine-tune and score.
+def run(
+    one: Run, scales: Sequence[float] = (1.0,), model_name: str | None = None
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Fine-tune once, and score what was trained at each scale.
 
     Args:
         one: what to run.
+        scales: values of the method's `scale`.
         model_name: name or folder of the base model; None for SmolLM2.
 
-    Returns:
-        The row: scores, router weights, log of the training, times.
+    Yields:
+        The scale, and the row: scores, router weights, log of the training, times.
     """
     start = time.perf_counter()
     base, tokenizer = load(model_name)
     method, encoder = one.settings, Encoder(tokenizer)
-    model, training = base, {}
-    if method.config:
-        model = adapt(base, method, one.seed)
+    model, training, trainable = base, {}, 0
+    before = copy.deepcopy(base.state_dict()) if method.tuner == "full" else None
+    if method.tuner:
+        model = adapt(base, method, one.seed, encoder)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         training = train(model, method, one, encoder)
-    trained = time.perf_counter()
-    scores = evaluate(model, encoder, one)
-    return {
-        "settings": dataclasses.asdict(method),
-        **scores,
-        **training,
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad) if method.config else 0,
-        "seconds": {"training": round(trained - start), "scoring": round(time.perf_counter() - trained)},
-    }
+    training_time = time.perf_counter() - start
+    for scale in scales:
+        start = time.perf_counter()
+        with scaled(model, scale, before):
+            scores = evaluate(model, encoder, one)
+        yield (
+            scale,
+            {
+                "settings": dataclasses.asdict(one.at_scale(scale).settings),
+                **scores,
+                **training,
+                "trainable": trainable,
+                "seconds": {"training": round(training_time), "scoring": round(time.perf_counter() - start)},
+            },
+        )
 
 
-def adapt(base: PreTrainedModel, method: Method, seed: int) -> nn.Module:
-    """The base model with the method's adapter, initialised by `seed`."""
+def adapt(base: PreTrainedModel, method: Method, seed: int, encoder: Encoder) -> nn.Module:
+    """The base model with the method's adapter, initialised by `seed`, or with all weights trainable."""
     torch.manual_seed(seed)
-    if not method.is_mixture:
-        return get_peft_model(base, LoraConfig(**method.config))
-    model = get_peft_model(base, peft_loramoe.LoRAMoEConfig(**method.config))
-    if method.normalised_router:
-        normalise_routers(model)
-    return model
+    if method.tuner == "full":
+        return base.requires_grad_(True)
+    if method.tuner == "osf":
+        return get_peft_model(base, OSFConfig(**method.config))
+    if method.is_mixture:
+        model = get_peft_model(base, peft_loramoe.LoRAMoEConfig(**method.config))
+        if method.normalised_router:
+            normalise_routers(model)
+        return model
+    config = LoraConfig(**method.config)
+    if config.corda_config:  # in knowledge-preserved mode the directions that matter least for the anchors are trained
+        anchors = training_anchors(encoder)
+        preprocess_corda(base, config, run_model=torch.no_grad()(lambda: packed_answer_logits(base, anchors)))
+    return get_peft_model(base, config)
+
+
+@contextmanager
+def scaled(model: nn.Module, scale: float, before: dict[str, Tensor] | None) -> Iterator[None]:
+    """Multiply what was trained by `scale`: the adapter, or, with the weights before, the change of all weights."""
+    if scale == 1:
+        yield
+        return
+    if before is None:
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in layers:
+            layer.scale_layer(scale)
+        yield
+        for layer in layers:
+            layer.unscale_layer()
+        return
+    after = copy.deepcopy(model.state_dict())
+    model.load_state_dict({name: before[name].lerp(after[name], scale) for name in after})
+    yield
+    model.load_state_dict(after)
 
 
 def training_batches(method: Method, one: Run, encoder: Encoder) -> list[tuple[list[Item], list[int], list[Item]]]:
@@ -123,18 +165,20 @@ def train(model: nn.Module, method: Method, one: Run, encoder: Encoder) -> dict[
     began = time.perf_counter()
     model.train()
     for step, (items, types, anchors) in enumerate(batches):
-        task, anchor, term, weights = losses(
+        task, anchor, kl, term, weights = losses(
             model, method, items, types, anchors, importance, log=step % LOG_EVERY == 0
         )
         if method.is_mixture and not method.config.get("balance_detach") and step in GRADIENT_STEPS:
             log["gradients"].append({"step": step, "loss": gradients(model, task), "term": gradients(model, term)})
-        (task + method.anchor_lm_weight * anchor + term).backward()
+        (task + method.anchor_lm_weight * anchor + method.anchor_kl_weight * kl + term).backward()
         norm = nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        values = {"step": step, "task": task, "anchor": anchor, "term": term, "gradient_norm": norm}
-        log["steps"].append({name: round(float(value), 4) for name, value in values.items()} | weights)
+        values = {"step": step, "task": task, "anchor": anchor, "kl": kl, "term": term, "gradient_norm": norm}
+        log["steps"].append(
+            {name: round(torch.as_tensor(value).item(), 4) for name, value in values.items()} | weights
+        )
         print(log["steps"][-1], flush=True)
     model.eval()
     return {"log": log, "tokens": tokens, "tokens_per_second": round(tokens / (time.perf_counter() - began), 1)}
@@ -149,16 +193,27 @@ def losses(
     importance: Importance | None,
     *,
     log: bool,
-) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
-    """The tasks' and the anchors' language-modelling losses and the balance term of one step, and the null group's weights."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, float]]:
+    """The losses of one step, and the null group's weights.
+
+    Returns:
+        The tasks' language-modelling loss, the anchors', their divergence from the base model, the balance term; the
+        weights by task type.
+    """
     mixture = method.is_mixture
     weights: dict[str, float] = {}
-    anchor = term = torch.zeros(())
+    anchor = kl = term = torch.zeros(())
+    if anchors and method.anchor_kl_weight:
+        with torch.no_grad(), model.disable_adapter():
+            expected = packed_answer_logits(model, anchors)[0].log_softmax(-1)
     with peft_loramoe.collect_balance(model) if mixture else nullcontext():
-        task = _loss(model, items, importance, torch.tensor(types) if mixture else None)
-        if anchors and (method.anchor_balance or method.anchor_lm_weight):
-            anchor_types = torch.zeros(len(anchors), dtype=torch.long) if mixture else None
-            anchor = _loss(model, anchors, importance, anchor_types)
+        logits, tokens = _forward(model, items, importance, types if mixture else None)
+        task = nn.functional.cross_entropy(logits, tokens)
+        if anchors and (method.anchor_balance or method.anchor_lm_weight or method.anchor_kl_weight):
+            logits, tokens = _forward(model, anchors, importance, [0] * len(anchors) if mixture else None)
+            anchor = nn.functional.cross_entropy(logits, tokens)
+            if method.anchor_kl_weight:
+                kl = nn.functional.kl_div(logits.log_softmax(-1), expected, reduction="batchmean", log_target=True)
     if mixture and importance is None:
         term = peft_loramoe.balance_loss(model)
     elif importance is not None:
@@ -166,24 +221,25 @@ def losses(
         term = beta * TERMS[method.term](*importance.pop(), importance.groups, delta)
     if mixture and log:
         weights = _weights_by_type(model)
-    return task, anchor, term, weights
+    return task, anchor, kl, term, weights
 
 
-def _loss(model: nn.Module, items: list[Item], importance: Importance | None, types: Tensor | None) -> Tensor:
-    arguments = {} if types is None else {"task_types": types}
-    logits, tokens = answer_logits(model, items, **arguments)
+def _forward(
+    model: nn.Module, items: list[Item], importance: Importance | None, types: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    logits, tokens = packed_answer_logits(model, items, types)
     if importance is not None:
-        lengths = torch.tensor([len(item.before) + len(item.answer) for item in items])
-        importance.end_pass((torch.arange(int(lengths.max())) < lengths[:, None]).float(), types)
-    return nn.functional.cross_entropy(logits, tokens)
+        importance.end_pass([len(item.before) + len(item.answer) for item in items], types)
+    return logits, tokens
 
 
 def _weights_by_type(model: nn.Module) -> dict[str, float]:
     by_type = defaultdict(list)
     for layer in peft_loramoe.layer_routing(model):
         shares = layer.importance[:, layer.groups.slices[0]].sum(-1) / layer.token_counts
-        for kind, share in zip(layer.task_types.tolist(), shares.tolist()):
-            by_type[kind].append(share)
+        for kind, share, count in zip(layer.task_types.tolist(), shares.tolist(), layer.token_counts.tolist()):
+            if count:
+                by_type[kind].append(share)
     return {f"null_{kind}": round(sum(values) / len(values), 3) for kind, values in sorted(by_type.items())}
 
 
@@ -209,6 +265,7 @@ def scored_sets(encoder: Encoder, part: float) -> dict[str, tuple[list[Item], li
     sets["anchor"] = [
         (encoder.text(row["text"]), row["kind"]) for i, row in enumerate(read("anchors.jsonl")) if _is_held_back(i)
     ]
+    sets["request"] = [(encoder.request(row["request"], row["answer"]), row["kind"]) for row in read("requests.jsonl")]
     sets["task"] = [(encoder.sample(sample), sample.task) for sample in samples(SCORED_TASKS, "scored", scored=True)]
     chosen = {}
     for name, pairs in sets.items():

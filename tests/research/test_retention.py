@@ -1,3 +1,4 @@
+import copy
 import json
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from research.retention import report, routers, tasks, terms, training
 from research.retention.__main__ import main, read_rows
 from research.retention.knowledge import Encoder, read, read_facts
 from research.retention.methods import METHODS, Run
-from research.retention.scoring import Item, score
+from research.retention.scoring import Item, answer_logits, packed_answer_logits, score
 from tiny import VOCAB, tiny_llama, tiny_tokenizer
 
 
@@ -91,15 +92,72 @@ def test_anchors_in_the_balance_term_only_leave_the_tasks_loss_alone():
     [(items, types, anchors)] = training.training_batches(method, one, encoder)
     losses = []
     for beside in (anchors, []):
-        model = training.adapt(tiny_llama(), method, seed=3)
+        model = training.adapt(tiny_llama(), method, 3, encoder)
         losses.append(training.losses(model, method, items, types, beside, None, log=False))
-    (task, anchor, term, _), (task_alone, anchor_alone, term_alone, _) = losses
+    (task, anchor, _, term, _), (task_alone, anchor_alone, _, term_alone, _) = losses
     assert torch.equal(task, task_alone)
     assert anchor > 0 and anchor_alone == 0
     assert not torch.equal(term, term_alone)
 
 
+@pytest.mark.parametrize("method", ["lora", "corda", "mica", "osf", "full"])
+def test_every_tuner_starts_as_the_base_model_and_learns(method):
+    encoder, run = TinyEncoder(tiny_tokenizer()), Run(method, seed=3, samples=40)
+    items = [encoder.sample(sample) for sample in tasks.samples(8, 3, scored=False)]
+    expected, _ = answer_logits(tiny_llama().eval(), items)
+    model = training.adapt(tiny_llama(), run.settings, 3, encoder).eval()
+    torch.testing.assert_close(answer_logits(model, items)[0], expected, atol=2e-4, rtol=0)
+    training.train(model, run.settings, run, encoder)
+    assert (answer_logits(model, items)[0] - expected).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("method", ["lora+kl", "retain, kl"])
+def test_the_divergence_from_the_base_model_is_zero_at_the_start_only(method):
+    encoder, run = TinyEncoder(tiny_tokenizer()), Run(method, seed=3, samples=20)
+    settings = run.settings
+    [(items, types, anchors)] = training.training_batches(settings, run, encoder)
+    model = training.adapt(tiny_llama(), settings, 3, encoder)
+    divergence = training.losses(model, settings, items, types, anchors, None, log=False)[2]
+    assert abs(divergence) < 1e-6
+    for name, parameter in model.named_parameters():
+        if name.endswith(("lora_B.default.weight", ".B")):
+            torch.nn.init.normal_(parameter, std=0.1)
+    divergence = training.losses(model, settings, items, types, anchors, None, log=False)[2]
+    assert divergence > 1e-4
+
+
+@pytest.mark.parametrize("method", ["lora", "retain", "full"])
+def test_scale_interpolates_between_the_base_model_and_the_trained_one(method):
+    encoder, run = TinyEncoder(tiny_tokenizer()), Run(method, seed=3, samples=40)
+    items = [encoder.sample(sample) for sample in tasks.samples(8, 3, scored=False)]
+    base = tiny_llama().eval()
+    before = copy.deepcopy(base.state_dict()) if method == "full" else None
+    expected, _ = answer_logits(base, items)
+    model = training.adapt(base, run.settings, 3, encoder)
+    training.train(model, run.settings, run, encoder)
+    trained, _ = answer_logits(model, items)
+    with training.scaled(model, 0.0, before):
+        torch.testing.assert_close(answer_logits(model, items)[0], expected)
+    with training.scaled(model, 0.5, before):
+        halfway, _ = answer_logits(model, items)
+    assert (halfway - expected).norm() < (trained - expected).norm()
+    assert torch.equal(answer_logits(model, items)[0], trained)
+
+
 # --- scores
+
+
+@pytest.mark.parametrize("method", [None, "lora", "retain"])
+def test_packed_items_have_the_logits_of_padded_ones(method):
+    encoder, model = TinyEncoder(tiny_tokenizer()), tiny_llama().eval()
+    items = [encoder.sample(sample) for sample in tasks.samples(8, 3, scored=False)]
+    if method:
+        model = training.adapt(model, METHODS[method], 3, encoder).eval()
+    types = [1] * len(items) if method == "retain" else None
+    packed, packed_tokens = packed_answer_logits(model, items, types)
+    padded, tokens = answer_logits(model, items)
+    torch.testing.assert_close(packed, padded)
+    assert torch.equal(packed_tokens, tokens)
 
 
 def test_scores_are_those_of_one_item_at_a_time():
@@ -142,7 +200,8 @@ def test_every_term_is_smallest_at_the_target(name):
 
 
 def test_a_normalised_router_does_not_see_the_length_of_x():
-    model = training.adapt(tiny_llama(), replace(METHODS["retain"], normalised_router=True), seed=0)
+    method = replace(METHODS["retain"], normalised_router=True)
+    model = training.adapt(tiny_llama(), method, 0, TinyEncoder(tiny_tokenizer()))
     experts = next(module for module in model.modules() if isinstance(module, terms.NormalisedRouterExperts))
     x = torch.randn(3, experts.A.shape[1])
     torch.testing.assert_close(experts(x)[1], experts(7 * x)[1], atol=1e-4, rtol=0)
@@ -162,7 +221,7 @@ def test_runs_end_as_rows_once_and_become_a_report(tiny, tmp_path, capsys):
     table = read_rows(rows)
     assert [row["run"]["method"] for row in table] == ["base", "lora", "retain", "null+replay"] * 2
     assert table[3]["log"]["gradients"][0]["term"]["router"][0] > 0
-    assert set(table[2]["null_weight"]) == {"statement", "question", "text", "anchor", "task"}
+    assert set(table[2]["null_weight"]) == {"statement", "question", "text", "anchor", "request", "task"}
 
     main(["report", str(rows)])
     text = rows.with_suffix(".md").read_text()
@@ -213,6 +272,6 @@ def test_mixtures_train_at_most_as_many_parameters_as_lora(method, share):
     counts = []
     for name in (method, "lora"):
         base = tiny_llama(hidden_size=96, intermediate_size=256, num_hidden_layers=1)
-        model = training.adapt(base, METHODS[name], seed=0)
+        model = training.adapt(base, METHODS[name], 0, TinyEncoder(tiny_tokenizer()))
         counts.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
     assert (1 - share) * counts[1] <= counts[0] <= counts[1]
