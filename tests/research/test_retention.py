@@ -241,7 +241,12 @@ def test_routers_learn_from_the_term_alone(tiny, tmp_path):
 
 def row_of(method, seed, text, solved, ranked):
     marks = {"greedy": "11", "ranked": ranked}
-    scores = {"text": {"loss": text}, "task": {"greedy": solved, "loss": 0.1}, "statement": marks, "question": marks}
+    scores = {
+        "text": {"loss": text, "loss_by_kind": {"prose": text}},
+        "task": {"greedy": solved, "loss": 0.1},
+        "statement": marks,
+        "question": marks,
+    }
     run = {"method": method, "seed": seed, "options": {}, "part": 1.0}
     return {"run": run, "scores": scores, "null_weight": {}, "versions": {"torch": "2"}}
 
@@ -256,10 +261,19 @@ def test_pairs_are_compared_on_the_seeds_that_both_have():
 
 @pytest.mark.parametrize(("text", "marks", "met"), [(3.02, "11", "yes"), (3.15, "00", "no")])
 def test_the_conditions_of_the_protocol_are_judged(text, marks, met):
-    rows = [row_of("base", 1, 3.0, "00", "11"), row_of("lora", 1, 3.2, "10", "10")]
-    rows += [row_of("lora+anchors", 1, 3.1, "10", "10"), row_of("retain", 1, text, marks, marks)]
-    lines = report.decision_table(rows)[4:-1]
-    assert len(lines) == 4 and all(line.endswith(f"| {met} |") for line in lines)
+    solved = "1" * 50 if met == "yes" else "1" * 47 + "0" * 3
+    rows = [row_of("base", 1, 3.0, "0" * 50, "11")]
+    for seed in (1, 2):
+        rows += [row_of("lora", seed, 3.2, "1" * 49 + "0", "10"), row_of("retain", seed, text, solved, marks)]
+        rows += [row_of("lora+anchors", seed, 3.1, "1" * 49 + "0", "10")]
+    lines = report.decision_table(rows)[5:-1]
+    assert len(lines) == 5 and all(line.endswith(f"| {met} |") for line in lines)
+
+
+def test_a_rival_that_solves_fewer_tasks_does_not_match():
+    rows = [row_of("base", 1, 3.0, "0000", "11"), row_of("retain", 1, 3.02, "1111", "11")]
+    rows += [row_of("lora", 1, 3.2, "1111", "11"), row_of("lora+anchors", 1, 3.0, "1110", "11")]
+    assert list(report.matching(rows, "retain")) == ["lora"]
 
 
 def test_a_report_without_the_base_model_is_an_error():
