@@ -28,7 +28,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
-def run_all(runs: list[Run], output: Path, model: str | None, scales: Sequence[float] = (1.0,)) -> None:
+def run_all(runs: list[Run], output: Path, model: str | None, scales: Sequence[float], device: str) -> None:
     """Run what has no row yet, in order; each ends as a row for each scale."""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -39,7 +39,7 @@ def run_all(runs: list[Run], output: Path, model: str | None, scales: Sequence[f
         if not missing:
             continue
         print(f"{run.method}, seed {run.seed}, {run.options}", flush=True)
-        for scale, row in run_at_scales(run, missing, model):
+        for scale, row in run_at_scales(run, missing, model, device):
             key = run.at_scale(scale).key
             row = {"key": key, "run": json.loads(key), **row, "date": datetime.date.today().isoformat()}
             row["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument(
         "--scales", nargs="+", type=float, default=[1.0], help="score what was trained also scaled by these factors"
     )
+    command.add_argument("--batch", type=int, default=Run.batch, help="samples in a step (default: %(default)s)")
+    command.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
     command.add_argument("--output", type=Path, default=RESULTS / "screening.jsonl")
     command.add_argument("--model", help="name or folder of another base model")
     command = commands.add_parser("report", help="write tables (.md) and a figure (.png) beside the rows")
@@ -83,11 +85,11 @@ def main(arguments: list[str] | None = None) -> None:
         return
     replaced = {name: json.loads(value) for name, value in (entry.split("=", 1) for entry in options.set)}
     runs = [
-        Run(method, seed, options.samples, part=options.part, options=replaced)
+        Run(method, seed, options.samples, options.batch, part=options.part, options=replaced)
         for seed in options.seeds
         for method in options.methods
     ]
-    run_all(runs, options.output, options.model, options.scales)
+    run_all(runs, options.output, options.model, options.scales, options.device)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class Method:
         replay: samples of facts, as a share of the tasks' samples, mixed with them.
         replay_type: their task type; 1 is what they get where nothing is labelled.
         anchors: texts of the model's own, of type 0, as a share of the tasks' samples, in a forward pass of their own.
+        anchor_file: JSONL file with a "text" in each line, from which anchors are taken; None for the study's own.
         anchor_balance: the balance term sees the anchors.
         anchor_lm_weight: weight of the anchors' language-modelling loss beside the tasks' mean loss.
         anchor_kl_weight: weight of the mean divergence KL(base model || model) over the anchors' tokens, in nats.
@@ -57,6 +58,7 @@ class Method:
     replay: float = 0.0
     replay_type: int = 0
     anchors: float = 0.0
+    anchor_file: str | None = None
     anchor_balance: bool = False
     anchor_lm_weight: float = 0.0
     anchor_kl_weight: float = 0.0

@@ -30,7 +30,8 @@ class Importance:
     def end_pass(self, lengths: Sequence[int], types: Sequence[int]) -> None:
         """Average what was recorded in a packed row over the tokens of each sample."""
         of_samples = torch.stack(self.probabilities)[:, 0].split(list(lengths), dim=1)
-        self.passes.append((torch.stack([part.mean(1) for part in of_samples], dim=1), torch.tensor(types)))
+        importance = torch.stack([part.mean(1) for part in of_samples], dim=1)
+        self.passes.append((importance, torch.tensor(types, device=importance.device)))
         self.probabilities.clear()
 
     def pop(self) -> tuple[Tensor, Tensor]:

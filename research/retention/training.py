@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import json
 import math
 import random
 import re
@@ -12,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ GRADIENT_STEPS = (0, 8, 24)
 
 
 def run(
-    one: Run, scales: Sequence[float] = (1.0,), model_name: str | None = None
+    one: Run, scales: Sequence[float] = (1.0,), model_name: str | None = None, device: str = "cpu"
 ) -> Iterator[tuple[float, dict[str, Any]]]:
     """Fine-tune once, and score what was trained at each scale.
 
@@ -48,12 +50,14 @@ def run(
         one: what to run.
         scales: values of the method's `scale`.
         model_name: name or folder of the base model; None for SmolLM2.
+        device: where the model is.
 
     Yields:
         The scale, and the row: scores, router weights, log of the training, times.
     """
     start = time.perf_counter()
     base, tokenizer = load(model_name)
+    base = base.to(device)
     method, encoder = one.settings, Encoder(tokenizer)
     model, training, trainable = base, {}, 0
     before = copy.deepcopy(base.state_dict()) if method.tuner == "full" else None
@@ -126,7 +130,7 @@ def training_batches(method: Method, one: Run, encoder: Encoder) -> list[tuple[l
     rows += [(facts[i], method.replay_type) for i in chosen]
     draw.shuffle(rows)
     steps = [rows[i : i + one.batch] for i in range(0, len(rows), one.batch)]
-    anchors = training_anchors(encoder) if method.anchors else []
+    anchors = training_anchors(encoder, method.anchor_file) if method.anchors else []
     draw.shuffle(anchors)
     number = round(method.anchors * one.samples)
     anchors = (anchors * math.ceil(number / max(1, len(anchors))))[:number]
@@ -140,8 +144,11 @@ def training_batches(method: Method, one: Run, encoder: Encoder) -> list[tuple[l
     return [([item for item, _ in rows], [kind for _, kind in rows], beside[i]) for i, rows in enumerate(steps)]
 
 
-def training_anchors(encoder: Encoder) -> list[Item]:
-    """The anchors that are trained on; the others are scored."""
+def training_anchors(encoder: Encoder, file: str | None = None) -> list[Item]:
+    """The anchors that are trained on: those of a file, or the study's own, of which the others are scored."""
+    if file:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        return [encoder.text(json.loads(line)["text"]) for line in lines]
     return [encoder.text(row["text"]) for i, row in enumerate(read("anchors.jsonl")) if not _is_held_back(i)]
 
 

@@ -67,6 +67,15 @@ def test_held_back_anchors_are_not_trained_on():
     assert len(training.training_anchors(encoder)) == len(read("anchors.jsonl")) - len(read("anchors.jsonl")[::10])
 
 
+def test_anchors_of_a_file_take_the_place_of_the_studys(tmp_path):
+    file = tmp_path / "anchors.jsonl"
+    file.write_text("".join(json.dumps({"text": f"anchor {i}"}) + "\n" for i in range(3)))
+    encoder, run = TinyEncoder(tiny_tokenizer()), Run("retain", 3, samples=80, options={"anchor_file": str(file)})
+    expected = {tuple(encoder.text(f"anchor {i}").answer) for i in range(3)}
+    batches = training.training_batches(run.settings, run, encoder)
+    assert {tuple(item.answer) for _, _, anchors in batches for item in anchors} == expected
+
+
 # --- training
 
 
