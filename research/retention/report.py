@@ -80,10 +80,16 @@ MEASURES: dict[str, tuple[Measure, str]] = {
 
 
 def by_method(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
-    """The rows of each method with its options, by seed, in the order of the table of methods."""
+    """The rows of each method, by seed, in the order of the table of methods.
+
+    A method's name is followed by its options, but for those that all rows have.
+    """
+    of_all = set.intersection(*({*map(str, row["run"]["options"].items())} for row in rows))
     found: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in sorted(rows, key=lambda row: list(METHODS).index(row["run"]["method"])):
-        options = ", ".join(f"{name} {value}" for name, value in row["run"]["options"].items())
+        options = ", ".join(
+            f"{name} {value}" for name, value in row["run"]["options"].items() if str((name, value)) not in of_all
+        )
         name = row["run"]["method"] + (f" ({options})" if options else "")
         found[name][row["run"]["seed"]] = row
     return dict(found)

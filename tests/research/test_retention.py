@@ -285,6 +285,14 @@ def test_a_rival_that_solves_fewer_tasks_does_not_match():
     assert list(report.matching(rows, "retain")) == ["lora"]
 
 
+def test_options_of_all_rows_are_not_part_of_a_methods_name():
+    rows = [row_of("lora", 1, 3.0, "1", "1"), row_of("lora", 2, 3.0, "1", "1")]
+    for row in rows:
+        row["run"]["options"] = {"lr": 0.1}
+    rows[1]["run"]["options"]["scale"] = 0.5
+    assert list(report.by_method(rows)) == ["lora", "lora (scale 0.5)"]
+
+
 def test_a_report_without_the_base_model_is_an_error():
     with pytest.raises(ValueError, match="part=1.0"):
         report.means_table([row_of("lora", 1, 3.0, "1", "1")])
