@@ -250,6 +250,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
     colors = dict(zip(METHODS, pyplot.get_cmap("tab20").colors))
+    labelled: set[str] = set()
     for name, of_seed in by_method(rows).items():
         chosen = list(of_seed.values())
         method = chosen[0]["run"]["method"]
@@ -257,14 +258,16 @@ def plot(rows: Sequence[Row], file: Path) -> None:
             continue
         bases = [base_row(rows, row["run"]["part"]) for row in chosen]
         x, y = ([measure(row, base) for row, base in zip(chosen, bases)] for measure in (rise, solved))
-        style = {"color": colors[method], "linestyle": "none"}
+        label = method if method not in labelled else None
+        labelled.add(method)
+        style = {"color": colors[method], "linestyle": "none", "label": label}
         if name != method:  # another setting of the method
             axes.plot(sum(x) / len(x), sum(y) / len(y), "o", markersize=5, fillstyle="none", **style)
             continue
         if len(x) > 1:
-            axes.plot(x, y, ".", markersize=6, alpha=0.5, **style)
+            axes.plot(x, y, ".", markersize=6, alpha=0.5, **{**style, "label": None})
         marker, size = ("*", 16) if name == "retain" else ("o", 8)
-        axes.plot(sum(x) / len(x), sum(y) / len(y), marker, markersize=size, label=name, **style)
+        axes.plot(sum(x) / len(x), sum(y) / len(y), marker, markersize=size, **style)
     axes.set_xlabel("rise of the loss on ordinary text, nats per token (left is better)")
     axes.set_ylabel("tasks solved, % (up is better)")
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
