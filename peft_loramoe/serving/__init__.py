@@ -1,0 +1,1 @@
+"""Serve LoRAMoE adapters with inference engines: vLLM (`peft_loramoe.serving.vllm`, docs/serving.md)."""
