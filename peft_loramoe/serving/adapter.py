@@ -1,4 +1,4 @@
-"""A saved adapter as what engines with LoRA slots hold: two matrices per linear, the router among the first one's rows.
+"""A saved adapter as engines with LoRA slots hold it: two matrices per linear, the router among the rows of the first.
 
 A LoRAMoE layer is a LoRA of rank E*r whose rank channels are gated. So its router can sit in the same slot: the first
 matrix is ``[A; router / temperature]``, the second ``[B, 0]``, and between the two the last rank channels, which are
@@ -193,7 +193,10 @@ def read_layers(folder: str | Path) -> dict[str, SlotLayer]:
     modules = experts_by_module(tensors)
     known = {key for module in modules for key in expert_keys(module, *[torch.empty(0)] * 3)}
     if left := tensors.keys() - known:
-        raise ValueError(f"'{folder}' holds {abbreviate(left)}, which no LoRA slot has a place for; retrain without.")
+        raise ValueError(
+            f"'{folder}' holds {abbreviate(left)}, which no LoRA slot has a place for. Train with other target_modules: "
+            "embeddings and output layers are saved whole with the adapter."
+        )
     return {module: _layer(folder, module, parts, config) for module, parts in modules.items()}
 
 
@@ -211,9 +214,8 @@ def _refuse_options(folder: str | Path, config: LoRAMoEConfig) -> None:
             )
     if config.router_dtype == "bfloat16":
         raise ValueError(
-            f"'{folder}' has router_dtype='bfloat16', but slots compute the router's logits in float32, so the answers "
-            "would not be PEFT's. Set router_dtype to 'float32' in adapter_config.json if the finer logits are wanted "
-            "in both."
+            f"'{folder}' has router_dtype='bfloat16', but slots compute the router's logits in float32, so the "
+            "answers would not be PEFT's. Set router_dtype to 'float32' in adapter_config.json to have them in both."
         )
     if config.router_dtype == "float64":
         warnings.warn(f"'{folder}' has router_dtype='float64'; slots compute the router's logits in float32.")

@@ -45,7 +45,7 @@ class GateTables:
         # One more row than slots: index -1 is a token without an adapter.
         self.columns = torch.zeros(slices, slots + 1, self.parts * self.max_experts, dtype=torch.long, device=device)
         self.offsets = torch.zeros(slices, slots + 1, self.max_experts, device=device)
-        self.limits = torch.zeros(slices, slots + 1, dtype=torch.long, device=device)
+        self.limits = torch.full((slices, slots + 1), self.max_experts, device=device)
         self.experts = torch.zeros(slices, slots + 1, rank, dtype=torch.long, device=device)
         self.factors = torch.zeros(slices, slots + 1, rank, device=device)
         self.scales = torch.tensor(part_scales(dtype), device=device)[:, None]

@@ -40,9 +40,8 @@ def warn_of_version(version: str) -> None:
     """Log a warning if a version of vLLM was not tried."""
     if Version(version).base_version not in TRIED:
         logger.warning(
-            "peft_loramoe was not tried with vLLM %s, only with %s. The layers of a LoRAMoE adapter are checked against "
-            "the formula when it is loaded, so a difference is an error; a graph that torch.compile has made of them "
-            "is not checked.",
+            "peft_loramoe was not tried with vLLM %s, only with %s. When a LoRAMoE adapter is loaded, its layers are "
+            "compared with the formula, and a difference is an error. What torch.compile made of them is not.",
             version,
             ", ".join(TRIED),
         )

@@ -103,7 +103,7 @@ class MixtureHelper(PEFTHelper):
         advice = (
             f"start vLLM with --max-lora-rank {enough} (max_lora_rank={enough})"
             if enough
-            else f"vLLM's largest is {max(get_args(MaxLoRARanks))}; take fewer experts or a smaller r, or serve with PEFT"
+            else f"vLLM's largest is {max(get_args(MaxLoRARanks))}; serve it with PEFT, or train fewer experts"
         )
         raise ValueError(
             f"max_lora_rank={lora_config.max_lora_rank} is too small for the LoRAMoE adapter '{self.folder}': with "
@@ -195,7 +195,8 @@ class GatedPunica:
         channels = torch.zeros(shape, dtype=torch.float32, device=x.device)
         returned = self.wrapper.add_shrink(channels, x, lora_a_stacked, scale)
         channels = channels if returned is None else returned  # where nothing is changed in place
-        logits = tensor_model_parallel_all_reduce(channels) if self.sums_logits else None
+        # a copy, since some devices sum in place
+        logits = tensor_model_parallel_all_reduce(channels.clone()) if self.sums_logits else None
         gated = self._gate(channels, logits)
         return self.wrapper.add_expand(y, gated, lora_b_stacked, output_slices, add_inputs=add_inputs)
 
@@ -386,8 +387,8 @@ def _check_output(
     scale = expected.abs().max().item()
     if not difference <= TOLERANCE * scale:
         raise RuntimeError(
-            f"vLLM does not compute the LoRAMoE adapter '{folder}' as the formula does: the output of '{name}' differs "
-            f"by {difference:.2g} (largest output {scale:.2g}). The adapter is refused. Use a version of vLLM that "
+            f"vLLM does not compute the LoRAMoE adapter '{folder}' as the formula does, so it is refused: what "
+            f"'{name}' adds differs by {difference:.2g} (largest entry {scale:.2g}). Use a version of vLLM that "
             "peft_loramoe was tried with (docs/serving.md)."
         )
 

@@ -1,0 +1,162 @@
+"""vLLM's answers against PEFT's. Needs vLLM: `make test-vllm` installs it and runs these tests."""
+
+import importlib.util
+import logging
+
+import pytest
+import serving_cases as cases
+
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason=f"vLLM is not installed; {cases.INSTALL}"
+)
+# Of a log-probability, in float32; vLLM's base model is as far from transformers'.
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return cases.tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    return cases.start_vllm(model)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return {}
+
+
+def assert_same(reference, answers, prompts=cases.PROMPTS):
+    wrong, largest = cases.differences(reference, answers, prompts)
+    assert wrong == 0
+    assert largest < TOLERANCE
+
+
+@pytest.mark.parametrize("options", cases.OPTIONS.values(), ids=cases.OPTIONS)
+def test_every_option_gives_the_answers_of_peft(options, model, engine, ids, tmp_path):
+    adapter = cases.save_adapter(model, tmp_path, options)
+    adapted = cases.with_adapter(model, adapter)
+    assert_same(adapted, cases.ask_vllm(engine, [adapter] * 3, ids=ids))
+    assert cases.effect_of_routing(adapted) > 100 * TOLERANCE  # wrong gates would have been seen
+
+
+def test_a_batch_mixes_mixtures_and_the_base_model(model, engine, ids, tmp_path):
+    first = cases.save_adapter(model, tmp_path / "first", {}, seed=1)
+    second = cases.save_adapter(model, tmp_path / "second", cases.OPTIONS["retain"], seed=2)
+    prompts = [cases.PROMPTS[i % 3] for i in range(6)]
+    adapters = [first, None, second, first, second, None]
+    answers = cases.ask_vllm(engine, adapters, prompts, ids)
+    for adapter in (first, second, None):
+        rows = [i for i in range(6) if adapters[i] == adapter]
+        reference = cases.load(model) if adapter is None else cases.with_adapter(model, adapter)
+        assert_same(reference, [answers[i] for i in rows], [prompts[i] for i in rows])
+
+
+def test_a_batch_mixes_a_mixture_and_a_plain_lora(model, engine, ids, tmp_path):
+    mixture = cases.save_adapter(model, tmp_path / "mixture", {}, seed=3)
+    lora = cases.save_lora(model, tmp_path / "lora")
+    answers = cases.ask_vllm(engine, [mixture, lora, lora], ids=ids)
+    assert_same(cases.with_adapter(model, mixture), answers[:1], cases.PROMPTS[:1])
+    assert_same(cases.with_adapter(model, lora), answers[1:], cases.PROMPTS[1:])
+
+
+def test_slots_are_reused(model, engine, ids, tmp_path):
+    """Two slots, and in turn mixtures and plain LoRAs in them."""
+    folders = [
+        cases.save_adapter(model, tmp_path / "0", cases.OPTIONS["top_k"], seed=4),
+        cases.save_lora(model, tmp_path / "1", seed=4),
+        cases.save_adapter(model, tmp_path / "2", cases.OPTIONS["attention"], seed=5),
+        cases.save_lora(model, tmp_path / "3", seed=5),
+    ]
+    for folder in folders + folders[::-1]:
+        assert_same(cases.with_adapter(model, folder), cases.ask_vllm(engine, [folder] * 3, ids=ids))
+
+
+def add(engine, folder, number):
+    from vllm.lora.request import LoRARequest
+
+    return engine.llm_engine.add_lora(LoRARequest(str(folder), number, str(folder)))
+
+
+def test_a_rank_that_is_too_small_names_the_one_to_set(model, engine, tmp_path):
+    folder = cases.save_adapter(model, tmp_path, {"r": 16, "num_experts": 8})
+    with pytest.raises(ValueError, match=r"max_lora_rank=64 is too small .* 8 experts of rank 16 and a router of 8 outputs.*rank of 136; .*--max-lora-rank 256"):  # fmt: skip
+        add(engine, folder, 901)
+
+
+def test_an_option_that_is_not_served_is_refused(model, engine, tmp_path):
+    folder = cases.save_adapter(model, tmp_path, {"modules_to_save": ["lm_head"]})
+    with pytest.raises(ValueError, match=r"modules_to_save=\['lm_head'\]"):
+        add(engine, folder, 902)
+
+
+def test_the_output_layer_is_refused(model, engine, tmp_path):
+    folder = cases.save_adapter(model, tmp_path, {"target_modules": ["lm_head", "down_proj"]})
+    with pytest.raises(ValueError, match="holds 'base_model.model.lm_head.base_layer.weight'"):
+        add(engine, folder, 903)
+
+
+def test_a_layer_that_the_model_lacks_is_refused(engine, tmp_path):
+    deeper = cases.tiny_model(tmp_path / "deeper", num_hidden_layers=3)
+    folder = cases.save_adapter(deeper, tmp_path / "adapter", {"target_modules": ["down_proj"]})
+    with pytest.raises(ValueError, match=r"adapts 'model\.layers\.2\.mlp\.down_proj', which are no linears that this"):
+        add(engine, folder, 907)
+
+
+def test_an_adapter_of_another_base_model_is_refused(model, engine, tmp_path):
+    from tiny import loramoe
+
+    loramoe(num_experts=2, r=2).save_pretrained(tmp_path)  # a smaller Llama
+    with pytest.raises(ValueError, match="A of 32 inputs and B of 48 outputs .* has 64 and 96"):
+        add(engine, tmp_path, 904)
+
+
+def test_a_refused_adapter_leaves_the_engine_as_it_was(model, engine, ids, tmp_path):
+    folder = cases.save_adapter(model, tmp_path / "good", {}, seed=6)
+    damaged = cases.save_adapter(model, tmp_path / "damaged", {})
+    path = damaged / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="incomplete or damaged"):
+        add(engine, damaged, 905)
+    assert 905 not in engine.llm_engine.list_loras()
+    assert_same(cases.with_adapter(model, folder), cases.ask_vllm(engine, [folder] * 3, ids=ids))
+
+
+def test_wrong_numbers_are_found_when_an_adapter_is_loaded(model, engine, tmp_path, monkeypatch):
+    """As if another vLLM did not ask for the gates."""
+    from peft_loramoe.serving import vllm_seams
+
+    folder = cases.save_adapter(model, tmp_path, {}, seed=7)
+    monkeypatch.setattr(vllm_seams.GatedPunica, "_gate", lambda self, channels, logits=None: channels)
+    with pytest.raises(RuntimeError, match="does not compute the LoRAMoE adapter .* as the formula does.*is refused"):
+        add(engine, folder, 906)
+    assert 906 not in engine.llm_engine.list_loras()
+
+
+def test_the_plugin_may_be_registered_again(model, engine, ids, tmp_path):
+    from peft_loramoe.serving.vllm import register
+
+    register()
+    folder = cases.save_adapter(model, tmp_path, {}, seed=8)
+    assert_same(cases.with_adapter(model, folder), cases.ask_vllm(engine, [folder] * 3, ids=ids))
+
+
+def test_graphs_compiled_without_the_plugin_are_not_taken_for_its():
+    from vllm.config.lora import LoRAConfig
+
+    before = LoRAConfig.compute_hash.__wrapped__
+    config = LoRAConfig(max_lora_rank=16)
+    assert config.compute_hash().startswith(before(config)) and config.compute_hash() != before(config)
+
+
+def test_a_version_that_was_not_tried_is_warned_about(caplog):
+    from peft_loramoe.serving.vllm import TRIED, warn_of_version
+
+    with caplog.at_level(logging.WARNING, logger="vllm.peft_loramoe"):
+        warn_of_version(f"{next(iter(TRIED))}+cpu")
+        assert not caplog.messages
+        warn_of_version("99.1.0")
+    assert "was not tried with vLLM 99.1.0" in caplog.messages[0]
