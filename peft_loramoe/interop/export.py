@@ -128,9 +128,10 @@ def export_lora(
     is measured on the calibration data with the tensors as they are saved.
 
     vLLM serves the folder with the answers of PEFT (``--enable-lora``, docs/serving.md). For versions that ignore
-    `rank_pattern`, the scaling is 1 everywhere (``lora_alpha=r``) and `r` is the largest rank. vLLM's ``--max-lora-rank``, 16 by default, must be at least `r`; see
-    `LoRAExport.vllm_max_lora_rank`. vLLM rejects `modules_to_save` and trained tokens, which are exported if the
-    adapter has them, and linears that it does not adapt.
+    `rank_pattern`, the scaling is 1 everywhere (``lora_alpha=r``) and `r` is the largest rank. vLLM's
+    ``--max-lora-rank``, 16 by default, must be at least `r`; see `LoRAExport.vllm_max_lora_rank`. vLLM rejects
+    `modules_to_save` and trained tokens, which are exported if the adapter has them, and linears that it does not
+    adapt.
 
     Args:
         model: a PeftModel with the adapter.

@@ -194,8 +194,8 @@ def read_layers(folder: str | Path) -> dict[str, SlotLayer]:
     known = {key for module in modules for key in expert_keys(module, *[torch.empty(0)] * 3)}
     if left := tensors.keys() - known:
         raise ValueError(
-            f"'{folder}' holds {abbreviate(left)}, which no LoRA slot has a place for. Train with other target_modules: "
-            "embeddings and output layers are saved whole with the adapter."
+            f"'{folder}' holds {abbreviate(left)}, which no LoRA slot has a place for. Train with other "
+            "target_modules: embeddings and output layers are saved whole with the adapter."
         )
     return {module: _layer(folder, module, parts, config) for module, parts in modules.items()}
 
