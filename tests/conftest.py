@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -14,6 +15,16 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    # Trainer calls gc.collect() after each training. It need not walk through all imported modules again.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or libraries report at the end that they leak
 
 
 @pytest.fixture(autouse=True)
