@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib
 import importlib.machinery
 import importlib.util
@@ -457,6 +458,14 @@ class Conformance:
             self._adjust(item)
         items[:] = keep
         config.hook.pytest_deselected(items=drop)
+
+    def pytest_collection_finish(self):
+        # PEFT's tests call gc.collect() all the time. It need not walk through all imported modules again.
+        gc.collect()
+        gc.freeze()
+
+    def pytest_unconfigure(self):
+        gc.unfreeze()  # or libraries report at the end that they leak
 
     def _adjust(self, item):
         for file_pattern, test_pattern, reason in cases.SKIPS:
