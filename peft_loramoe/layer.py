@@ -1,7 +1,8 @@
-"""`LoRAMoELinear`: a linear layer of the base model and the experts of its adapters."""
+"""A linear layer, or a whole block, of the base model and the experts of its adapters."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -43,24 +44,15 @@ _GLOBAL_HOOKS = [
 ]
 
 
-class LoRAMoELinear(nn.Module, BaseTunerLayer):
-    """Base layer plus the mixtures of its active adapters: ``base_layer(x) + sum over active adapters of experts(x)``.
-
-    One class serves every backend (dense, Conv1D, quantised): the mixture is added, out of place, to whatever the base
-    layer returns.
+class LoRAMoELayer(nn.Module, BaseTunerLayer):
+    """A module of the base model and the mixtures of its adapters, whose sum is added to the module's output.
 
     Args:
-        base_layer: the linear layer, left as it is.
-        name: name of the layer inside the base model.
+        base_layer: the module, left as it is.
+        name: its name inside the base model.
+        in_features: size of what it reads.
+        out_features: size of what it returns.
         recorder: takes the router probabilities of each forward pass; None for inference without the balance term.
-
-    Example:
-        >>> import torch
-        >>> from peft_loramoe import LoRAMoEConfig
-        >>> layer = LoRAMoELinear(nn.Linear(8, 16), name="up_proj")
-        >>> layer.update_layer("default", LoRAMoEConfig(r=2))
-        >>> layer(torch.randn(3, 8)).shape
-        torch.Size([3, 16])
     """
 
     adapter_layer_names = ("loramoe_experts",)
@@ -69,7 +61,9 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
     # weights.
     cast_input_dtype_enabled = True
 
-    def __init__(self, base_layer: nn.Module, name: str, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self, base_layer: nn.Module, name: str, in_features: int, out_features: int, recorder: Recorder | None
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name
@@ -77,7 +71,7 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
         self.loramoe_experts = nn.ModuleDict({})
         self._disable_adapters = False
         self.merged_adapters = []
-        self.in_features, self.out_features = get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = in_features, out_features
 
     def update_layer(self, adapter_name: str, config: LoRAMoEConfig) -> None:
         """Add (or replace) the experts of an adapter, initialised as `config` says, on the base layer's device."""
@@ -94,61 +88,29 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """Apply the base layer and add the mixtures.
+    @property
+    def _active(self) -> list[str]:
+        """Names of the adapters whose mixtures are added."""
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.loramoe_experts]
+
+    def _add_mixtures(
+        self, x: Tensor, base: Tensor | None, adapters: Sequence[str], **linear: Tensor | None
+    ) -> Tensor:
+        """Add the mixtures of adapters, and record their router probabilities.
 
         Args:
             x: shape (..., in_features).
-            *args: passed to the base layer.
-            adapter_names: one adapter for each sample (dimension 0 of `x`); "__base__" for none.
-            **kwargs: passed to the base layer.
-
-        Returns:
-            Shape (..., out_features), in the base layer's output dtype.
-
-        Raises:
-            ValueError: `adapter_names` does not have one name for each sample, or the base layer passes no gradient
-                on.
+            base: the base layer's output, shape (..., out_features).
+            adapters: their names.
+            **linear: instead, the weight and bias with which the first mixture computes it.
         """
-        if adapter_names is not None and not self.disable_adapters:
-            return self._forward_per_sample(x, self.base_layer(x, *args, **kwargs), adapter_names)
-        mixtures = self.loramoe_experts
-        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in mixtures]
-        linear = self._frozen_linear() if active and not args and not kwargs else {}
-        base = None
-        if not linear:
-            base = self.base_layer(x, *args, **kwargs)
-            self._check_gradient(x, base)
-        for adapter in active:
-            experts = mixtures[adapter]
+        for adapter in adapters:
+            experts = self.loramoe_experts[adapter]
             base, probabilities = experts(x, base, **linear)
             linear = {}
             if self.recorder is not None:
                 self.recorder.record(adapter, self.name, experts.groups, experts.router.requires_grad, probabilities)
         return base
-
-    def _frozen_linear(self) -> dict[str, Tensor | None]:
-        """Weight and bias of the base layer if calling it is `F.linear` with these, frozen, and nothing else; or
-        nothing.
-
-        The experts may then compute it.
-        """
-        layer = self.base_layer
-        if not (
-            type(layer) is nn.Linear
-            and not torch.compiler.is_compiling()  # the compiler has fusions of its own for it
-            and not is_in_torch_dispatch_mode()  # selective checkpointing, counters of operations
-            and _file_of(nn.Linear.forward) == nn.modules.linear.__file__  # not patched
-            and "forward" not in layer.__dict__
-            and not (
-                layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-            )
-            and not any(_GLOBAL_HOOKS)
-        ):
-            return {}
-        weight, bias = layer.weight, layer.bias
-        plain = _is_plain(weight) and (bias is None or _is_plain(bias))
-        return {"weight": weight, "bias": bias} if plain else {}
 
     def _check_gradient(self, x: Tensor, base: Tensor) -> None:
         if not (self.training and x.requires_grad and torch.is_grad_enabled()):
@@ -162,7 +124,7 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
                 "trained (docs/quantization.md)."
             )
 
-    def _forward_per_sample(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
+    def _add_mixtures_per_sample(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
         # Some models flatten batch and sequence before their feed-forward layers.
         entries = 1 if self.recorder is None else self.recorder.entries_per_row(tuple(x.shape[:-1]), self.name)
         if entries is None and len(set(adapter_names)) > 1:
@@ -240,6 +202,160 @@ class LoRAMoELinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "loramoe." + super().__repr__()
+
+
+class LoRAMoELinear(LoRAMoELayer):
+    """A linear layer plus the mixtures of its active adapters: ``base_layer(x) + sum of experts(x)``.
+
+    One class serves every backend (dense, Conv1D, quantised): the mixture is added, out of place, to whatever the base
+    layer returns.
+
+    Args:
+        base_layer: the linear layer, left as it is.
+        name: name of the layer inside the base model.
+        recorder: takes the router probabilities of each forward pass; None for inference without the balance term.
+
+    Example:
+        >>> import torch
+        >>> from peft_loramoe import LoRAMoEConfig
+        >>> layer = LoRAMoELinear(nn.Linear(8, 16), name="up_proj")
+        >>> layer.update_layer("default", LoRAMoEConfig(r=2))
+        >>> layer(torch.randn(3, 8)).shape
+        torch.Size([3, 16])
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str, recorder: Recorder | None = None) -> None:
+        super().__init__(base_layer, name, *get_in_out_features(base_layer), recorder)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Apply the base layer and add the mixtures.
+
+        Args:
+            x: shape (..., in_features).
+            *args: passed to the base layer.
+            adapter_names: one adapter for each sample (dimension 0 of `x`); "__base__" for none.
+            **kwargs: passed to the base layer.
+
+        Returns:
+            Shape (..., out_features), in the base layer's output dtype.
+
+        Raises:
+            ValueError: `adapter_names` does not have one name for each sample, or the base layer passes no gradient
+                on.
+        """
+        if adapter_names is not None and not self.disable_adapters:
+            return self._add_mixtures_per_sample(x, self.base_layer(x, *args, **kwargs), adapter_names)
+        active = self._active
+        if active and not args and not kwargs and (linear := self._frozen_linear()):
+            return self._add_mixtures(x, None, active, **linear)
+        base = self.base_layer(x, *args, **kwargs)
+        self._check_gradient(x, base)
+        return self._add_mixtures(x, base, active)
+
+    def _frozen_linear(self) -> dict[str, Tensor | None]:
+        """Weight and bias of the base layer if calling it is `F.linear` with these, frozen, and nothing else; or
+        nothing.
+
+        The experts may then compute it.
+        """
+        layer = self.base_layer
+        if not (
+            type(layer) is nn.Linear
+            and not torch.compiler.is_compiling()  # the compiler has fusions of its own for it
+            and not is_in_torch_dispatch_mode()  # selective checkpointing, counters of operations
+            and _file_of(nn.Linear.forward) == nn.modules.linear.__file__  # not patched
+            and "forward" not in layer.__dict__
+            and not (
+                layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+            )
+            and not any(_GLOBAL_HOOKS)
+        ):
+            return {}
+        weight, bias = layer.weight, layer.bias
+        plain = _is_plain(weight) and (bias is None or _is_plain(bias))
+        return {"weight": weight, "bias": bias} if plain else {}
+
+
+class LoRAMoEBlock(LoRAMoELayer):
+    """A whole block, such as a sparse feed-forward layer, plus mixtures beside it: ``block(x) + sum of experts(x)``.
+
+    Every token passes the block, so importance by sample is defined where the block sends tokens to experts of its
+    own, and null experts leave a token to the untouched block. This is the parallel form of PERFT (Liu et al. 2024,
+    arXiv 2411.08212) with the experts and the router of LoRAMoE.
+
+    Args:
+        base_layer: the block, left as it is. It reads a tensor of shape (..., features) and returns one of the same
+            shape, or with its tokens in one dimension, or a tuple that begins with it.
+        name: name of the block inside the base model.
+        features: size of what it reads and returns.
+        recorder: takes the router probabilities of each forward pass; None for inference without the balance term.
+
+    Example:
+        >>> import torch
+        >>> from peft_loramoe import LoRAMoEConfig
+        >>> block = nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 8))
+        >>> layer = LoRAMoEBlock(block, name="mlp", features=8)
+        >>> layer.update_layer("default", LoRAMoEConfig(r=2))
+        >>> layer(torch.randn(3, 8)).shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str, features: int, recorder: Recorder | None = None) -> None:
+        super().__init__(base_layer, name, features, features, recorder)
+        self._input = next(iter(inspect.signature(base_layer.forward).parameters))
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """Apply the block and add the mixtures to its output.
+
+        Args:
+            *args: passed to the block; the first one, or the keyword argument of its name, is what the experts read,
+                shape (..., features).
+            adapter_names: one adapter for each sample (dimension 0 of what the experts read); "__base__" for none.
+            **kwargs: passed to the block.
+
+        Returns:
+            What the block returns, with the mixtures added to it, or to its first item if it is a tuple.
+
+        Raises:
+            ValueError: what the block returns has another shape than what it reads, `adapter_names` does not have one
+                name for each sample, or the block passes no gradient on.
+        """
+        returned = self.base_layer(*args, **kwargs)
+        if self.disable_adapters:
+            return returned
+        x = args[0] if args else kwargs[self._input]
+        output, rest = (returned[0], returned[1:]) if type(returned) is tuple and returned else (returned, None)
+        tokens = self._as_returned(x, output)
+        if adapter_names is not None:
+            output = self._add_mixtures_per_sample(tokens, output, adapter_names)
+        else:
+            self._check_gradient(x, output)
+            output = self._add_mixtures(tokens, output, self._active)
+        return output if rest is None else (output, *rest)
+
+    def _as_returned(self, x: Tensor, output: Any) -> Tensor:
+        """What the block read, in the shape of what it returned: the same, or with its tokens in one dimension."""
+        if isinstance(output, Tensor) and x.shape[-1] == self.in_features:
+            flat = x.flatten(0, -2)
+            for candidate in (x, flat):
+                # Dimension by dimension: torch.compile does not compare symbolic sizes inside of tuples.
+                if output.dim() == candidate.dim() and all(a == b for a, b in zip(output.shape, candidate.shape)):
+                    return candidate
+        found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"Block '{self.name}' returned {found} for an input of shape {tuple(x.shape)}. Beside a block, a mixture "
+            f"adds to an output of the input's shape, (..., {self.in_features}), or the same with its tokens in one "
+            "dimension: target the linear layers inside the block instead."
+        )
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to where the block's largest weight is, and to its dtype unless it is quantised."""
+        experts = self.loramoe_experts[adapter_name]
+        largest = max(self.base_layer.parameters(), key=Tensor.numel, default=None)
+        if largest is None or experts.A.is_meta:
+            return
+        dtype = largest.dtype if largest.dtype.is_floating_point else None
+        self.loramoe_experts[adapter_name] = experts.to(device or largest.device, dtype)
 
 
 def _is_plain(parameter: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from .balance.hooks import Recorder, find_recorder
 from .config import LoRAMoEConfig
 from .gradients import NonReentrantCheckpointing, UnpackedWeights
-from .layer import CANNOT_MERGE, LoRAMoELinear
+from .layer import CANNOT_MERGE, LoRAMoEBlock, LoRAMoELayer, LoRAMoELinear
 from .loading import check_adapter_tensors, unchanged_on_failure
 from .names import check_adapter_name, is_of_experts, without_adapter_name
 from .options import shown
@@ -27,10 +27,12 @@ from .peft_api import (
 )
 from .targets import (
     FEED_FORWARD,
-    WHY_NOT_ROUTED,
+    around_routed_experts,
+    block_features,
     candidates,
     check_names,
     default_targets,
+    is_block,
     is_bypassed,
     is_linear,
     is_routed_expert,
@@ -60,7 +62,7 @@ class LoRAMoEModel(BaseTuner):
     """
 
     prefix = "loramoe_"
-    tuner_layer_cls = LoRAMoELinear
+    tuner_layer_cls = LoRAMoELayer
     target_module_mapping = FEED_FORWARD
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,6 +90,7 @@ class LoRAMoEModel(BaseTuner):
                 self.model, model_config, peft_config.exclude_modules, self.target_module_mapping
             )
         check_names(self.model, peft_config.target_modules)
+        self._check_nothing_inside_adapted_blocks(peft_config)
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -112,7 +115,7 @@ class LoRAMoEModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        if isinstance(target, LoRAMoELinear):
+        if isinstance(target, LoRAMoELayer):
             target.update_layer(adapter_name, peft_config)
             return
         if isinstance(target, BaseTunerLayer):
@@ -128,22 +131,59 @@ class LoRAMoEModel(BaseTuner):
             )
         if is_routed_expert(self.model, current_key):
             raise ValueError(
-                f"Target module '{current_key}' is one of the backbone's routed experts, which {WHY_NOT_ROUTED}"
-                rf"{candidates(self.model)}. Where a name fits both, set exclude_modules=r'.*\.experts\..*'."
+                f"Target module '{current_key}' is one of the backbone's routed experts, which "
+                f"{around_routed_experts(self.model)} Where a name fits both, set "
+                r"exclude_modules=r'.*\.experts\..*'."
             )
-        if not is_linear(target):
+        if is_linear(target):
+            layer = LoRAMoELinear(target, current_key, self._shared_recorder())
+            layer.quantization_backend = quantization_backend_of(target)
+        elif is_block(target):
+            self._check_nothing_inside(peft_config, current_key, target)
+            features = block_features(self.model, current_key)
+            layer = LoRAMoEBlock(target, current_key, features, self._shared_recorder())
+        else:
             raise ValueError(
-                f"Target module {target} is not supported: '{current_key}' is no linear layer that the model calls. "
-                "Use target_modules to name nn.Linear, Conv1D or quantised linear layers, or exclude_modules to leave "
-                "it out."
+                f"Target module {target} is not supported: '{current_key}' is no linear layer that the model calls, "
+                "nor a block of them with one input. Use target_modules to name nn.Linear, Conv1D or quantised linear "
+                "layers, or feed-forward blocks, or exclude_modules to leave it out."
             )
-        layer = LoRAMoELinear(target, current_key, self._shared_recorder())
-        layer.quantization_backend = quantization_backend_of(target)
         layer._active_adapter = self.active_adapters
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter waits for set_adapter
         self._replace_module(parent, target_name, layer, target)
+
+    def _check_nothing_inside(self, config: LoRAMoEConfig, name: str, block: nn.Module) -> None:
+        """Refuse a block if a module inside it is targeted or adapted too.
+
+        Raises:
+            ValueError: one is.
+        """
+        for child, module in list(block.named_modules())[1:]:
+            inside = f"{name}.{child}"
+            if isinstance(module, BaseTunerLayer) or self._check_target_module_exists(config, inside):
+                what = "is adapted already" if isinstance(module, BaseTunerLayer) else "is targeted too"
+                raise ValueError(
+                    f"Target module '{name}' is a block, and '{inside}' inside it {what}. A mixture beside a block "
+                    "covers what is inside: name the block or the layers, or leave one out with exclude_modules."
+                )
+
+    def _check_nothing_inside_adapted_blocks(self, config: LoRAMoEConfig) -> None:
+        """Refuse targets inside of blocks that have an adapter already: PEFT would pass over them.
+
+        Raises:
+            ValueError: there is one.
+        """
+        blocks = [module for module in self.model.modules() if isinstance(module, LoRAMoEBlock)]
+        for block in blocks:
+            for child, module in block.base_layer.named_modules():
+                inside = f"{block.name}.{child}"
+                if child and is_linear(module) and self._check_target_module_exists(config, inside):
+                    raise ValueError(
+                        f"Target module '{inside}' is inside of the block '{block.name}', which is adapted already. A "
+                        "mixture beside a block covers what is inside: leave the layer out with exclude_modules."
+                    )
 
     def _shared_recorder(self) -> Recorder:
         """The base model's recorder; the first call installs its hooks."""
@@ -159,7 +199,7 @@ class LoRAMoEModel(BaseTuner):
         return recorder
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, LoRAMoELinear):
+        if isinstance(new_module, LoRAMoELayer):
             super()._replace_module(parent, child_name, new_module, child)
         else:  # unload: PEFT would set the base layer's `weight`, which GPTQ, AWQ and HQQ layers do not have
             setattr(parent, child_name, new_module)
@@ -224,8 +264,8 @@ class LoRAMoEModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [m for m in self.modules() if isinstance(m, (LoRAMoELinear, AuxiliaryTrainingWrapper))]
-        known = {name for m in layers if isinstance(m, LoRAMoELinear) for name in m.loramoe_experts}
+        layers = [m for m in self.modules() if isinstance(m, (LoRAMoELayer, AuxiliaryTrainingWrapper))]
+        known = {name for m in layers if isinstance(m, LoRAMoELayer) for name in m.loramoe_experts}
         if unknown := sorted(set(adapter_names) - known - {"__base__"}):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 

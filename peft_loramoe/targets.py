@@ -1,10 +1,12 @@
 """Which modules an adapter goes to.
 
-The feed-forward linears of known architectures, and what counts as a linear layer.
+The feed-forward linears of known architectures, sparse feed-forward blocks, and what counts as a linear layer or a
+block.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -54,8 +56,7 @@ ROUTED_EXPERTS = re.compile(r"(?P<block>|.*\.)experts(\.(expert_)?\d+(\..*)?)?")
 ROUTERS = ("gate", "router")
 WHY_NOT_ROUTED = (
     "cannot be adapted: each sees only the tokens that the backbone's router sends it, so no balance term can be "
-    "computed there, and transformers 5 keeps them as 3-D parameters instead of linear layers. Linear layers that can "
-    "be adapted: "
+    "computed there. "
 )
 # Names that feed-forward linears have in one model or another.
 FEED_FORWARD_NAMES = {"gate_up_proj", "w1", "w2", "w3"} | {
@@ -88,6 +89,55 @@ def routed_experts(model: nn.Module) -> str:
         if name.rpartition(".")[2] == "experts" and is_routed_expert(model, name)
     )
     return ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))
+
+
+def is_sparse_block(module: nn.Module) -> bool:
+    """Whether the module is a backbone's own mixture of experts: a router and the experts that it sends tokens to."""
+    children = dict(module.named_children())
+    return any(router in children for router in ROUTERS) and any(
+        name == "experts" or type(child).__name__.endswith("Experts") for name, child in children.items()
+    )
+
+
+def sparse_blocks(model: nn.Module) -> list[str]:
+    """Names of the sparse feed-forward blocks of a model, in its order."""
+    names = [name.removesuffix(".base_layer") for name, module in model.named_modules() if is_sparse_block(module)]
+    return [name for name in names if name.rpartition(".")[2] != "experts"]  # JetMoE's attention
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a mixture can be put beside the module: it computes something with linear layers, from one input."""
+    if type(module).forward is nn.Module.forward or not isinstance(module, nn.Module):
+        return False  # a container
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return len(required) == 1 and (is_sparse_block(module) or any(map(is_linear, module.modules())))
+
+
+def block_features(model: nn.Module, name: str) -> int:
+    """Size of what a block reads and returns: `hidden_size` of the nearest configuration at or above it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    parts = name.split(".")
+    for end in range(len(parts), -1, -1):
+        config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
+        if isinstance(size := getattr(config, "hidden_size", None), int):
+            return size
+    raise ValueError(
+        f"Target module '{name}' is a block, and no configuration says how large its input is: give the model a "
+        "`config` with `hidden_size`, or target the linear layers inside the block."
+    )
+
+
+def around_routed_experts(model: nn.Module) -> str:
+    """What to target in place of routed experts, for error messages."""
+    blocks = sorted({name.rpartition(".")[2] for name in sparse_blocks(model)})
+    instead = (
+        f"Target the block around them, {' or '.join(map(repr, blocks))}: a mixture beside it. " if blocks else ""
+    )
+    return f"{WHY_NOT_ROUTED}{instead}Linear layers that can be adapted: {candidates(model)}."
 
 
 def is_bypassed(parent: nn.Module, name: str) -> bool:
@@ -124,14 +174,17 @@ def check_names(model: nn.Module, target_modules: Any) -> None:
     if absent := sorted(name for name in absent if not any(module.endswith(f".{name}") for module in modules)):
         raise ValueError(
             f"target_modules contains {', '.join(absent)}, but the feed-forward layers of this model are routed "
-            f"experts ({experts}), which {WHY_NOT_ROUTED}{candidates(model)}."
+            f"experts ({experts}), which {around_routed_experts(model)}"
         )
 
 
 def default_targets(
     model: nn.Module, model_config: dict[str, Any], exclude_modules: Any, mapping: Mapping[str, Any] = FEED_FORWARD
 ) -> tuple[set[str] | str, set[str] | str | None]:
-    """Feed-forward linears of a known architecture.
+    """Feed-forward linears of a known architecture, or the sparse blocks of a mixture-of-experts backbone.
+
+    Beside sparse blocks, the linears of the dense blocks in other layers are adapted. Those inside of a sparse block,
+    as of a shared expert, are not: the mixture beside the block covers them.
 
     Args:
         model: the base model.
@@ -153,13 +206,9 @@ def default_targets(
     targets = None if name is None else mapping[name]
     if isinstance(targets, str):  # an expression for whole names, or "all-linear"
         return targets, exclude_modules
+    if targets is None and (sparse := _sparse_targets(model)):
+        return sparse, exclude_modules
     if targets is None:
-        if experts := routed_experts(model):
-            raise ValueError(
-                "Please specify `target_modules` in `peft_config`: there is no default for model_type "
-                f"'{model_config.get('model_type')}', whose feed-forward layers are routed experts ({experts}). They "
-                f"{WHY_NOT_ROUTED}{candidates(model)}."
-            )
         raise ValueError(
             "Please specify `target_modules` in `peft_config`: there is no default for model_type "
             f"'{model_config.get('model_type')}'. Linear layers of this model: {candidates(model)}."
@@ -179,6 +228,30 @@ def default_targets(
     else:
         also += [rf"(.*\.)?{re.escape(name)}" for name in sorted(exclude_modules or ())]
     return set(targets), "|".join(f"({pattern})" for pattern in also)
+
+
+def _sparse_targets(model: nn.Module) -> set[str]:
+    """The sparse blocks of a model's text, and the linears of the dense blocks in their place in other layers."""
+    streams = streams_of(model)
+    sparse = [name for name in sparse_blocks(model) if streams.kind(name) != MEDIA]
+    places = {_without_indices(name) for name in sparse}
+    names = [name.removesuffix(".base_layer") for name, _ in model.named_modules()]
+    dense = [name for name in names if _without_indices(name) in places and name not in sparse]
+    linears = {
+        f"{name}.{child}".removesuffix(".base_layer")
+        for name in dense
+        for child, module in model.get_submodule(name).named_modules()
+        if is_linear(module)
+    }
+    last = {name.rpartition(".")[2] for name in sparse}
+    if all(name in sparse for name in names if name.rpartition(".")[2] in last):
+        return last
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."  # the model may be loaded without its head
+    return {name.removeprefix(prefix) for name in (*sparse, *linears)}
+
+
+def _without_indices(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _parts_for_media(model: nn.Module) -> list[str]:

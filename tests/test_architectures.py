@@ -10,7 +10,8 @@ import transformers
 from peft import PeftModel, get_peft_model
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from peft_loramoe import LoRAMoEConfig, LoRAMoELinear, balance_loss, balance_terms, layer_routing
+from peft_loramoe import LoRAMoEConfig, balance_loss, balance_terms, layer_routing
+from peft_loramoe.layer import LoRAMoELayer
 from tiny import VOCAB, labelled, token_batch
 
 
@@ -91,7 +92,7 @@ class Case:
     Attributes:
         auto_class: transformers' class for the task, without its prefix.
         options: of the model's configuration.
-        adapted: names of the adapted linears by the name of the module that holds them, where {} is 0 and 1.
+        adapted: names of the adapted linears and blocks by the name of the module that holds them, where {} is 0 and 1.
         batch: makes a batch of three samples with labels.
         tokens: real tokens of each sample, by the beginning of the adapted linears' names.
         task_type: PEFT's.
@@ -121,14 +122,15 @@ def decoder(options, parent, linears, **fields):
     return Case("CausalLM", options, {parent: linears}, **fields)
 
 
-def moe_attention():
-    return decoder(MOE, "model.layers.{}.self_attn", ATTENTION, target_modules=ATTENTION)
+def moe_attention(model_type):
+    return decoder(MOE, "model.layers.{}.self_attn", ATTENTION, target_modules=ATTENTION, model_type=model_type)
 
 
 def encoder_decoder(options, adapted, batch, encoder, decoder, encoder_tokens=TEXT):
     return dict(options=options, adapted=adapted, batch=batch, tokens=((encoder, encoder_tokens), (decoder, ANSWERS)))
 
 
+DENSE_THEN_SPARSE = {"model.layers.0.mlp": GATED, "model.layers.1": ("mlp",)}
 BART_LIKE = {"model.encoder.layers.{}": FC, "model.decoder.layers.{}": FC}
 CASES = {
     **dict.fromkeys(
@@ -187,11 +189,24 @@ CASES = {
         (("", [11, 10, 9]),),
         task_type=None,
     ),
+    # Sparse blocks
+    "mixtral": decoder(MOE, "model.layers.{}", ("mlp" if V5 else "block_sparse_moe",)),
+    "qwen2_moe": decoder({**MOE, "shared_expert_intermediate_size": 12}, "model.layers.{}", ("mlp",)),
+    "qwen3_moe": Case("CausalLM", {**MOE, "mlp_only_layers": [0]}, DENSE_THEN_SPARSE),
+    **dict.fromkeys(("olmoe", "gpt_oss"), decoder(MOE, "model.layers.{}", ("mlp",))),
+    "granitemoe": decoder(MOE, "model.layers.{}", ("block_sparse_moe",)),
+    "phimoe": decoder(MOE, "model.layers.{}", ("mlp" if V5 else "block_sparse_moe",)),
+    **dict.fromkeys(("deepseek_v3", "glm4_moe"), Case("CausalLM", DEEPSEEK, DENSE_THEN_SPARSE)),
+    "llama4_text": Case(
+        "CausalLM",
+        {**MOE, "intermediate_size_mlp": 24, "interleave_moe_layer_step": 2, "attention_chunk_size": 32},
+        {"model.layers.0.feed_forward": GATED, "model.layers.1": ("feed_forward",)},
+    ),
     # No defaults: what can be adapted is named.
     "mamba": decoder(MAMBA, "backbone.layers.{}.mixer", ("in_proj",), target_modules=("in_proj",)),
-    "mixtral": moe_attention(),
-    "qwen3_moe": moe_attention(),
-    "olmoe": moe_attention(),
+    "mixtral, attention": moe_attention("mixtral"),
+    "qwen3_moe, attention": moe_attention("qwen3_moe"),
+    "olmoe, attention": moe_attention("olmoe"),
     "qwen2_moe, shared experts": decoder(
         {**MOE, "shared_expert_intermediate_size": 12},
         "model.layers.{}.mlp.shared_expert",
@@ -234,11 +249,11 @@ def adapted_model(name, **options):
 
 
 def adapted(model):
-    return {module.name for module in model.modules() if isinstance(module, LoRAMoELinear)}
+    return {module.name for module in model.modules() if isinstance(module, LoRAMoELayer)}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_feed_forward_linears_are_adapted_and_nothing_else(name):
+def test_the_feed_forward_layers_are_adapted_and_nothing_else(name):
     assert adapted(adapted_model(name)) == CASES[name].names()
 
 
@@ -388,14 +403,14 @@ def test_padding_does_not_count_where_the_attention_inserts_a_dimension():
 
 
 @pytest.mark.parametrize("model_type", MOES)
-def test_defaults_of_a_mixture_backbone_name_what_can_be_adapted(model_type):
+def test_routed_experts_are_refused_and_the_error_says_what_can_be_adapted(model_type):
     with pytest.raises(ValueError) as error:
-        adapt(moe(model_type))
+        adapt(moe(model_type), target_modules=["experts"])
     message = str(error.value)
-    start = "Please specify `target_modules` in `peft_config`: there is no default for model_type "
-    assert message.startswith(f"{start}'{model_type}', whose feed-forward layers are routed experts (model.layers.*.")
-    assert "They cannot be adapted: each sees only the tokens that the backbone's router sends it" in message
-    can = message.rpartition("Linear layers that can be adapted: ")[2].rstrip(".").split(", ")
+    assert "cannot be adapted: each sees only the tokens that the backbone's router sends it" in message
+    block = "block_sparse_moe" if model_type == "mixtral" and not V5 else "mlp"
+    assert f"Target the block around them, '{block}'" in message
+    can = message.rpartition("Linear layers that can be adapted: ")[2].partition(". Where")[0].split(", ")
     assert "self_attn.o_proj" in can
     assert {"qwen2_moe": "mlp.shared_expert.up_proj", "deepseek_v3": "mlp.shared_experts.up_proj"}.get(
         model_type, can[0]
@@ -411,12 +426,6 @@ def test_defaults_of_a_mixture_backbone_name_what_can_be_adapted(model_type):
 def test_naming_routed_experts_is_refused(model_type, experts, attention):
     with pytest.raises(ValueError, match=r"routed experts.* cannot be adapted: .*can be adapted: .*self_attn\.q_proj"):
         adapt(moe(model_type), target_modules=[*experts, *attention])
-
-
-@pytest.mark.parametrize("model_type", MOES)
-def test_naming_the_module_of_the_experts_is_refused(model_type):
-    with pytest.raises(ValueError, match=r"experts' is one of the backbone's routed experts, which cannot be adapted"):
-        adapt(moe(model_type), target_modules=["experts"])
 
 
 @pytest.mark.skipif(V5, reason="transformers 5 has no linears in routed experts")
@@ -485,7 +494,8 @@ def test_linear_attention_that_calls_its_linears_is_not_taken_for_mamba():
 
 
 REFUSED = {
-    "no linear": ("llama", ["q_proj", "mlp"]),
+    "no linear": ("llama", ["q_proj", "input_layernorm"]),
+    "inside": ("llama", ["mlp", "up_proj"]),
     "Mamba": ("mamba", ["in_proj", "out_proj"]),
     "routed experts": ("qwen3_moe", ["q_proj", "experts"]),
 }
@@ -513,6 +523,6 @@ def test_a_refused_second_adapter_leaves_the_first_as_it_was():
         logits = model(**batch).logits
         keys = list(model.state_dict())
         with pytest.raises(ValueError, match="no linear layer"):
-            model.add_adapter("second", LoRAMoEConfig(target_modules=["up_proj", "q_proj", "mlp"]))
+            model.add_adapter("second", LoRAMoEConfig(target_modules=["up_proj", "q_proj", "norm"]))
         assert list(model.state_dict()) == keys and list(model.peft_config) == ["default"]
         assert torch.equal(model(**batch).logits, logits)

@@ -96,7 +96,7 @@ def test_no_match_is_an_error():
         get_peft_model(tiny_llama(), LoRAMoEConfig(target_modules=["fc9"]))
 
 
-@pytest.mark.parametrize("target", ["embed_tokens", "input_layernorm", "mlp"])
+@pytest.mark.parametrize("target", ["embed_tokens", "input_layernorm", "layers"])
 def test_a_target_that_is_no_linear_layer_is_refused(target):
     with pytest.raises(ValueError, match=f"'model.*{target}' is no linear layer"):
         get_peft_model(tiny_llama(), LoRAMoEConfig(target_modules=[target]))

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import LoRAMoEConfig
 from ..experts import LoRAExperts
-from ..layer import LoRAMoELinear
+from ..layer import LoRAMoELayer
 
 
 def experts_by_layer(model: nn.Module) -> dict[tuple[str, str], LoRAExperts]:
@@ -88,8 +88,8 @@ def require_finite(values: Tensor, adapter: str, layer: str) -> None:
         )
 
 
-def _linears(model: nn.Module) -> list[LoRAMoELinear]:
-    linears = [module for module in model.modules() if isinstance(module, LoRAMoELinear)]
+def _linears(model: nn.Module) -> list[LoRAMoELayer]:
+    linears = [module for module in model.modules() if isinstance(module, LoRAMoELayer)]
     if not linears:
         raise ValueError(f"{type(model).__name__} has no LoRAMoE layers; attach them with get_peft_model first.")
     return linears

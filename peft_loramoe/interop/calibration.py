@@ -14,7 +14,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ..balance.hooks import find_recorder
 from ..balance.samples import Batch, label_tokens, task_type_tensor
 from ..config import LoRAMoEConfig
-from ..layer import LoRAMoELinear
+from ..layer import LoRAMoELayer
 from ..modes import evaluation_mode
 from ..ops.router import select_gates
 
@@ -25,7 +25,7 @@ class Adapter:
 
     name: str
     config: LoRAMoEConfig
-    layers: list[LoRAMoELinear]
+    layers: list[LoRAMoELayer]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def find_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
     Raises:
         ValueError: the model has no such adapter, or the choice is ambiguous.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoRAMoELinear)]
+    layers = [module for module in model.modules() if isinstance(module, LoRAMoELayer)]
     names = sorted({name for layer in layers for name in layer.loramoe_experts})
     if not names:
         raise ValueError(
@@ -124,7 +124,7 @@ def visit_inputs(
     model: nn.Module,
     adapter: Adapter,
     batches: Iterable[CalibrationBatch],
-    visit: Callable[[LoRAMoELinear, Tensor, Tensor], None],
+    visit: Callable[[LoRAMoELayer, Tensor, Tensor], None],
     description: str | None = None,
 ) -> None:
     """Run the model over batches and call a function with the input of each adapted linear, without padding.
@@ -139,7 +139,7 @@ def visit_inputs(
     """
     running: list[CalibrationBatch] = []
 
-    def call_visit(layer: LoRAMoELinear, args: tuple, kwargs: dict[str, Any]) -> None:
+    def call_visit(layer: LoRAMoELayer, args: tuple, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["x"]
         batch = running[0]
         samples = batch.tokens.samples(tuple(x.shape[:-1]), layer.name, batch.task_types, x.device)
@@ -182,7 +182,7 @@ def mean_gates(
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys((layer.name for layer in adapter.layers), 0)
 
-    def visit(layer: LoRAMoELinear, x: Tensor, task_types: Tensor) -> None:
+    def visit(layer: LoRAMoELayer, x: Tensor, task_types: Tensor) -> None:
         experts = layer.loramoe_experts[adapter.name]
         x = x if task_type is None else x[task_types == task_type]
         gates = select_gates(experts(x)[1], range(experts.num_experts), experts.options.top_k)

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..balance.samples import task_type_tensor
 from ..card import is_hub_name
-from ..layer import LoRAMoELinear
+from ..layer import LoRAMoEBlock, LoRAMoELayer
 from .calibration import Adapter, CalibrationBatch, find_adapter, mean_gates, prepare
 from .export_error import Factors, Measured, measure
 from .files import PREFIX, new_folder, write_adapter
@@ -225,6 +225,11 @@ def _check_adapter(adapter: Adapter, rank: int | float | None) -> None:
             f"Adapter '{adapter.name}' has bias='{adapter.config.bias}'; an export would lose the biases. Only "
             "bias='none' can be exported."
         )
+    if blocks := [layer.name for layer in adapter.layers if isinstance(layer, LoRAMoEBlock)]:
+        raise ValueError(
+            f"Adapter '{adapter.name}' has mixtures beside whole blocks ({', '.join(blocks[:3])}), and a plain LoRA "
+            "adapts linear layers only. Such an adapter cannot be exported."
+        )
     if rank is None:
         return
     if isinstance(rank, bool) or not isinstance(rank, (int, float)):
@@ -262,7 +267,7 @@ def _check_gates(
     return int(task_type_tensor([task_type], adapter.config.num_groups, adapter.config.task_type_names)[0])
 
 
-def _given_gates(layer: LoRAMoELinear, adapter: str, gates: str, weights: Sequence[float] | None) -> Tensor:
+def _given_gates(layer: LoRAMoELayer, adapter: str, gates: str, weights: Sequence[float] | None) -> Tensor:
     """The gate of each router output of one layer, shape (N,), float32."""
     experts = layer.loramoe_experts[adapter]
     sizes = list(experts.groups.sizes)
@@ -282,7 +287,7 @@ def _given_gates(layer: LoRAMoELinear, adapter: str, gates: str, weights: Sequen
 
 
 @torch.no_grad()
-def _factors(adapter: Adapter, gates: Mapping[str, Tensor], rank: int | float | None) -> dict[LoRAMoELinear, Factors]:
+def _factors(adapter: Adapter, gates: Mapping[str, Tensor], rank: int | float | None) -> dict[LoRAMoELayer, Factors]:
     """A and B of each layer's LoRA with scaling 1, in the dtype of the adapter.
 
     Args:
@@ -290,7 +295,7 @@ def _factors(adapter: Adapter, gates: Mapping[str, Tensor], rank: int | float | 
         gates: layer name -> gate of each router output, shape (N,).
         rank: as in `export_lora`.
     """
-    loras: dict[LoRAMoELinear, Factors] = {}
+    loras: dict[LoRAMoELayer, Factors] = {}
     for layer in adapter.layers:
         experts = layer.loramoe_experts[adapter.name]
         of_lora_experts = gates[layer.name][list(experts.options.experts)].to(experts.B.device, torch.float64)
@@ -320,7 +325,7 @@ def _truncate(A: Tensor, B: Tensor, rank: int | float) -> Factors:
     return root[:, None] * (Vh[:kept] @ right.T), left @ U[:, :kept] * root
 
 
-def _lora_keys(loras: Mapping[LoRAMoELinear, Factors]) -> dict[str, Tensor]:
+def _lora_keys(loras: Mapping[LoRAMoELayer, Factors]) -> dict[str, Tensor]:
     return {
         f"{PREFIX}{layer.name}.lora_{part}.weight": tensor
         for layer, both in loras.items()
@@ -334,7 +339,7 @@ def _other_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in saved.items() if ".loramoe_experts." not in key}
 
 
-def _lora_config(model: nn.Module, adapter: Adapter, loras: Mapping[LoRAMoELinear, Factors]) -> LoraConfig:
+def _lora_config(model: nn.Module, adapter: Adapter, loras: Mapping[LoRAMoELayer, Factors]) -> LoraConfig:
     """The configuration with which PEFT adapts exactly these layers by a LoRA with scaling 1."""
     ranks = {layer.name: A.shape[0] for layer, (A, _) in loras.items()}
     r = max(ranks.values())
@@ -371,7 +376,7 @@ def make_report(
     gates: str,
     task_type: int | None,
     by_layer: Mapping[str, Tensor],
-    loras: Mapping[LoRAMoELinear, Factors],
+    loras: Mapping[LoRAMoELayer, Factors],
     measured: Measured,
     max_kl_share: float,
 ) -> LoRAExport:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..layer import LoRAMoELinear
+from ..layer import LoRAMoELayer
 from ..modes import evaluation_mode
 from .calibration import Adapter, CalibrationBatch, OutputError, visit_inputs
 
@@ -47,7 +47,7 @@ def measure(
     model: nn.Module,
     adapter: Adapter,
     batches: list[CalibrationBatch],
-    loras: Mapping[LoRAMoELinear, Factors],
+    loras: Mapping[LoRAMoELayer, Factors],
     each_layer: bool,
     title: str | None,
 ) -> Measured:
@@ -67,7 +67,7 @@ def measure(
     """
     measured = Measured()
 
-    def visit(layer: LoRAMoELinear, x: Tensor, task_types: Tensor) -> None:
+    def visit(layer: LoRAMoELayer, x: Tensor, task_types: Tensor) -> None:
         measured.error.add(layer.name, layer.loramoe_experts[adapter.name](x)[0], _apply(loras[layer], x))
 
     visit_inputs(model, adapter, batches, visit, title and f"{title} outputs")
@@ -96,11 +96,11 @@ def _apply(lora: Factors, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _replaced(adapter: Adapter, loras: Mapping[LoRAMoELinear, Factors | None]) -> Iterator[None]:
+def _replaced(adapter: Adapter, loras: Mapping[LoRAMoELayer, Factors | None]) -> Iterator[None]:
     """Temporarily replace the mixtures of these layers by LoRAs, or by nothing where the LoRA is None."""
     scales = {layer: layer.scaling[adapter.name] for layer in loras}
 
-    def add(layer: LoRAMoELinear, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def add(layer: LoRAMoELayer, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = args[0] if args else kwargs["x"]
         return output + _apply(loras[layer], x.to(torch.promote_types(x.dtype, torch.float32))).to(output.dtype)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import LoRAMoEConfig
 from ..experts import LoRAExperts
 from ..groups import ExpertGroups
-from ..layer import LoRAMoELinear
+from ..layer import LoRAMoELayer
 from ..ops.router import select_gates
 from ..peft_api import get_pattern_key
 from .calibration import Adapter, CalibrationBatch, OutputError, visit_inputs
@@ -115,7 +115,7 @@ def merged(first: Expert, second: Expert, share: float) -> Expert:
 def restructure(
     model: nn.Module,
     adapter: Adapter,
-    layers: dict[LoRAMoELinear, list[Expert]],
+    layers: dict[LoRAMoELayer, list[Expert]],
     batches: list[CalibrationBatch],
     *,
     top_k: int | None = None,
@@ -146,7 +146,7 @@ def restructure(
         _fit(model, adapter, batches, built)
     error = OutputError()
 
-    def visit(layer: LoRAMoELinear, x: Tensor, task_types: Tensor) -> None:
+    def visit(layer: LoRAMoELayer, x: Tensor, task_types: Tensor) -> None:
         error.add(layer.name, layer.loramoe_experts[adapter.name](x)[0], built[layer](x)[0])
 
     if batches:
@@ -170,7 +170,7 @@ def _sizes(experts: list[Expert]) -> dict[int, int]:
 
 
 def _new_config(
-    adapter: Adapter, layers: dict[LoRAMoELinear, list[Expert]], top_k: int | None, new_names: dict[int, str]
+    adapter: Adapter, layers: dict[LoRAMoELayer, list[Expert]], top_k: int | None, new_names: dict[int, str]
 ) -> LoRAMoEConfig:
     """A validated copy of the adapter's configuration with the layout of these experts."""
     old, order = adapter.config, list(_sizes(next(iter(layers.values()))))
@@ -229,12 +229,12 @@ def _build(old: LoRAExperts, experts: list[Expert], groups: ExpertGroups, top_k:
 
 
 def _fit(
-    model: nn.Module, adapter: Adapter, batches: list[CalibrationBatch], built: dict[LoRAMoELinear, LoRAExperts]
+    model: nn.Module, adapter: Adapter, batches: list[CalibrationBatch], built: dict[LoRAMoELayer, LoRAExperts]
 ) -> None:
     """Scale the B of each new expert by a factor that fits the old outputs by least squares, layer by layer."""
-    moments: dict[LoRAMoELinear, Tensor] = {}
+    moments: dict[LoRAMoELayer, Tensor] = {}
 
-    def visit(layer: LoRAMoELinear, x: Tensor, task_types: Tensor) -> None:
+    def visit(layer: LoRAMoELayer, x: Tensor, task_types: Tensor) -> None:
         both = torch.cat([_gated(built[layer], x), _gated(layer.loramoe_experts[adapter.name], x)], dim=1)
         moments[layer] = moments.get(layer, 0) + both.T @ both
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..balance import layer_routing
 from ..experts import LoRAExperts
-from ..layer import LoRAMoELinear
+from ..layer import LoRAMoELayer
 from ..modes import evaluation_mode
 from .calibration import Adapter, find_adapter, mean_gates, prepare
 from .restructure import Expert, Surgery, merged, read_experts, restructure
@@ -327,7 +327,7 @@ def _check_addition(
         )
 
 
-def _check_known(indices: Sequence[int], experts: list[Expert], layer: LoRAMoELinear) -> None:
+def _check_known(indices: Sequence[int], experts: list[Expert], layer: LoRAMoELayer) -> None:
     for index in indices:
         if index not in range(len(experts)):
             raise ValueError(

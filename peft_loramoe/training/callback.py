@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..balance import balance_loss, balance_terms, layer_routing
 from ..balance.samples import task_type_tensor
 from ..config import LoRAMoEConfig
-from ..layer import LoRAMoELinear
+from ..layer import LoRAMoELayer
 
 
 NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -107,7 +107,7 @@ class RouterCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Refuse models that have no routers."""
-        if not any(isinstance(module, LoRAMoELinear) for module in model.modules()):
+        if not any(isinstance(module, LoRAMoELayer) for module in model.modules()):
             raise ValueError(
                 f"{type(model).__name__} has no LoRAMoE layers: attach them with get_peft_model, or leave "
                 "RouterCallback out."
@@ -252,7 +252,7 @@ class _Table:
 
 
 def _table(model: nn.Module, device: torch.device) -> _Table:
-    linears = [module for module in model.modules() if isinstance(module, LoRAMoELinear)]
+    linears = [module for module in model.modules() if isinstance(module, LoRAMoELayer)]
     groups = {(name, m.name): list(e.groups.sizes) for m in linears for name, e in m.loramoe_experts.items()}
     rows = {key: row for row, key in enumerate(groups)}
     num_types, num_experts = 1 + max(map(len, groups.values())), max(map(sum, groups.values()))
@@ -282,7 +282,7 @@ def _configs(model: nn.Module) -> dict[str, LoRAMoEConfig]:
 
 def _config(model: nn.Module) -> LoRAMoEConfig:
     """The configuration of the first active adapter."""
-    layer = next(module for module in model.modules() if isinstance(module, LoRAMoELinear))
+    layer = next(module for module in model.modules() if isinstance(module, LoRAMoELayer))
     return layer.recorder.configs[next(name for name in (*layer.active_adapters, *layer.loramoe_experts))]
 
 

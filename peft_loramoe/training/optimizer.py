@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..experts import LoRAExperts
-from ..layer import LoRAMoELinear
+from ..layer import LoRAMoELayer
 
 
 def optimizer_groups(
@@ -107,7 +107,7 @@ def router_multipliers(model: nn.Module) -> dict[int, float]:
     return {
         id(experts.router): layer.recorder.configs[name].router_lr_multiplier
         for layer in model.modules()
-        if isinstance(layer, LoRAMoELinear)
+        if isinstance(layer, LoRAMoELayer)
         for name, experts in layer.loramoe_experts.items()
     }
 

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from ..balance.hooks import find_recorder
 from ..balance.samples import label_tokens
 from ..config import LoRAMoEConfig
-from ..layer import LoRAMoELinear
+from ..layer import LoRAMoELayer
 from .anchor_pass import AnchorPass, check_anchor_options
 from .callback import RouterCallback
 from .collator import COLUMN, TaskTypeCollator, default_task_type, example_types
@@ -350,7 +350,7 @@ class LoRAMoETrainerMixin:
 
 def _config_of(model: nn.Module) -> LoRAMoEConfig | None:
     """The configuration of the active (or else any) LoRAMoE adapter."""
-    layer = next((m for m in model.modules() if isinstance(m, LoRAMoELinear)), None)
+    layer = next((m for m in model.modules() if isinstance(m, LoRAMoELayer)), None)
     if layer is None:
         return None
     return next(layer.recorder.configs[name] for name in (*layer.active_adapters, *layer.loramoe_experts))
@@ -358,7 +358,7 @@ def _config_of(model: nn.Module) -> LoRAMoEConfig | None:
 
 def _has_term(model: nn.Module) -> bool:
     """Whether an active adapter has a balance term."""
-    layer = next((m for m in model.modules() if isinstance(m, LoRAMoELinear)), None)
+    layer = next((m for m in model.modules() if isinstance(m, LoRAMoELayer)), None)
     configs = {} if layer is None else layer.recorder.configs
     return any(configs[name].balance_loss_weight > 0 for name in configs if name in layer.active_adapters)
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import peft_loramoe  # noqa: F401 - registers LORAMOE
 from example_scripts import ROOT, build_toy, run_script, write_lines
@@ -80,6 +81,21 @@ def test_example_trains_an_adapter_that_loads(example, options, tmp_path, monkey
         "own_loop": "task type 1: weight",
     }
     assert expected[example] in printed
+
+
+def test_moe_example_trains_an_adapter_on_sparse_blocks(toy_folder, tmp_path, monkeypatch, capsys):
+    model, words = tmp_path / "model", command("moe")
+    tokenizer = AutoTokenizer.from_pretrained(toy_folder)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    config = Qwen3MoeConfig(vocab_size=len(tokenizer), moe_intermediate_size=8, num_experts=4, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    assert words == ["python", "examples/moe.py"]
+    options = ["--model", str(model), "--steps", "2", "--output-dir", str(tmp_path / "adapter")]
+    monkeypatch.setattr(sys, "argv", ["moe.py", *options])
+    runpy.run_path(str(ROOT / "examples" / "moe.py"), run_name="__main__")
+    check_adapter(tmp_path / "adapter")
+    assert "1 sparse blocks are adapted" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,0 +1,214 @@
+"""Mixtures beside whole blocks: `LoRAMoEBlock` in models of transformers, and what is refused."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from peft_loramoe import LoRAMoEConfig, balance_loss
+from peft_loramoe.analysis import router_statistics
+from peft_loramoe.interop import export_lora
+from peft_loramoe.layer import LoRAMoEBlock
+from peft_loramoe.ops import reference
+from tiny import VOCAB, labelled, loramoe, tiny_llama, token_batch
+
+
+MOE = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+           num_key_value_heads=1, head_dim=8, num_experts_per_tok=2, moe_intermediate_size=12, num_experts=4,
+           num_local_experts=4, pad_token_id=0)  # fmt: skip
+
+
+def moe(model_type="qwen3_moe", **options):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**MOE, **options}))
+
+
+def blocks(model):
+    return [module for module in model.modules() if isinstance(module, LoRAMoEBlock)]
+
+
+class Doubled(nn.Module):
+    """Returns its input twice, side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.cat([self.linear(x), x], -1)
+
+
+class Two(nn.Module):
+    """Reads two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, y):
+        return self.linear(x) + y
+
+
+# --- arithmetic
+
+
+@pytest.mark.parametrize("model", [tiny_llama, moe], ids=["dense", "sparse"])
+def test_the_mixture_of_what_the_block_reads_is_added_to_what_it_returns(model):
+    model = loramoe(model(), target_modules=["mlp"], num_experts=4, null_groups=[0]).eval()
+    assert len(blocks(model)) == 2
+    seen = []
+    for block in blocks(model):
+        block.register_forward_hook(lambda block, args, output: seen.append((block, args[0], output)))
+    model(**token_batch())
+    for block, x, output in seen:
+        experts = block.loramoe_experts["default"]
+        expected, _ = reference.mixture(
+            x, experts.A, experts.B, experts.router, scaling=experts.scaling, experts=experts.options.experts
+        )
+        torch.testing.assert_close(output, block.base_layer(x) + expected)
+
+
+def test_the_backbones_own_loss_is_added_once_and_ours_once():
+    model = loramoe(moe(output_router_logits=True, router_aux_loss_coef=0.5), num_experts=4).train()
+    batch = labelled(token_batch())
+    output = model(**batch, task_types=[0, 1, 1])
+    with model.disable_adapter():
+        assert model(**batch).aux_loss > 0
+    model.peft_config["default"].balance_loss_weight = 0.0
+    model.get_base_model().router_aux_loss_coef = 0.0
+    alone = model(**batch, task_types=[0, 1, 1]).loss
+    torch.testing.assert_close(output.loss, alone + 0.5 * output.aux_loss + 0.1 * unweighted(model, batch))
+
+
+def unweighted(model, batch):
+    model.peft_config["default"].balance_loss_weight = 1.0
+    model(**batch, task_types=[0, 1, 1])
+    return balance_loss(model)
+
+
+def test_each_sample_may_have_its_own_adapter():
+    model, batch = loramoe(moe(), num_experts=4).eval(), token_batch()
+    with torch.no_grad():
+        default = model(**batch).logits
+        with model.disable_adapter():
+            base = model(**batch).logits
+        mixed = model(**batch, adapter_names=["default", "__base__", "default"]).logits
+    torch.testing.assert_close(mixed, torch.stack([default[0], base[1], default[2]]))
+    assert not torch.allclose(default, base)
+
+
+def test_unload_gives_the_base_model_back():
+    base, batch = moe().eval(), token_batch()
+    with torch.no_grad():
+        expected = base(**batch).logits
+        model = loramoe(base, num_experts=4).unload()
+        assert torch.equal(model(**batch).logits, expected)
+    assert not blocks(model)
+
+
+def test_a_block_called_by_keyword():
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = CONFIG_MAPPING["llama"](hidden_size=4, num_attention_heads=1)
+            self.mlp = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, x):
+            return self.mlp(input=x)
+
+    model = loramoe(Caller(), target_modules=["mlp"], task_type=None)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(model(x), model.base_model.model.mlp(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_experts_have_the_dtype_that_peft_gives_adapters(dtype, autocast):
+    model = get_peft_model(moe().to(dtype), LoRAMoEConfig(r=2, num_experts=4), autocast_adapter_dtype=autocast)
+    assert blocks(model)[0].loramoe_experts["default"].A.dtype == (torch.float32 if autocast else dtype)
+
+
+def test_null_experts_alone_leave_the_block_as_it_is():
+    model = loramoe(moe(), num_experts=4, null_groups=[0], router_init="zeros").eval()
+    batch = token_batch()
+    for block in blocks(model):
+        experts = block.loramoe_experts["default"]
+        nn.init.zeros_(experts.B)
+    with torch.no_grad():
+        logits = model(**batch).logits
+        with model.disable_adapter():
+            assert torch.equal(logits, model(**batch).logits)
+
+
+# --- around the model
+
+
+def test_a_second_adapter_with_the_defaults(tmp_path):
+    model, batch = loramoe(moe(mlp_only_layers=[0]), num_experts=4).eval(), token_batch()
+    model.add_adapter("second", LoRAMoEConfig(r=2, num_experts=4, init_weights=False, task_type="CAUSAL_LM"))
+    model.set_adapter("second")
+    with torch.no_grad():
+        logits = model(**batch).logits
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(moe(mlp_only_layers=[0]), tmp_path / "second").eval()
+        assert torch.equal(loaded(**batch).logits, logits)
+
+
+def test_statistics_have_one_record_for_a_block():
+    model = loramoe(moe(), num_experts=4)
+    statistics = router_statistics(model, [{**token_batch(), "task_types": torch.tensor([0, 1, 1])}])
+    assert {record["layer"] for record in statistics.layers} == {"model.layers.0.mlp", "model.layers.1.mlp"}
+
+
+# --- refused
+
+
+@pytest.mark.parametrize(
+    "target",
+    [["mlp", "up_proj"], r".*mlp(\.up_proj)?", ["mlp", "mlp.experts"]],
+    ids=["names", "expression", "experts"],
+)
+def test_a_block_and_what_is_inside_it(target):
+    model = moe() if "mlp.experts" in target else tiny_llama()
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp' is a block, and '.*' inside it is targeted too"):
+        get_peft_model(model, LoRAMoEConfig(target_modules=target))
+
+
+@pytest.mark.parametrize("first, second", [("mlp", "up_proj"), ("up_proj", "mlp")])
+def test_a_second_adapter_inside_or_around(first, second):
+    model = loramoe(target_modules=[first])
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match="inside (it|of the block).*adapted already"):
+        model.add_adapter("second", LoRAMoEConfig(target_modules=[second]))
+    assert list(model.state_dict()) == before
+
+
+def test_a_block_of_unknown_size():
+    model = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(4, 4), nn.ReLU())})
+    with pytest.raises(ValueError, match="'mlp' is a block, and no configuration says how large its input is"):
+        get_peft_model(model, LoRAMoEConfig(target_modules=["mlp"]))
+
+
+def test_a_block_that_changes_the_shape():
+    model = nn.Sequential(Doubled())
+    model.config = CONFIG_MAPPING["llama"](hidden_size=4, num_attention_heads=1)
+    model = get_peft_model(model, LoRAMoEConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"Block '0' returned shape \(3, 8\) for an input of shape \(3, 4\)"):
+        model(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    "module", [Two(), nn.ModuleList([nn.Linear(4, 4)]), nn.LayerNorm(4)], ids=lambda m: type(m).__name__
+)
+def test_what_is_no_block(module):
+    model = nn.Module()
+    model.part = module
+    with pytest.raises(ValueError, match="'part' is no linear layer that the model calls, nor a block"):
+        get_peft_model(model, LoRAMoEConfig(target_modules=["part"]))
+
+
+def test_a_plain_lora_of_a_block(tmp_path):
+    with pytest.raises(ValueError, match=r"mixtures beside whole blocks \(model\.layers\.0\.mlp"):
+        export_lora(loramoe(moe(), num_experts=4), tmp_path / "lora", show=False)
