@@ -138,9 +138,9 @@ class LoRAMoEConfig(PeftConfig):
     use_rslora: bool = _option(boolean, "Scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA).", False)
     target_modules: list[str] | str | None = _option(
         optional(MODULES),
-        "Linear layers or whole blocks to adapt: names (matched at the end of the module's name), a regular expression "
-        "for the whole name, or 'all-linear'. None: the feed-forward linears of known architectures, as in the paper, "
-        "and the sparse blocks of mixture-of-experts models.",
+        "Linear layers or whole blocks to adapt: names (matched at the end of the module's name), a regular "
+        "expression for the whole name, or 'all-linear'. None: the feed-forward linears of known architectures, as in "
+        "the paper, and the sparse blocks of mixture-of-experts models.",
     )
     exclude_modules: list[str] | str | None = _option(
         optional(MODULES), "Names or regular expression of modules not to adapt."
