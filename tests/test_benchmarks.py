@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import anchors, measure, methods, report
+from benchmarks import anchors, measure, methods, moe, report
 from benchmarks.__main__ import main
 from benchmarks.cases import CPU_LAYER, KINDS, SETS
 
@@ -200,3 +200,15 @@ def test_the_benchmark_of_anchors_writes_what_it_prints(tmp_path, capsys):
         assert all(len(row["rounds"]) == 2 and row["ratio"] > 0 for row in result["rows"])
         assert result["rows"][0]["ratio"] == 1
     assert capsys.readouterr().out.strip().endswith(anchors.table(results))
+
+
+# --- mixture-of-experts backbones
+
+
+def test_the_benchmark_of_sparse_blocks_writes_what_it_prints(tmp_path, capsys):
+    moe.main(["--smoke", "--rounds", "2", "--output", str(tmp_path / "moe.json")])
+    rows = json.loads((tmp_path / "moe.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == [*moe.CONFIGS] * len(moe.EXPERTS)
+    assert capsys.readouterr().out.strip().endswith(moe.table(rows))
+    ours = [row["parameters"] for row in rows if row["method"].startswith("LoRAMoE")]
+    assert ours[0] == ours[1]  # whatever the number of routed experts
