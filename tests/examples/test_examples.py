@@ -87,7 +87,9 @@ def test_moe_example_trains_an_adapter_on_sparse_blocks(toy_folder, tmp_path, mo
     model, words = tmp_path / "model", command("moe")
     tokenizer = AutoTokenizer.from_pretrained(toy_folder)
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
-    config = Qwen3MoeConfig(vocab_size=len(tokenizer), moe_intermediate_size=8, num_experts=4, **sizes)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, **sizes
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
     assert words == ["python", "examples/moe.py"]
