@@ -35,7 +35,8 @@ def run_all(runs: list[Run], output: Path, model: str | None, scales: Sequence[f
     output.parent.mkdir(parents=True, exist_ok=True)
     for run in runs:
         done = {row["key"] for row in read_rows(output)}
-        missing = [scale for scale in scales if run.at_scale(scale).key not in done]
+        of_run = scales if run.settings.tuner else [1.0]
+        missing = [scale for scale in of_run if run.at_scale(scale).key not in done]
         if not missing:
             continue
         print(f"{run.method}, seed {run.seed}, {run.options}", flush=True)

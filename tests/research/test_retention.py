@@ -222,7 +222,7 @@ def test_a_normalised_router_does_not_see_the_length_of_x():
 def test_runs_end_as_rows_once_and_become_a_report(tiny, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     command = ["run", "--methods", "base", "lora", "retain", "null+replay", "--seeds", "1", "2", "--samples", "40"]
-    command += ["--part", "0.1", "--output", str(rows)]
+    command += ["--part", "0.1", "--scales", "1", "--output", str(rows)]
     main(command)
     written = rows.read_text()
     main(command)
@@ -236,6 +236,18 @@ def test_runs_end_as_rows_once_and_become_a_report(tiny, tmp_path, capsys):
     text = rows.with_suffix(".md").read_text()
     assert "| retain | 2 |" in text and "| lora | 2 |" in text
     assert rows.with_suffix(".png").exists()
+
+
+def test_each_scale_of_a_run_is_a_row_but_the_base_model_has_none(tiny, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    command = ["run", "--methods", "base", "lora", "--seeds", "1", "--samples", "40", "--part", "0.1"]
+    for scales in (["1"], ["1", "0.5"]):
+        main([*command, "--scales", *scales, "--output", str(rows)])
+    assert [(row["run"]["method"], row["run"]["options"]) for row in read_rows(rows)] == [
+        ("base", {}),
+        ("lora", {}),
+        ("lora", {"scale": 0.5}),
+    ]
 
 
 def test_routers_learn_from_the_term_alone(tiny, tmp_path):
