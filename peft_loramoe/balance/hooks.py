@@ -29,7 +29,8 @@ from ..config import LoRAMoEConfig
 from ..groups import ExpertGroups
 from ..streams import MEDIA, Streams, streams_of
 from .recording import Record, Recording
-from .samples import Batch, label_tokens, number_of_rows, repeat_for_rows
+from .samples import Batch, label_tokens, number_of_rows
+from .task_types import repeat_for_rows
 from .terms import Terms, compute_terms, deleted_adapter
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..groups import ExpertGroups
 from .constraint import importance
-from .samples import Batch, Samples, task_type_tensor
+from .samples import Batch, Samples
+from .task_types import task_type_tensor
 
 
 Item = TypeVar("Item")

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..balance.hooks import find_recorder
-from ..balance.samples import Batch, label_tokens, task_type_tensor
+from ..balance.samples import Batch, label_tokens
+from ..balance.task_types import task_type_tensor
 from ..config import LoRAMoEConfig
 from ..layer import LoRAMoELayer
 from ..modes import evaluation_mode

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..balance.samples import task_type_tensor
+from ..balance.task_types import task_type_tensor
 from ..card import is_hub_name
 from ..layer import LoRAMoEBlock, LoRAMoELayer
 from .calibration import Adapter, CalibrationBatch, find_adapter, mean_gates, prepare

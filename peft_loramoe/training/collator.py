@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..balance.samples import BATCH_INPUTS, PADDING, task_type_tensor
+from ..balance.samples import BATCH_INPUTS
+from ..balance.task_types import PADDING, task_type_tensor
 from ..config import LoRAMoEConfig
 
 
