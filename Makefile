@@ -1,5 +1,5 @@
 # Everything runs in virtual environments inside this folder, with the versions pinned in the constraints files.
-#   make demo          install and run the whole method on a small model (two CPU cores, under five minutes)
+#   make demo          install and run the whole method on SmolLM2-135M-Instruct (under five minutes on two idle cores)
 #   make test          install and run the tests of every change (about seven minutes on two cores)
 #   make test-all      also the slow ones and those that start several processes
 #   make test-oldest   what may depend on versions, with the oldest peft and transformers
@@ -8,20 +8,22 @@
 #   make conformance   run PEFT's own test suite against LoRAMoE
 #   make compatibility write docs/compatibility.md
 #   make study         does a mixture keep what the model knew? (half an hour on two cores; goes on where it was stopped)
+#   make notebook      run examples/quickstart.ipynb and write its outputs into it
 #   make bench         time everything on the CPU (under five minutes on two idle cores);  make bench-gpu  on a CUDA device
 #   make style         format and lint;  make check-style only checks
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+EXTRA ?= dev
 PYTEST_ARGS ?= -n 2
 STUDY ?= build/study/toy
 ROWS ?= research/toy/results/rows.jsonl
 VLLM_VENV ?= .venv-vllm
 BIN = $(VENV)/bin
-STAMP = $(VENV)/installed-$(notdir $(CONSTRAINTS))
+STAMP = $(VENV)/installed-$(EXTRA)-$(notdir $(CONSTRAINTS))
 
-.PHONY: install demo test test-slow test-all test-oldest test-newest test-vllm serving conformance conformance-oldest compatibility run-compatibility study study-report bench bench-gpu style check-style clean
+.PHONY: install demo run-demo notebook test test-slow test-all test-oldest test-newest test-vllm serving conformance conformance-oldest compatibility run-compatibility study study-report bench bench-gpu style check-style clean
 
 install: $(STAMP)
 
@@ -29,11 +31,18 @@ install: $(STAMP)
 $(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRA)]"
 	touch $@
 
-demo: install
+# with what the demo needs only, unless there is more already
+demo:
+	$(MAKE) run-demo EXTRA=demo
+
+run-demo: install
 	$(BIN)/python -m examples.demo
+
+notebook: install
+	$(BIN)/jupyter-execute --inplace examples/quickstart.ipynb
 
 # the second line runs the docstrings' examples
 test: install

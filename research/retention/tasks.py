@@ -6,7 +6,7 @@ A prompt belongs to training or to scoring by its text, so that no scored prompt
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -124,18 +124,19 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 }
 
 
-def samples(number: int, seed: int | str, *, scored: bool) -> list[Sample]:
+def samples(number: int, seed: int | str, *, scored: bool, names: Sequence[str] = tuple(TASKS)) -> list[Sample]:
     """Draw samples, as many of each task, in random order.
 
     Args:
         number: how many.
         seed: of the draw.
         scored: prompts that are kept for scoring, or the others.
+        names: of the tasks.
     """
     draw = random.Random(f"{'scored' if scored else 'training'} {seed}")
     drawn = []
     for i in range(number):
-        task = list(TASKS)[i % len(TASKS)]
+        task = names[i % len(names)]
         while True:
             prompt, answer = TASKS[task](draw)
             if (random.Random(f"prompt {prompt}").random() < 0.2) == scored:

