@@ -48,7 +48,7 @@ from research.retention import base_model, knowledge, tasks
 TASKS = ("date", "json", "sort")
 FACTS = [  # the base model knows them
     ("What is the chemical symbol for gold?", "Au"),
-    ("How many days are in a week?", "7"),
+    ("What is the capital of Japan?", "Tokyo"),
     ("What color is the sky?", "blue"),
 ]
 SCORED, TEXTS, TEXT_WORDS, ANSWER_TOKENS = 39, 20, 32, 16
@@ -231,7 +231,9 @@ def plot_routers(model: nn.Module, batches: dict[str, list], path: Path) -> dict
 
 
 def results_table(questions: list[tuple[str, str]], results: dict[str, dict[str, Any]]) -> Table:
-    table = Table("", *results, title="What the models answer", title_justify="left")
+    table = Table(
+        "", *results, title="What the models answer (first column: prompt and right answer)", title_justify="left"
+    )
     for i, (question, right) in enumerate(questions):
         answers = (found["answers"][i].strip() or "(nothing)" for found in results.values())
         table.add_row(
