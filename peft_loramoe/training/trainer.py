@@ -396,7 +396,8 @@ def _refuse_vllm(trainer: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
         advice = "set use_vllm=False" if hasattr(arguments, "use_vllm") else "use GRPOTrainer or DistillationTrainer"
         raise ValueError(
             f"{trainer} would generate with vLLM, to which TRL sends weights with the adapter merged into them. "
-            f"LoRAMoE adapters cannot be merged: {advice}, so that the model itself generates."
+            f"LoRAMoE adapters cannot be merged: {advice}, so that the model itself generates. With GRPOTrainer, "
+            "rollout_func=VLLMRollouts(engine) sends vLLM the adapter instead (docs/serving.md)."
         )
 
 

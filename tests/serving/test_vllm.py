@@ -162,6 +162,7 @@ def test_two_processes_share_the_layers(fully_sharded, model, tmp_path, monkeypa
 def test_grpo_trains_on_completions_of_the_adapter_as_it_is(model, engine, tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     from peft_loramoe.serving.rollouts import VLLMRollouts
+    from peft_loramoe.training import LoRAMoETrainerMixin
     from tiny import tiny_tokenizer
 
     adapted = cases.with_adapter(model, cases.save_adapter(model, tmp_path / "adapter", {}), is_trainable=True)
@@ -193,11 +194,16 @@ def test_grpo_trains_on_completions_of_the_adapter_as_it_is(model, engine, tmp_p
         report_to="none",
         save_strategy="no",
     )
-    trainer = trl.GRPOTrainer(
+
+    class Trainer(LoRAMoETrainerMixin, trl.GRPOTrainer): ...
+
+    trainer = Trainer(
         model=adapted,
         args=args,
         reward_funcs=lambda completion_ids, **_: [float(sum(ids)) for ids in completion_ids],
-        train_dataset=datasets.Dataset.from_list([{"prompt": f"w{i} w{i + 1} w7"} for i in range(2, 14)]),
+        train_dataset=datasets.Dataset.from_list(
+            [{"prompt": f"w{i} w{i + 1} w7", "task_type": i % 2} for i in range(2, 14)]
+        ),
         processing_class=tiny_tokenizer(),
         rollout_func=checked,
     )
