@@ -172,7 +172,9 @@ class GatedPunica:
         self.wrapper, self.tables, self.sums_logits = wrapper, tables, sums_logits
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["wrapper"], name)
+        if name == "wrapper":  # not set yet, as in a copy
+            raise AttributeError(name)
+        return getattr(self.wrapper, name)
 
     def add_lora_linear(
         self,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import sys
 
 import pytest
 import serving_cases as cases
@@ -291,3 +292,11 @@ def test_a_version_that_was_not_tried_is_warned_about(caplog):
         assert not caplog.messages
         warn_of_version("99.1.0")
     assert "was not tried with vLLM 99.1.0" in caplog.messages[0]
+
+
+def test_a_vllm_that_lacks_a_name_is_refused_with_the_versions_that_were_tried(monkeypatch):
+    from peft_loramoe.serving.vllm import register
+
+    monkeypatch.setitem(sys.modules, "peft_loramoe.serving.vllm_seams", None)
+    with pytest.raises(ImportError, match=r"cannot serve LoRAMoE adapters with vLLM .*tried: 0\.32\.0"):
+        register()
