@@ -57,7 +57,7 @@ def float32(model: Path, prompts: list[list[int]], folder: Path) -> list[str]:
     base = cases.load(model)
     beside = cases.ask_vllm(engine, [mixture, None, lora], prompts, ids)[1:2]
     stop(engine)
-    engine = cases.start_vllm(model)
+    engine = cases.start_vllm(model, max_loras=1)  # so that the LoRA is in the last slot
     alone = cases.ask_vllm(engine, [lora, None, lora], prompts, ids)[1:2]
     stop(engine)
     beside, alone = (cases.differences(base, answers, prompts[1:2])[1] for answers in (beside, alone))

@@ -47,7 +47,7 @@ OPTIONS = {
     "router_temperature": {"router_temperature": 0.3},
     "use_rslora": {"use_rslora": True},
     "lora_dropout": {"lora_dropout": 0.3},
-    "one router output more than two": {"num_experts": 3, "expert_groups": [3]},
+    "odd number of experts": {"num_experts": 3, "expert_groups": [3]},
     "saved in bfloat16": {"saved_as": torch.bfloat16},
 }
 
