@@ -88,6 +88,10 @@ class LoRAMoELayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to where the base layer computes, also if accelerate keeps its weights elsewhere."""
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device or _device(self.base_layer))
+
     @property
     def _active(self) -> list[str]:
         """Names of the adapters whose mixtures are added."""
@@ -349,13 +353,30 @@ class LoRAMoEBlock(LoRAMoELayer):
         )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move an adapter to where the block's largest weight is, and to its dtype unless it is quantised."""
+        """Move an adapter to where the block computes, and to its largest tensor's dtype unless it is quantised."""
         experts = self.loramoe_experts[adapter_name]
-        largest = max(self.base_layer.parameters(), key=Tensor.numel, default=None)
+        largest = _largest_tensor(self.base_layer)
         if largest is None or experts.A.is_meta:
             return
         dtype = largest.dtype if largest.dtype.is_floating_point else None
-        self.loramoe_experts[adapter_name] = experts.to(device or largest.device, dtype)
+        self.loramoe_experts[adapter_name] = experts.to(device or _device(self.base_layer), dtype)
+
+
+def _largest_tensor(module: nn.Module) -> Tensor | None:
+    """The largest parameter or buffer: some quantisation libraries keep weights in buffers."""
+    return max([*module.parameters(), *module.buffers()], key=Tensor.numel, default=None)
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    """Where a module computes; None if it has no tensors."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)  # accelerate's
+        for single in getattr(hook, "hooks", (hook,)):
+            # The weights are on "meta" between calls.
+            if getattr(single, "offload", False) and single.execution_device is not None:
+                return torch.device(single.execution_device)
+    largest = _largest_tensor(module)
+    return None if largest is None else largest.device
 
 
 def _is_plain(parameter: Tensor) -> bool:

@@ -199,10 +199,9 @@ class LoRAMoEModel(BaseTuner):
         return recorder
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, LoRAMoELayer):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:  # unload: PEFT would set the base layer's `weight`, which GPTQ, AWQ and HQQ layers do not have
-            setattr(parent, child_name, new_module)
+        # PEFT would move the adapter again, to where a `weight` is: on "meta" if accelerate offloads it, and GPTQ, AWQ
+        # and HQQ layers have none.
+        setattr(parent, child_name, new_module)
 
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

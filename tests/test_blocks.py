@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from accelerate import cpu_offload
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from peft_loramoe import LoRAMoEConfig, balance_loss
+from peft_loramoe import LoRAMoEConfig, LoRAMoELinear, balance_loss, layer_routing
 from peft_loramoe.analysis import router_statistics
 from peft_loramoe.interop import export_lora
 from peft_loramoe.layer import LoRAMoEBlock
@@ -145,7 +146,217 @@ def test_null_experts_alone_leave_the_block_as_it_is():
             assert torch.equal(logits, model(**batch).logits)
 
 
+@pytest.mark.parametrize("model", [tiny_llama, moe], ids=["dense", "sparse"])
+def test_each_token_uses_the_top_k_experts_only(model):
+    model = loramoe(model(), target_modules=["mlp"], num_experts=4, top_k=2).eval()
+    block = blocks(model)[0]
+    experts, x = block.loramoe_experts["default"], torch.randn(2, 3, block.in_features)
+    expected, _ = reference.mixture(x, experts.A, experts.B, experts.router, scaling=experts.scaling, top_k=2)
+    with model.disable_adapter():
+        base = first(block(x))
+    torch.testing.assert_close(first(block(x)), base + expected.reshape(base.shape))
+
+
+def first(returned):
+    return returned[0] if isinstance(returned, tuple) else returned
+
+
+# --- what counts
+
+
+@pytest.mark.parametrize("model", [tiny_llama, moe], ids=["dense", "sparse"])
+def test_padding_does_not_count(model):
+    model = loramoe(model(), target_modules=["mlp"], num_experts=4).eval()
+    batch, terms = token_batch(), []
+    for extra in (0, 3):
+        padded = {name: nn.functional.pad(tensor, (0, extra)) for name, tensor in batch.items()}
+        model(**padded, task_types=[0, 1, 1])
+        assert [record.token_counts.tolist() for record in layer_routing(model)] == [[7, 6, 5]] * 2
+        terms.append(balance_loss(model))
+    torch.testing.assert_close(*terms)
+
+
+@pytest.mark.parametrize("model", [tiny_llama, moe], ids=["dense", "sparse"])
+def test_a_packed_row_equals_padded_rows(model):
+    model = loramoe(model(), target_modules=["mlp"], num_experts=4).train()
+    batch, results = labelled(token_batch()), []
+    real = batch["attention_mask"].bool()
+    positions = torch.arange(real.shape[1]).expand_as(real)[real][None]
+    labels = batch["labels"].masked_fill(torch.arange(real.shape[1]) == 0, -100)  # no sample predicts the next one
+    packed = {"input_ids": batch["input_ids"][real][None], "position_ids": positions, "labels": labels[real][None]}
+    types = torch.tensor([0, 1, 1])
+    for inputs, task_types in (
+        ({**batch, "labels": labels}, types),
+        (packed, types[:, None].expand_as(real)[real][None]),
+    ):
+        model.zero_grad()
+        loss = model(**inputs, use_cache=False, task_types=task_types).loss
+        loss.backward()
+        results.append((loss, balance_loss(model), gradients(model)))
+    torch.testing.assert_close(*results)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# --- quantised, checkpointed, compiled, offloaded
+
+
+@pytest.fixture
+def quantised(tmp_path):
+    """Loads a model in 4 bits; the same one each time."""
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+    def load(model):
+        folder = tmp_path / "base"
+        if not folder.exists():
+            model.save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+        )
+        for module in loaded.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = True  # weights are packed for inference, as on newer CPUs
+        return prepare_model_for_kbit_training(loaded, gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    return load
+
+
+def wide_llama():
+    return tiny_llama(hidden_size=64, intermediate_size=128, num_attention_heads=2)
+
+
+def partly_sparse():
+    """The first layer's feed-forward part is dense, the second one's sparse."""
+    return moe(hidden_size=64, head_dim=32, intermediate_size=128, moe_intermediate_size=64, mlp_only_layers=[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "counts"),
+    [(wide_llama, ["mlp"], (2, 0)), (partly_sparse, None, (1, 3)), (partly_sparse, ["mlp"], (2, 0))],
+    ids=["dense", "sparse, defaults", "sparse and dense"],
+)
+def test_a_4_bit_base_model(model, targets, counts, quantised, tmp_path):
+    adapted = loramoe(quantised(model()), target_modules=targets, num_experts=4)
+    linears = [module for module in adapted.modules() if isinstance(module, LoRAMoELinear)]
+    assert (len(blocks(adapted)), len(linears)) == counts
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 3 * sum(counts) and {p.dtype for p in trained.values()} == {torch.float32}
+    batch, types = labelled(token_batch()), [0, 1, 1]
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = adapted.train()(**batch, task_types=types).loss
+        loss.backward()
+        assert all(p.grad.any() for p in trained.values())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    with torch.no_grad():
+        logits = adapted.eval()(**batch).logits
+        adapted.save_pretrained(tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(quantised(model()), tmp_path / "adapter").eval()
+        assert torch.equal(loaded(**batch).logits, logits)
+
+
+def test_gradients_below_a_4_bit_block_are_the_same_after_an_evaluation(quantised):
+    model = loramoe(quantised(wide_llama()), target_modules=["mlp"], num_experts=4)
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        model.train()(**labelled(token_batch()), task_types=[0, 1, 1]).loss.backward()
+        found.append(gradients(model))
+        with torch.no_grad():
+            model.eval()(**token_batch())
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
+
+
+@pytest.mark.parametrize("model", [tiny_llama, moe], ids=["dense", "sparse"])
+def test_gradient_checkpointing(model):
+    found = []
+    for reentrant in (None, False, True):  # a reentrant one is made non-reentrant
+        adapted = loramoe(model(), target_modules=["mlp"], num_experts=4).train()
+        if reentrant is not None:
+            adapted.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            adapted.enable_input_require_grads()
+        adapted(**labelled(token_batch()), task_types=[0, 1, 1]).loss.backward()
+        found.append(gradients(adapted))
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "one_graph"), [(tiny_llama, True), (moe, False)], ids=["dense", "sparse"])
+def test_a_compiled_model(model, one_graph):
+    found = []
+    for compiled in (False, True):
+        adapted = loramoe(model(), target_modules=["mlp"], num_experts=4).train()
+        call = torch.compile(adapted, backend="aot_eager", fullgraph=one_graph) if compiled else adapted
+        loss = call(**labelled(token_batch()), task_types=torch.tensor([0, 1, 1])).loss
+        loss.backward()
+        found.append((loss, gradients(adapted)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("targets", [["mlp"], ["up_proj"]], ids=["block", "linear"])
+def test_an_adapter_on_a_base_model_that_accelerate_offloads(targets):
+    options, batch = dict(target_modules=targets, num_experts=4), labelled(token_batch())
+    model = loramoe(cpu_offload(tiny_llama(), execution_device="cpu"), **options).train()
+    expected = loramoe(tiny_llama(), **options).train()
+    devices = {p.device.type: p.requires_grad for p in model.parameters()}
+    assert devices == {"cpu": True, "meta": False}
+    losses = [adapted(**batch, task_types=[0, 1, 1]).loss for adapted in (expected, model)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients(model), gradients(expected))
+
+
+@pytest.mark.parametrize("model", [tiny_llama, moe], ids=["dense", "sparse"])
+def test_an_adapted_model_that_accelerate_offloads(model):
+    adapted = loramoe(model(), target_modules=["mlp"], num_experts=4).eval()
+    with torch.no_grad():
+        expected = adapted(**token_batch()).logits
+        cpu_offload(adapted, execution_device="cpu")
+        assert {p.device.type for p in adapted.parameters()} == {"meta"}
+        assert torch.equal(adapted(**token_batch()).logits, expected)
+
+
+def test_experts_are_on_the_device_of_the_blocks_buffers():
+    class Packed(nn.Linear):
+        """A quantised linear layer whose weight is a buffer."""
+
+        def __init__(self):
+            super().__init__(4, 4, bias=False)
+            del self.weight
+            self.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int8, device="meta"))
+
+    model = nn.ModuleDict({"mlp": nn.Sequential(Packed())})
+    model.config = CONFIG_MAPPING["llama"](hidden_size=4, num_attention_heads=1)
+    experts = blocks(loramoe(model, target_modules=["mlp"], task_type=None))[0].loramoe_experts["default"]
+    assert (experts.A.device.type, experts.A.dtype) == ("meta", torch.float32)
+
+
 # --- around the model
+
+
+@pytest.mark.parametrize("model", [tiny_llama, moe], ids=["dense", "sparse"])
+def test_an_adapter_of_transformers_own_methods(model, tmp_path):
+    base, batch = model().eval(), token_batch()
+    torch.manual_seed(1)
+    base.add_adapter(LoRAMoEConfig(r=2, num_experts=4, target_modules=["mlp"], init_weights=False))
+    assert len(blocks(base)) == 2
+    with torch.no_grad():
+        logits = base(**batch).logits
+        base.save_pretrained(tmp_path / "adapter")
+        loaded = model().eval()
+        loaded.load_adapter(tmp_path / "adapter")
+        assert torch.equal(loaded(**batch).logits, logits)
+        loaded.disable_adapters()
+        assert torch.equal(loaded(**batch).logits, model().eval()(**batch).logits)
 
 
 def test_a_second_adapter_with_the_defaults(tmp_path):
