@@ -1,0 +1,91 @@
+"""Ask a vLLM server 200 times at once, of four adapters and the base model, and write docs/results/server.md.
+
+make serving MODEL=build/retention/model      # SmolLM2-135M-Instruct, see research/retention/base_model.py
+"""
+
+import platform
+import random
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+
+
+RESULTS = Path(__file__).parent / "results" / "server.md"
+THREADS, BATCH, SLOTS = 64, 16, 2
+TEXTS = [f"{i}. What is {i + 3} times {2 * i + 5}? Answer:" for i in range(40)]
+MIXTURES = ["default targets", "retain", "top_k"]
+EXPORTED = "plain LoRA"
+
+
+def save_adapters(model: Path, folder: Path) -> dict[str, Path]:
+    """Three random mixtures, and another one exported as a plain LoRA. All adapt the feed-forward linears."""
+    adapters = {name: cases.save_adapter(model, folder / name, cases.OPTIONS[name]) for name in MIXTURES}
+    mixture = cases.save_adapter(model, folder / "mixture", {"num_experts": 6}, seed=1)
+    return {**adapters, EXPORTED: cases.export(model, mixture, folder / EXPORTED)}
+
+
+def ask(
+    model: Path, adapters: dict[str, Path], prompts: list[list[int]], folder: Path
+) -> dict[tuple[str, int], list[int]]:
+    """The server's answer to each prompt under each name, all asked at once in random order."""
+    questions = [(name, i) for name in (*adapters, serving_server.BASE) for i in range(len(prompts))]
+    random.Random(0).shuffle(questions)
+    options = ("--max-loras", str(SLOTS), "--max-lora-rank", "64", "--max-num-seqs", str(BATCH))
+    log = folder / "log"
+    with serving_server.serve(model, adapters, log, *options) as server, ThreadPoolExecutor(THREADS) as threads:
+        answers = list(threads.map(lambda question: server.tokens(question[0], prompts[question[1]]), questions))
+    return dict(zip(questions, answers))
+
+
+def report(model: Path, folder: Path) -> list[str]:
+    """The lines of the report."""
+    import vllm
+
+    adapters = save_adapters(model, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    answers = ask(model, adapters, prompts, folder)
+    right = Counter()
+    for name in (*adapters, serving_server.BASE):
+        reference = cases.with_adapter(model, adapters[name]) if name in adapters else cases.load(model)
+        for i, prompt in enumerate(prompts):
+            right[name] += serving_server.is_greedy(reference, prompt, answers[name, i])
+        print(f"{name}: {right[name]} of {len(prompts)}", flush=True)
+    names, total = len(right), len(prompts)
+    different = Counter(len({tuple(answers[name, i]) for name in right}) for i in range(total))
+    return [
+        "# 200 requests at once",
+        "",
+        f"Written by `make serving`: {len(answers)} requests over HTTP by {THREADS} threads in random order, "
+        f"{cases.NEW_TOKENS} greedy tokens each, to one server with {SLOTS} slots for {len(adapters)} adapters and "
+        f"batches of up to {BATCH}.",
+        "Random adapters on SmolLM2-135M-Instruct in float32.",
+        f"vLLM {vllm.__version__}, PEFT {peft.__version__}, transformers {transformers.__version__}, "
+        f"torch {torch.__version__}, {platform.machine()} CPU.",
+        "",
+        "| asked | answers that are PEFT's |",
+        "|---|---|",
+        *(f"| {name} | {count} of {total} |" for name, count in right.items()),
+        f"| all | {right.total()} of {len(answers)} |",
+        "",
+        f"The {names} answers to a prompt are all different for {different[names]} of the {total} prompts.",
+    ]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python docs/make_server.py MODEL")
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import serving_cases as cases
+    import serving_server
+
+    with tempfile.TemporaryDirectory() as temporary:
+        lines = report(Path(sys.argv[1]).resolve(), Path(temporary))
+    RESULTS.write_text("\n".join(lines) + "\n")
+    print(f"wrote {RESULTS}")
