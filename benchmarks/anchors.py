@@ -30,19 +30,10 @@ from peft_loramoe import LoRAMoEConfig
 from peft_loramoe.training import LoRAMoETrainerMixin
 
 from .__main__ import RESULTS, about
-from .cases import FEED_FORWARD, share
+from .cases import FEED_FORWARD, SMOLLM2, share
 from .measure import Timer, interleave
 
 
-SMOLLM2 = dict(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    tie_word_embeddings=True,
-)
 TINY = {**SMOLLM2, "vocab_size": 1000, "hidden_size": 18, "intermediate_size": 24, "num_hidden_layers": 2}
 ADAPTED = {"target_modules": list(FEED_FORWARD), "task_type": "CAUSAL_LM"}
 CONFIGS = {"lora": LoraConfig(r=30, **ADAPTED), "loramoe": LoRAMoEConfig.retain(r=4, **ADAPTED)}

@@ -20,6 +20,15 @@ from .methods import PEERS, Config, Unavailable, adapt
 
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+SMOLLM2 = dict(  # SmolLM2-135M
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
 Variant = tuple[str, str | None]  # method, dtype of its adapters
 Setup = tuple[nn.Module, dict[str, Tensor]]
 

@@ -17,15 +17,15 @@ import transformers
 
 
 RESULTS = Path(__file__).parent / "results" / "server.md"
-THREADS, BATCH, SLOTS = 64, 16, 2
-TEXTS = [f"{i}. What is {i + 3} times {2 * i + 5}? Answer:" for i in range(40)]
-MIXTURES = ["default targets", "retain", "top_k"]
+THREADS, BATCH, SLOTS, NEW_TOKENS = 64, 16, 2, 8
+TEXTS = [f"{i + 3} times {2 * i + 5} is" for i in range(40)]
+MIXTURES = {"default targets": {}, "retain": {"preset": "retain", "r": 2}, "top_k": {"top_k": 2}}
 EXPORTED = "plain LoRA"
 
 
 def save_adapters(model: Path, folder: Path) -> dict[str, Path]:
     """Three random mixtures, and another one exported as a plain LoRA. All adapt the feed-forward linears."""
-    adapters = {name: cases.save_adapter(model, folder / name, cases.OPTIONS[name]) for name in MIXTURES}
+    adapters = {name: cases.save_adapter(model, folder / name, options) for name, options in MIXTURES.items()}
     mixture = cases.save_adapter(model, folder / "mixture", {"num_experts": 6}, seed=1)
     return {**adapters, EXPORTED: cases.export(model, mixture, folder / EXPORTED)}
 
@@ -36,10 +36,13 @@ def ask(
     """The server's answer to each prompt under each name, all asked at once in random order."""
     questions = [(name, i) for name in (*adapters, serving_server.BASE) for i in range(len(prompts))]
     random.Random(0).shuffle(questions)
-    options = ("--max-loras", str(SLOTS), "--max-lora-rank", "64", "--max-num-seqs", str(BATCH))
+    options = ("--max-loras", str(SLOTS), "--max-cpu-loras", str(len(adapters)), "--max-lora-rank", "32")
+    options += ("--max-num-seqs", str(BATCH))
     log = folder / "log"
     with serving_server.serve(model, adapters, log, *options) as server, ThreadPoolExecutor(THREADS) as threads:
-        answers = list(threads.map(lambda question: server.tokens(question[0], prompts[question[1]]), questions))
+        answers = list(
+            threads.map(lambda question: server.tokens(question[0], prompts[question[1]], NEW_TOKENS), questions)
+        )
     return dict(zip(questions, answers))
 
 
@@ -63,7 +66,7 @@ def report(model: Path, folder: Path) -> list[str]:
         "# 200 requests at once",
         "",
         f"Written by `make serving`: {len(answers)} requests over HTTP by {THREADS} threads in random order, "
-        f"{cases.NEW_TOKENS} greedy tokens each, to one server with {SLOTS} slots for {len(adapters)} adapters and "
+        f"{NEW_TOKENS} greedy tokens each, to one server with {SLOTS} slots for {len(adapters)} adapters and "
         f"batches of up to {BATCH}.",
         "Random adapters on SmolLM2-135M-Instruct in float32.",
         f"vLLM {vllm.__version__}, PEFT {peft.__version__}, transformers {transformers.__version__}, "

@@ -54,9 +54,9 @@ class Server:
         extra = {"ignore_eos": True, "return_token_ids": True}
         return self.client.completions.create(model=model, prompt=prompt, extra_body=extra, **{**defaults, **options})
 
-    def tokens(self, model: str, prompt: list[int]) -> list[int]:
+    def tokens(self, model: str, prompt: list[int], number: int = cases.NEW_TOKENS) -> list[int]:
         """The greedy tokens."""
-        return self.ask(model, prompt).choices[0].token_ids
+        return self.ask(model, prompt, max_tokens=number).choices[0].token_ids
 
     def models(self) -> list[str]:
         """The names that can be asked."""
