@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..modes import evaluation_mode
 from ..reading import read_json_lines
@@ -35,7 +35,7 @@ FEW = 12  # batches in a row that bring nothing new, after which sampling gives 
 
 def sample_anchors(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     number: int = 400,
     *,
     max_tokens: int = 32,
@@ -58,7 +58,7 @@ def sample_anchors(
 
     Args:
         model: a causal language model, quantised or not, with or without an adapter.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer or, for a vision-language model, its processor; anchors have no images.
         number: how many anchors.
         max_tokens: tokens to sample for each; half of them for the user's turn and half for the answer in a chat. What
             the template adds comes on top.
@@ -91,6 +91,9 @@ def sample_anchors(
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1, and temperature={temperature} positive.")
     if max_tokens < 4:
         raise ValueError(f"max_tokens={max_tokens} is too short for a text; ask for 4 or more.")
+    template = None if (text_only := getattr(tokenizer, "tokenizer", None)) is None else tokenizer.chat_template
+    wanted = _numbers(number, chat, tokenizer)
+    tokenizer = tokenizer if text_only is None else text_only
     generation = GenerationConfig(
         do_sample=True,
         temperature=temperature,
@@ -100,8 +103,7 @@ def sample_anchors(
         eos_token_id=_end_ids(model, tokenizer),
         use_cache=True,
     )
-    sampler = _Sampler(model, tokenizer, max_tokens, generation)
-    wanted = _numbers(number, chat, tokenizer)
+    sampler = _Sampler(model, tokenizer, max_tokens, generation, template)
     anchors = read_anchors(path, torn=True) if path is not None and Path(path).exists() else []
     for kind, count in wanted.items():
         if (found := sum(anchor["kind"] == kind for anchor in anchors)) > count:
@@ -276,12 +278,19 @@ class _Sampler:
     """Generates texts of each kind, a batch at a time."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_tokens: int, generation: GenerationConfig
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        generation: GenerationConfig,
+        template: str | None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.generation = generation
+        self.template = template  # a processor's; None for the tokenizer's own
+        self.in_parts = False  # whether messages are lists of parts, as templates for images read them
         self.device = next(p.device for p in model.parameters() if p.device.type != "meta")
 
     def prose(self, number: int, prefixes: Sequence[str]) -> list[str]:
@@ -303,7 +312,7 @@ class _Sampler:
         turns = [turn for turn in turns if turn]
         if not turns:
             return []
-        prompts = [self._render([{"role": "user", "content": turn}], add_generation_prompt=True) for turn in turns]
+        prompts = [self._render(turn, add_generation_prompt=True) for turn in turns]
         answers = self._generate([self._encode(prompt) for prompt in prompts], self.max_tokens - self.max_tokens // 2)
         special = set(self.tokenizer.all_special_ids)
         whole = [
@@ -316,13 +325,20 @@ class _Sampler:
     def _opening(self) -> str:
         """What a conversation has before the user's first words."""
         mark = "USER-TURN"
-        before, found, _ = self._render([{"role": "user", "content": mark}]).partition(mark)
-        if not found:
-            raise ValueError("The chat template drops the user's turn, so that none can be sampled: set chat=0.")
-        return before
+        for self.in_parts in (False, True):
+            before, found, _ = self._render(mark).partition(mark)
+            if found and before:
+                return before
+            if found:
+                raise ValueError(
+                    "The chat template has nothing before the user's turn, so that none can be sampled: set chat=0."
+                )
+        raise ValueError("The chat template drops the user's turn, so that none can be sampled: set chat=0.")
 
-    def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    def _render(self, turn: str, **options: Any) -> str:
+        content = [{"type": "text", "text": turn}] if self.in_parts else turn
+        messages = [{"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False, **options)
 
     def _user_turn(self, ids: list[int]) -> str | None:
         """The sentences of a generated turn that are whole; None if there is none."""
@@ -379,7 +395,7 @@ def _distinct(
             yield new
 
 
-def _numbers(number: int, chat: float | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def _numbers(number: int, chat: float | None, tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> dict[str, int]:
     """How many anchors of each kind."""
     has_template = bool(getattr(tokenizer, "chat_template", None))
     share = (0.5 if has_template else 0.0) if chat is None else float(chat)

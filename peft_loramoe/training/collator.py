@@ -189,9 +189,9 @@ def _of_tokens(types: Tensor, example: Mapping[str, Any]) -> Tensor:
     """The type of each token of one example, shape (tokens,)."""
     if (input_ids := example.get("input_ids")) is None:
         raise ValueError(
-            f"The batch joins several samples in a row, but the examples (columns {', '.join(example)}) have no "
-            f"input_ids that tell where a {COLUMN} begins. Tokenize the data set before, or collate without "
-            "padding_free."
+            f"Several values of {COLUMN} share a row, but the examples (columns {', '.join(example)}) have no "
+            f"input_ids that tell where each begins. Give every example one {COLUMN}, tokenize the data set before, "
+            "or collate without padding_free."
         )
     length = len(input_ids)
     if types.dim() == 0:

@@ -57,6 +57,13 @@ def test_anchors_are_likely_under_the_model():
     assert loss(texts(anchors)) < 0.8 * loss(shuffled)
 
 
+def test_a_template_without_an_opening_of_the_users_turn():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} w1 {% endfor %}"
+    with pytest.raises(ValueError, match="nothing before the user's turn.*set chat=0"):
+        sample(tokenizer=tokenizer)
+
+
 def test_half_are_chats_where_there_is_a_template():
     anchors = sample(tokenizer=chat_tokenizer(), number=9)
     assert len(texts(anchors, "prose")) == 5 and len(texts(anchors, "chat")) == 4

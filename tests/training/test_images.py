@@ -19,11 +19,11 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from peft_loramoe import balance_loss, collect_balance, layer_routing
-from peft_loramoe.training import LoRAMoETrainerMixin
+from peft_loramoe.training import LoRAMoETrainerMixin, TaskTypeCollator, sample_anchors
 from tiny import loramoe
 
 
-WORDS = [f"w{i}" for i in range(40)]
+WORDS = ["<pad>", "</s>", "<s>", *(f"w{i}" for i in range(3, 40))]
 TILES = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
 SPECIAL = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *TILES]
 IMAGE = len(WORDS)
@@ -40,8 +40,9 @@ CONFIGS = {
         pad_token_id=0,
     ),
 }  # fmt: skip
-CHAT = """{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> \
-{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% if message['role'] == 'assistant' %}w1 {% endif %}{% endfor %}"""
+CHAT = """{% for message in messages %}{% if message['role'] == 'user' %}w3 {% endif %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> \
+{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% if message['role'] == 'assistant' %}</s>{% endif %}{% endfor %}\
+{% if add_generation_prompt %}w4 {% endif %}"""
 TYPES, IMAGES = [0, 1, 1, -1], [2, 0, 1, 3]
 PROMPTS, ANSWERS = ["w5 w6", "w7", "w8 w9 w10", "w11"], ["w20", "w21 w22", "w23", "w24 w25 w26"]
 ANCHORS = ["w30 w31 w32", "w33 w34"]
@@ -51,10 +52,10 @@ OPTIONS = dict(per_device_train_batch_size=4, max_steps=1, optim="sgd", max_grad
 
 def processor_of(name):
     """LLaVA's processor makes 4 tokens of an image; Idefics3's cuts it into four tiles and a small copy of 4 each."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS + SPECIAL)}, unk_token="w0"))
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS + SPECIAL)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="w0", eos_token="w1", bos_token="w2", additional_special_tokens=SPECIAL,
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", bos_token="<s>", additional_special_tokens=SPECIAL,
         padding_side="left",
     )  # fmt: skip
     if name == "llava":
@@ -169,7 +170,7 @@ def test_transformers_trainer_with_a_collator_that_calls_the_processor(name, tmp
         return batch
 
     rows = [
-        {"text": f"{' <image>' * number} {prompt} {answer} w1", "images": pictures(number, seed), "task_type": kind}
+        {"text": f"{' <image>' * number} {prompt} {answer} </s>", "images": pictures(number, seed), "task_type": kind}
         for seed, (number, prompt, answer, kind) in enumerate(zip(IMAGES, PROMPTS, ANSWERS, TYPES))
     ]
     args = TrainingArguments(str(tmp_path), remove_unused_columns=False, **OPTIONS)
@@ -201,3 +202,69 @@ def test_generating_from_a_processors_batch(name):
     together = generate(messages)
     assert together.shape == (4, 4)
     assert torch.equal(together, torch.cat([generate([message]) for message in messages]))
+
+
+PREFERENCES = [
+    {
+        "prompt": [{"role": "user", "content": prompt}],
+        "chosen": [{"role": "assistant", "content": answer}],
+        "rejected": [{"role": "assistant", "content": "w39 w38"}],
+        "images": pictures(max(number, 1), seed),
+        "task_type": kind,
+    }
+    for seed, (prompt, answer, number, kind) in enumerate(zip(PROMPTS, ANSWERS, IMAGES, TYPES))
+]
+OF_WORD = {int(prompt.split()[0][1:]): kind for prompt, kind in zip(PROMPTS, TYPES)}
+
+
+@pytest.mark.parametrize("kind", ["DPO", "GRPO"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_preferences_and_rewards_with_images(name, kind, tmp_path):
+    trl = pytest.importorskip("trl")
+    if kind == "DPO":
+        args = trl.DPOConfig(str(tmp_path), max_length=None, **OPTIONS)
+        data, options = PREFERENCES, {}
+    else:
+        args = trl.GRPOConfig(str(tmp_path), num_generations=2, max_completion_length=4, **OPTIONS)
+        data = [{key: row[key] for key in ("prompt", "images", "task_type")} for row in PREFERENCES]
+        options = {"reward_funcs": lambda completions, **_: [float(i % 2) for i in range(len(completions))]}
+    model, calls = model_of(name), []
+    model.get_base_model().register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["input_ids"]) if module.training else None, with_kwargs=True
+    )
+    trainer, found = trained(
+        getattr(trl, f"{kind}Trainer"), name, Dataset.from_list(data), tmp_path, model, args=args, **options
+    )
+    words = [next(i for i in row.tolist() if i in OF_WORD) for row in calls[-1]]
+    for record in layer_routing(trainer.model):
+        assert record.task_types.tolist() == [OF_WORD[word] for word in words]
+    assert all(gradient.any() for gradient in found.values())
+
+
+def test_evaluation_has_no_term(tmp_path):
+    trl = pytest.importorskip("trl")
+    args = trl.SFTConfig(str(tmp_path), max_length=None, **OPTIONS)
+    data = conversations()
+    trainer, _ = trained(trl.SFTTrainer, "llava", data, tmp_path, args=args, eval_dataset=data)
+    batch = trainer.data_collator([dict(row) for row in conversations(typed=False)])
+    with torch.no_grad():
+        loss = trainer.model.eval()(**batch).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_several_types_in_an_example_with_images():
+    collator = TaskTypeCollator(
+        lambda examples: {"input_ids": torch.ones(4, 9)}, model_of("llava").peft_config["default"]
+    )
+    with pytest.raises(
+        ValueError, match="columns prompt, completion, images, task_type.*Give every example one task_type"
+    ):
+        collator([{**row, "task_type": [0, 1]} for row in conversations()])
+
+
+@pytest.mark.parametrize("chat", [0.0, None], ids=["prose", "chats too"])
+def test_anchors_sampled_with_a_processor(chat):
+    model, processor = model_of("llava").eval(), processor_of("llava")
+    anchors = sample_anchors(model, processor, 4, max_tokens=8, chat=chat, prefixes=("w5",), progress=False)
+    assert [anchor["kind"] for anchor in anchors].count("chat") == (0 if chat == 0 else 2)
+    assert all(" w4 " in anchor["text"] for anchor in anchors if anchor["kind"] == "chat")  # the opening of the answer
