@@ -80,8 +80,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         "--output-dir", type=Path, default=Path("loramoe-demo"), help="For everything. Default: %(default)s."
     )
     parser.add_argument("--seed", type=int, default=0, help="Default: %(default)s.")
-    parser.add_argument("--samples", type=int, default=192, help="Of the tasks, to learn from. Default: %(default)s.")
-    parser.add_argument("--anchors", type=int, default=28, help="Default: %(default)s.")
+    parser.add_argument("--samples", type=int, default=240, help="Of the tasks, to learn from. Default: %(default)s.")
+    parser.add_argument("--anchors", type=int, default=36, help="Default: %(default)s.")
     parser.add_argument("--verify", action="store_true", help=argparse.SUPPRESS)  # what the script calls itself with
     return parser.parse_known_args(argv)
 
