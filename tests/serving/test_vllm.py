@@ -101,6 +101,12 @@ def test_the_output_layer_is_refused(model, engine, tmp_path):
         add(engine, folder, 903)
 
 
+def test_a_mixture_beside_a_block_is_refused(model, engine, tmp_path):
+    folder = cases.save_adapter(model, tmp_path, {"target_modules": ["mlp"]})
+    with pytest.raises(ValueError, match=r"adapts 'model\.layers\.0\.mlp'.*, which are no linears that this"):
+        add(engine, folder, 908)
+
+
 def test_a_layer_that_the_model_lacks_is_refused(engine, tmp_path):
     deeper = cases.tiny_model(tmp_path / "deeper", num_hidden_layers=3)
     folder = cases.save_adapter(deeper, tmp_path / "adapter", {"target_modules": ["down_proj"]})
