@@ -152,20 +152,6 @@ def test_the_plugin_may_be_registered_again(model, engine, ids, tmp_path):
     assert_same(cases.with_adapter(model, folder), cases.ask_vllm(engine, [folder] * 3, ids=ids))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fully_sharded", [False, True], ids=["replicated", "fully sharded"])
-def test_two_processes_share_the_layers(fully_sharded, model, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    sharded = cases.start_vllm(model, tensor_parallel_size=2, fully_sharded_loras=fully_sharded)
-    try:
-        for i, name in enumerate(("all-linear", "top_k with null experts", "num_experts_pattern")):
-            adapter = cases.save_adapter(model, tmp_path / str(i), cases.OPTIONS[name])
-            answers = cases.ask_vllm(sharded, [adapter] * 3, ids={adapter: i + 1})
-            assert_same(cases.with_adapter(model, adapter), answers)
-    finally:
-        sharded.llm_engine.engine_core.shutdown()
-
-
 def test_grpo_trains_on_completions_of_the_adapter_as_it_is(model, engine, tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     from peft_loramoe.serving.rollouts import VLLMRollouts
