@@ -13,9 +13,10 @@ import argparse
 import importlib
 import json
 import os
+import random
 import tempfile
+import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from peft_loramoe.interop import export_lora
 
 from .__main__ import RESULTS, about
 from .cases import FEED_FORWARD, SMOLLM2
-from .measure import Timer, interleave, quantiles
+from .measure import quantiles
 
 
 TINY = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -83,6 +84,7 @@ def start_engines(model: Path) -> dict[str, Any]:
             dtype="float32",
             enforce_eager=True,
             enable_prefix_caching=False,
+            async_scheduling=False,
             max_model_len=128,
             max_num_seqs=max(BATCHES),
             skip_tokenizer_init=True,
@@ -91,44 +93,64 @@ def start_engines(model: Path) -> dict[str, Any]:
     return engines
 
 
-def generation(engine: Any, adapter: Path | None, number: int, batch: int, tokens: int) -> Callable[[], None]:
-    """A call that generates `tokens` tokens for each of `batch` requests."""
-    from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
+class Generation:
+    """Greedy answers to a batch of requests, timed.
 
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, TINY["vocab_size"], (batch, PROMPT_TOKENS), generator=generator).tolist()
-    prompts = [{"prompt_token_ids": row} for row in ids]
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    request = adapter and LoRARequest(adapter.name, number, str(adapter))
-    return lambda: engine.generate(prompts, sampling, lora_request=request, use_tqdm=False)
+    Args:
+        engine: of `start_engines`.
+        adapter: its folder; None for the base model.
+        number: of the adapter, for the engine.
+        batch: requests at once.
+    """
+
+    def __init__(self, engine: Any, adapter: Path | None, number: int, batch: int) -> None:
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        generator = torch.Generator().manual_seed(0)
+        self.prompts = torch.randint(1, TINY["vocab_size"], (batch, PROMPT_TOKENS), generator=generator).tolist()
+        self.sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+        self.lora = adapter and LoRARequest(adapter.name, number, str(adapter))
+        self.engine = engine.llm_engine
+
+    def __call__(self) -> dict[str, float]:
+        """CPU seconds until every request has its first token, and of each step that gives all of them the next."""
+        start = time.process_time()
+        for i, prompt in enumerate(self.prompts):
+            self.engine.add_request(str(i), {"prompt_token_ids": prompt}, self.sampling, lora_request=self.lora)
+        if len(self.engine.step()) != len(self.prompts):
+            raise RuntimeError("The engine did not read all prompts in its first step.")
+        first = time.process_time()
+        steps = 0
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+            steps += 1
+        end = time.process_time()
+        return {"first_token": first - start, "next_token": (end - first) / steps}
 
 
 def measure(engines: dict[str, Any], adapters: dict[str, Path], batch: int, rounds: int) -> list[dict[str, Any]]:
     """A row for each variant: quantiles of the seconds, and of the ratios to the plain LoRA's of the same round."""
-    calls = {}
-    for number, (name, (engine, adapter)) in enumerate(VARIANTS.items(), 1):
-        path = adapter and adapters[adapter]
-        calls[name, 1] = generation(engines[engine], path, number, batch, 1)
-        calls[name, NEW_TOKENS] = generation(engines[engine], path, number, batch, NEW_TOKENS)
-    for call in calls.values():
-        call()
-    times = interleave(calls, Timer(torch.device("cpu")), rounds, float("inf"))
-    seconds = {}
-    for name in VARIANTS:
-        first, whole = times[name, 1].cpu, times[name, NEW_TOKENS].cpu
-        seconds[name] = {
-            "first_token": first,
-            "next_token": [(b - a) / (NEW_TOKENS - 1) for a, b in zip(first, whole)],
-            "request": whole,
-        }
+    generations = {
+        name: Generation(engines[engine], adapter and adapters[adapter], number, batch)
+        for number, (name, (engine, adapter)) in enumerate(VARIANTS.items(), 1)
+    }
+    for generation in generations.values():
+        generation()
+    measured = {name: {"first_token": [], "next_token": []} for name in VARIANTS}
+    order, shuffle = list(VARIANTS), random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            for quantity, seconds in generations[name]().items():
+                measured[name][quantity].append(seconds)
     rows = []
-    for name, measured in seconds.items():
+    for name, quantities in measured.items():
         row = {"variant": name, "batch": batch, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
-        for quantity, values in measured.items():
-            ratios = [mine / other for mine, other in zip(values, seconds[COMPARED][quantity])]
+        for quantity, values in quantities.items():
+            ratios = [mine / other for mine, other in zip(values, measured[COMPARED][quantity])]
             row[quantity] = {"seconds": _rounded(quantiles(values)), "ratio": _rounded(quantiles(ratios))}
-        row["tokens_per_second"] = round(batch * NEW_TOKENS / quantiles(measured["request"])[1], 1)
+            row[quantity]["rounds"] = _rounded(values)
         rows.append(row)
     return rows
 
@@ -140,15 +162,15 @@ def _rounded(values: list[float]) -> list[float]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        f"| batch | served | tokens per second | first token, ms | next token, ms | next token / {COMPARED}'s |",
+        f"| batch | served | tokens per second | next token / {COMPARED}'s | first token, ms | first / {COMPARED}'s |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        first, following = (1e3 * row[name]["seconds"][1] for name in ("first_token", "next_token"))
-        low, ratio, high = row["next_token"]["ratio"]
+        first, following = row["first_token"], row["next_token"]
+        low, ratio, high = following["ratio"]
         lines.append(
-            f"| {row['batch']} | {row['variant']} | {row['tokens_per_second']:.0f} | {first:.0f} | {following:.1f} "
-            f"| {ratio:.2f} ({low:.2f}-{high:.2f}) |"
+            f"| {row['batch']} | {row['variant']} | {row['batch'] / following['seconds'][1]:.1f} "
+            f"| {ratio:.2f} ({low:.2f}-{high:.2f}) | {1e3 * first['seconds'][1]:.0f} | {first['ratio'][1]:.2f} |"
         )
     return "\n".join(lines)
 
@@ -167,23 +189,20 @@ def main(arguments: list[str] | None = None) -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(1)
-    rows = []
-    if options.output.exists():
-        rows = [row for row in json.loads(options.output.read_text())["rows"] if row["batch"] not in options.batches]
+    results = json.loads(options.output.read_text()) if options.output.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, shape = folder / "model", {**TINY, **HEADS} if options.smoke else SMOLLM2
         LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=128)).save_pretrained(model)
         adapters = save_adapters(model, folder)
-        machine = {**about(torch.device("cpu"), options.smoke), "rounds": options.rounds, "note": options.note}
         engines = start_engines(model)
-        machine["versions"]["vllm"] = importlib.import_module("vllm").__version__
         for batch in options.batches:
-            rows += measure(engines, adapters, batch, options.rounds)
-    rows.sort(key=lambda row: row["batch"])
-    machine["load_at_end"] = os.getloadavg()[0]
-    options.output.write_text(json.dumps({"about": machine, "rows": rows}, indent=1) + "\n")
-    print(table(rows))
+            machine = {**about(torch.device("cpu"), options.smoke), "rounds": options.rounds, "note": options.note}
+            machine["versions"]["vllm"] = importlib.import_module("vllm").__version__
+            rows = measure(engines, adapters, batch, options.rounds)
+            results[str(batch)] = {"about": {**machine, "load_at_end": os.getloadavg()[0]}, "rows": rows}
+            options.output.write_text(json.dumps(results, indent=1) + "\n")
+    print(table([row for batch in sorted(results, key=int) for row in results[batch]["rows"]]))
 
 
 if __name__ == "__main__":
