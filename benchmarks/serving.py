@@ -2,9 +2,9 @@
 
     python -m benchmarks.serving        needs vLLM (`make test-vllm`); writes benchmarks/results/serving.json
 
-A Llama of SmolLM2-135M's shape with random weights, feed-forward linears adapted, float32, one thread. Three engines
-in one process: without LoRAs, for plain LoRAs, for mixtures. Greedy decoding of all requests in one batch. The times
-are the processor's, and a ratio compares calls of the same round, so that other programs matter little.
+A Llama of SmolLM2-135M's shape with random weights, feed-forward linears adapted, float32, one thread. Four engines
+in one process: without LoRAs, for plain LoRAs, and two for mixtures. Greedy decoding of all requests in one batch. The
+times are the processor's, and a ratio compares calls of the same round, so that other programs matter little.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # 
 ADAPTED = {"target_modules": list(FEED_FORWARD), "task_type": "CAUSAL_LM"}
 EXPERTS, R = 6, 4
 # engine -> rank of its slots; None for an engine without LoRAs
-ENGINES = {"base": None, "lora": 32, "loramoe": 32}
-# name -> engine, adapter. A plain LoRA has as many parameters as the experts.
+ENGINES = {"base": None, "lora": 32, "loramoe": 32, "retain": 64}
+# name -> engine, adapter. Each has the parameters of six experts of rank 4; six more of retain's are null.
 VARIANTS = {
     "base model": ("base", None),
     "LoRA": ("lora", "lora"),
     "LoRAMoE, exported": ("lora", "export"),
     "LoRAMoE": ("loramoe", "loramoe"),
+    "LoRAMoE, retain": ("retain", "retain"),
 }
 COMPARED = "LoRA"
 BATCHES = (1, 16)
@@ -58,9 +59,9 @@ SETTINGS = {
 
 
 def save_adapters(model: Path, folder: Path) -> dict[str, Path]:
-    """The plain LoRA, the mixture and its export, random."""
+    """The plain LoRA, the mixtures and an export, random."""
     torch.manual_seed(0)
-    paths = {name: folder / name for name in ("lora", "loramoe", "export")}
+    paths = {name: folder / name for name in ("lora", "loramoe", "export", "retain")}
     base = AutoModelForCausalLM.from_pretrained(model)
     lora = get_peft_model(base, LoraConfig(r=EXPERTS * R, init_lora_weights=False, **ADAPTED))
     lora.save_pretrained(paths["lora"])
@@ -69,6 +70,8 @@ def save_adapters(model: Path, folder: Path) -> dict[str, Path]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the export's error is not what is measured here
         export_lora(mixture, paths["export"], show=False)
+    retain = get_peft_model(mixture.unload(), LoRAMoEConfig.retain(r=R, init_weights=False, **ADAPTED))
+    retain.save_pretrained(paths["retain"])
     return paths
 
 

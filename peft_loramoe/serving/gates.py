@@ -27,6 +27,8 @@ class GateTables:
     Attributes:
         occupied: whether any slot holds a mixture.
         selective: whether any of them has `top_k`.
+        rank_in_use: rank channels that some slot uses.
+        channels_in_use: rank channels that some slot's second matrix reads.
 
     Example:
         >>> tables = GateTables(slices=1, slots=2, rank=8, dtype=torch.float32, device="cpu")
@@ -50,6 +52,7 @@ class GateTables:
         self.factors = torch.zeros(slices, slots + 1, rank, device=device)
         self.scales = torch.tensor(part_scales(dtype), device=device)[:, None]
         self._mixtures: dict[int, bool] = {}  # slot -> whether it has top_k
+        self._in_use: dict[int, tuple[int, int]] = {}  # slot -> rank, and the channels that are read
         for slot in range(slots):
             self.set(slot, [None] * slices)
 
@@ -63,12 +66,23 @@ class GateTables:
         """Whether any of them has `top_k`."""
         return any(self._mixtures.values())
 
-    def set(self, slot: int, layouts: Sequence[SlotLayout | None]) -> None:
+    @property
+    def rank_in_use(self) -> int:
+        """Rank channels that some slot uses, the router's included; all later ones are zero."""
+        return max((rank for rank, _ in self._in_use.values()), default=0)
+
+    @property
+    def channels_in_use(self) -> int:
+        """Rank channels that some slot's second matrix reads; all later columns of it are zero."""
+        return max((channels for _, channels in self._in_use.values()), default=0)
+
+    def set(self, slot: int, layouts: Sequence[SlotLayout | None], plain: bool = False) -> None:
         """Note what a slot holds.
 
         Args:
             slot: its index.
             layouts: the mixture of each slice; None for a plain LoRA, or nothing.
+            plain: whether it may hold a plain LoRA.
         """
         for i, layout in enumerate(layouts):
             for table, row in zip(
@@ -79,20 +93,35 @@ class GateTables:
         self._mixtures.pop(slot, None)
         if present:
             self._mixtures[slot] = any(layout.top_k is not None for layout in present)
+        rank = max((layout.rank(self.dtype) for layout in present), default=0)
+        channels = max((layout.channels for layout in present), default=0)
+        self._in_use[slot] = (self.rank, self.rank) if plain else (rank, channels)
+
+    def clear(self, slot: int) -> None:
+        """Note that no token will ask for a slot until it is set again."""
+        self._mixtures.pop(slot, None)
+        self._in_use.pop(slot, None)
 
     def gate(
-        self, channels: Tensor, slots: Tensor, logits_from: Tensor | None = None, selective: bool | None = None
+        self,
+        channels: Tensor,
+        slots: Tensor,
+        logits_from: Tensor | None = None,
+        selective: bool | None = None,
+        width: int | None = None,
     ) -> Tensor:
         """Gate the rank channels of a batch.
 
         Args:
-            channels: what the slots' first matrices make of the input, shape (slices, T, rank), float32.
+            channels: what the slots' first matrices make of the input, shape (slices, T, rank), float32; the last ones
+                may be left out if no slot uses them.
             slots: slot of each token, -1 for none, shape (T,). Other values are read as the nearest of these.
             logits_from: where the logits are read, if not in `channels`: their sum over the shards of the input.
             selective: whether to look for `top_k`; None: if any slot has it.
+            width: how many of the channels to gate; None for all.
 
         Returns:
-            The gated channels, same shape; zeros for tokens without an adapter.
+            The gated channels, shape (slices, T, width); zeros for tokens without an adapter.
         """
         slots = slots.clamp(-1, self.slots - 1)  # rows that pad the batch have no slot yet
         source = channels if logits_from is None else logits_from
@@ -103,7 +132,9 @@ class GateTables:
             gates = gates * self._chosen(gates, self.limits[:, slots])
             gates = gates / gates.sum(-1, keepdim=True)
         gates = torch.cat([gates, torch.ones_like(gates[..., :1])], dim=-1)
-        return channels * (gates.gather(-1, self.experts[:, slots]) * self.factors[:, slots])
+        width = channels.shape[-1] if width is None else width
+        experts, factors = self.experts[..., :width][:, slots], self.factors[..., :width][:, slots]
+        return channels[..., :width] * (gates.gather(-1, experts) * factors)
 
     def _chosen(self, gates: Tensor, limits: Tensor) -> Tensor:
         """Whether an expert is among the `limits` largest; of equal ones the first is."""

@@ -189,17 +189,26 @@ class GatedPunica:
         **kwargs: Any,
     ) -> Tensor | None:
         """``y += gated(x A'^T) B'^T``, for each token with the matrices and gates of its slot."""
+        tables, width = self.tables, None
+        if x.device.type == "cpu" and not _is_kept(x):
+            # There vLLM copies the matrices of a slot for every token, so what no slot uses is left out.
+            if not tables.rank_in_use and add_inputs:
+                return None
+            if tables.occupied:
+                width = tables.channels_in_use
+                lora_a_stacked = tuple(stacked[:, :, : tables.rank_in_use] for stacked in lora_a_stacked)
+                lora_b_stacked = tuple(stacked[..., :width] for stacked in lora_b_stacked)
         if not self._is_gated(x):
             kwargs = kwargs if add_inputs else {**kwargs, "add_inputs": False}
             return self.wrapper.add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
         # zeros, since kernels leave out rows without an adapter
-        shape = (len(output_slices), x.shape[0], self.tables.rank)
+        shape = (len(output_slices), x.shape[0], lora_a_stacked[0].shape[-2])
         channels = torch.zeros(shape, dtype=torch.float32, device=x.device)
         returned = self.wrapper.add_shrink(channels, x, lora_a_stacked, scale)
         channels = channels if returned is None else returned  # where nothing is changed in place
         # a copy, since some devices sum in place
         logits = tensor_model_parallel_all_reduce(channels.clone()) if self.sums_logits else None
-        gated = self._gate(channels, logits)
+        gated = self._gate(channels, logits, width)
         return self.wrapper.add_expand(y, gated, lora_b_stacked, output_slices, add_inputs=add_inputs)
 
     def add_expand(
@@ -212,9 +221,9 @@ class GatedPunica:
     def _is_gated(self, x: Tensor) -> bool:
         return _is_kept(x) or self.tables.occupied
 
-    def _gate(self, channels: Tensor, logits: Tensor | None = None) -> Tensor:
+    def _gate(self, channels: Tensor, logits: Tensor | None = None, width: int | None = None) -> Tensor:
         slots = self.wrapper._token_lora_indices[: channels.shape[1]]
-        return self.tables.gate(channels, slots, logits, selective=True if _is_kept(channels) else None)
+        return self.tables.gate(channels, slots, logits, selective=True if _is_kept(channels) else None, width=width)
 
 
 def _is_kept(x: Tensor) -> bool:
@@ -313,13 +322,18 @@ def _activate_adapter(before: Callable, self: LoRAModelManager, lora_id: int) ->
         return activated
     slot = self.lora_index_to_id.index(lora_id)
     lora = self._registered_adapters[lora_id]
-    placed = dict(_placed(self, getattr(lora, "loramoe", None) or {}))
+    layers = getattr(lora, "loramoe", None)
+    placed = dict(_placed(self, layers or {}))
     for name, module in self.modules.items():
         if isinstance(module, BaseLinearLayerWithLoRA):
             parts = placed.get(name, [None])
             layouts = [None if part is None else part.layout for part in parts]
             tables = module.punica_wrapper.tables
-            tables.set(slot, layouts * module.n_slices if len(layouts) == 1 else layouts)
+            layouts = layouts * module.n_slices if len(layouts) == 1 else layouts
+            tables.set(slot, layouts, plain=layers is None)
+            for index, held in enumerate(self.lora_index_to_id):
+                if held is None:
+                    tables.clear(index)
     if placed and not getattr(lora, "loramoe_checked", False):
         try:
             _check_outputs(self, lora, placed)

@@ -26,4 +26,4 @@ def test_every_variant_is_timed(tmp_path):
             assert f"| {row['batch']} | {row['variant']} |" in printed
             assert min(row["next_token"]["rounds"] + row["first_token"]["rounds"]) > 0
         ratios = {row["variant"]: row["next_token"]["ratio"][1] for row in result["rows"]}
-        assert ratios["LoRA"] == 1 and len(ratios) == 4
+        assert ratios["LoRA"] == 1 and len(ratios) == 5

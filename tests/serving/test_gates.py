@@ -157,3 +157,28 @@ def test_gating_is_one_graph_whatever_the_number_of_tokens():
         channels = (x @ a[0].T)[None]
         torch.testing.assert_close(compiled(channels, slots), tables.gate(channels, slots))
     assert len(graphs) == 1
+
+
+def test_channels_that_no_slot_uses_may_be_left_out():
+    layers = {0: layer(OPTIONS["dense"], seed=1), 2: layer(OPTIONS["null experts"], seed=2, n=5)}
+    a, _, tables = slots_of(layers, torch.float32)
+    rank, width = tables.rank_in_use, tables.channels_in_use
+    assert (rank, width) == (16, 12)
+    x = torch.randn(6, IN, generator=torch.Generator().manual_seed(7))
+    slots = torch.tensor([0, 2, -1, 0, 2, -1])
+    channels = torch.einsum("ti,tri->tr", x, a[slots])[None]
+    whole = tables.gate(channels, slots)[..., :width]
+    torch.testing.assert_close(tables.gate(channels[..., :rank], slots, width=width), whole)
+
+
+@pytest.mark.parametrize("plain, in_use", [(False, (0, 0)), (True, (RANK, RANK))], ids=["empty", "plain LoRA"])
+def test_a_slot_without_a_mixture_uses_no_channels_or_all(plain, in_use):
+    tables = slots_of({1: layer(OPTIONS["dense"])}, torch.float32)[2]
+    tables.set(1, [None], plain=plain)
+    assert (tables.rank_in_use, tables.channels_in_use) == in_use
+
+
+def test_a_slot_that_is_cleared_uses_no_channels():
+    tables = slots_of({1: layer(OPTIONS["top_k"])}, torch.float32)[2]
+    tables.clear(1)
+    assert (tables.rank_in_use, tables.occupied, tables.selective) == (0, False, False)

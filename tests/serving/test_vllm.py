@@ -138,7 +138,7 @@ def test_wrong_numbers_are_found_when_an_adapter_is_loaded(model, engine, tmp_pa
     from peft_loramoe.serving import vllm_seams
 
     folder = cases.save_adapter(model, tmp_path, {}, seed=7)
-    monkeypatch.setattr(vllm_seams.GatedPunica, "_gate", lambda self, channels, logits=None: channels)
+    monkeypatch.setattr(vllm_seams.GatedPunica, "_gate", lambda self, channels, logits, width: channels[..., :width])
     with pytest.raises(RuntimeError, match="does not compute the LoRAMoE adapter .* as the formula does.*is refused"):
         add(engine, folder, 906)
     assert 906 not in engine.llm_engine.list_loras()
