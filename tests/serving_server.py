@@ -103,9 +103,7 @@ def serve(model: Path, adapters: Mapping[str, Path], log: Path, *options: str) -
         *options,
     ]
     with open(log, "w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            command, env={**os.environ, **SETTINGS}, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = subprocess.Popen(command, env={**os.environ, **SETTINGS}, stdout=output, stderr=subprocess.STDOUT)
     try:
         server = Server(port, process, log)
         _wait(server)
@@ -115,7 +113,7 @@ def serve(model: Path, adapters: Mapping[str, Path], log: Path, *options: str) -
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
 
 

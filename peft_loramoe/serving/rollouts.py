@@ -28,7 +28,7 @@ class VLLMRollouts:
         self.engine, self.sampling = engine, sampling
         self._request: Any = None
         self._step: int | None = None
-        self._number = 0
+        self._number = 10**6  # users count their adapters from 1
 
     def __call__(self, prompts: list, trainer: Any) -> dict[str, list]:
         """Complete each prompt once.
@@ -90,8 +90,9 @@ class VLLMRollouts:
         model = trainer.accelerator.unwrap_model(trainer.model)
         if self._request is not None:
             self.engine.llm_engine.remove_lora(self._request.lora_int_id)
-        # A name of its own: vLLM keeps the keys and values of prompts by the adapter's name.
-        self._number += 1
+        # A number that no other adapter has, or vLLM would answer by that one. And a name: vLLM keeps the keys and
+        # values of prompts by it.
+        self._number = max([self._number, *self.engine.llm_engine.list_loras()]) + 1
         name = model.active_adapter
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder, selected_adapters=[name])

@@ -158,6 +158,7 @@ def test_grpo_trains_on_completions_of_the_adapter_as_it_is(model, engine, tmp_p
     from peft_loramoe.training import LoRAMoETrainerMixin
     from tiny import tiny_tokenizer
 
+    add(engine, cases.save_adapter(model, tmp_path / "other", {}, seed=9), 1)
     adapted = cases.with_adapter(model, cases.save_adapter(model, tmp_path / "adapter", {}), is_trainable=True)
     rollouts, steps = VLLMRollouts(engine), []
 
