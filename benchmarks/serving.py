@@ -165,7 +165,7 @@ def _rounded(values: list[float]) -> list[float]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        f"| batch | served | tokens per CPU second | next token / {COMPARED}'s | first token, ms | first / {COMPARED}'s |",
+        f"| batch | served | tokens per CPU second | next token / {COMPARED}'s | first token, ms | / {COMPARED}'s |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
