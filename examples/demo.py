@@ -55,18 +55,8 @@ SCORED, TEXTS, TEXT_WORDS, ANSWER_TOKENS = 39, 20, 32, 16
 TRAIN_OPTIONS = [
     *("--load-in-4bit", "--dtype", "float32", "--no-bf16", "--no-gradient-checkpointing"),
     *("--epochs", "1", "--batch-size", "8", "--gradient-accumulation-steps", "1", "--learning-rate", "1e-3"),
-    *(
-        "--warmup-steps",
-        "2",
-        "--max-length",
-        "96",
-        "--logging-steps",
-        "0.25",
-        "--save-steps",
-        "0",
-        "--eval-steps",
-        "0",
-    ),
+    *("--warmup-steps", "2", "--max-length", "96"),
+    *("--logging-steps", "0.25", "--save-steps", "0", "--eval-steps", "0"),
 ]
 
 

@@ -60,6 +60,7 @@ class LoRAMoELayer(nn.Module, BaseTunerLayer):
     # PEFT's disable_input_dtype_casting sets it. Here it changes nothing: the input is never cast, only the small
     # weights.
     cast_input_dtype_enabled = True
+    input_name = "x"  # of the argument of `forward` that the experts read
 
     def __init__(
         self, base_layer: nn.Module, name: str, in_features: int, out_features: int, recorder: Recorder | None
@@ -306,7 +307,7 @@ class LoRAMoEBlock(LoRAMoELayer):
 
     def __init__(self, base_layer: nn.Module, name: str, features: int, recorder: Recorder | None = None) -> None:
         super().__init__(base_layer, name, features, features, recorder)
-        self._input = next(iter(inspect.signature(base_layer.forward).parameters))
+        self.input_name = next(iter(inspect.signature(base_layer.forward).parameters))
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """Apply the block and add the mixtures to its output.
@@ -327,7 +328,7 @@ class LoRAMoEBlock(LoRAMoELayer):
         returned = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return returned
-        x = args[0] if args else kwargs[self._input]
+        x = args[0] if args else kwargs[self.input_name]
         output, rest = (returned[0], returned[1:]) if type(returned) is tuple and returned else (returned, None)
         tokens = self._as_returned(x, output)
         if adapter_names is not None:
@@ -340,11 +341,10 @@ class LoRAMoEBlock(LoRAMoELayer):
     def _as_returned(self, x: Tensor, output: Any) -> Tensor:
         """What the block read, in the shape of what it returned: the same, or with its tokens in one dimension."""
         if isinstance(output, Tensor) and x.shape[-1] == self.in_features:
-            flat = x.flatten(0, -2)
-            for candidate in (x, flat):
-                # Dimension by dimension: torch.compile does not compare symbolic sizes inside of tuples.
-                if output.dim() == candidate.dim() and all(a == b for a, b in zip(output.shape, candidate.shape)):
-                    return candidate
+            tokens = x if output.dim() == x.dim() else x.flatten(0, -2)
+            # Dimension by dimension: torch.compile does not compare symbolic sizes inside of tuples.
+            if output.dim() == tokens.dim() and all(a == b for a, b in zip(output.shape, tokens.shape)):
+                return tokens
         found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
             f"Block '{self.name}' returned {found} for an input of shape {tuple(x.shape)}. Beside a block, a mixture "

@@ -54,10 +54,6 @@ QUANTIZED_WEIGHTS = ("qweight", "W_q", "codebooks", "weight_scales")
 # Modules of a backbone's own experts, beside the router that sends each of them some of the tokens.
 ROUTED_EXPERTS = re.compile(r"(?P<block>|.*\.)experts(\.(expert_)?\d+(\..*)?)?")
 ROUTERS = ("gate", "router")
-WHY_NOT_ROUTED = (
-    "cannot be adapted: each sees only the tokens that the backbone's router sends it, so no balance term can be "
-    "computed there. "
-)
 # Names that feed-forward linears have in one model or another.
 FEED_FORWARD_NAMES = {"gate_up_proj", "w1", "w2", "w3"} | {
     target.rpartition(".")[2] for targets in FEED_FORWARD.values() for target in targets
@@ -107,7 +103,7 @@ def sparse_blocks(model: nn.Module) -> list[str]:
 
 def is_block(module: nn.Module) -> bool:
     """Whether a mixture can be put beside the module: it computes something with linear layers, from one input."""
-    if type(module).forward is nn.Module.forward or not isinstance(module, nn.Module):
+    if type(module).forward is nn.Module.forward:
         return False  # a container
     parameters = inspect.signature(module.forward).parameters.values()
     required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -132,12 +128,15 @@ def block_features(model: nn.Module, name: str) -> int:
 
 
 def around_routed_experts(model: nn.Module) -> str:
-    """What to target in place of routed experts, for error messages."""
+    """Why routed experts cannot be adapted, and what to target in their place, for error messages."""
     blocks = sorted({name.rpartition(".")[2] for name in sparse_blocks(model)})
     instead = (
         f"Target the block around them, {' or '.join(map(repr, blocks))}: a mixture beside it. " if blocks else ""
     )
-    return f"{WHY_NOT_ROUTED}{instead}Linear layers that can be adapted: {candidates(model)}."
+    return (
+        "cannot be adapted: each sees only the tokens that the backbone's router sends it, so no balance term can be "
+        f"computed there. {instead}Linear layers that can be adapted: {candidates(model)}."
+    )
 
 
 def is_bypassed(parent: nn.Module, name: str) -> bool:

@@ -27,8 +27,8 @@ class GateTables:
     Attributes:
         occupied: whether any slot holds a mixture.
         selective: whether any of them has `top_k`.
-        rank_in_use: rank channels that some slot uses.
-        channels_in_use: rank channels that some slot's second matrix reads.
+        rank_in_use: rank channels that some slot uses, the router's included; all later ones are zero.
+        channels_in_use: rank channels that some slot's second matrix reads; all later columns of it are zero.
 
     Example:
         >>> tables = GateTables(slices=1, slots=2, rank=8, dtype=torch.float32, device="cpu")
@@ -53,6 +53,7 @@ class GateTables:
         self.scales = torch.tensor(part_scales(dtype), device=device)[:, None]
         self._mixtures: dict[int, bool] = {}  # slot -> whether it has top_k
         self._in_use: dict[int, tuple[int, int]] = {}  # slot -> rank, and the channels that are read
+        self.rank_in_use = self.channels_in_use = 0
         for slot in range(slots):
             self.set(slot, [None] * slices)
 
@@ -65,16 +66,6 @@ class GateTables:
     def selective(self) -> bool:
         """Whether any of them has `top_k`."""
         return any(self._mixtures.values())
-
-    @property
-    def rank_in_use(self) -> int:
-        """Rank channels that some slot uses, the router's included; all later ones are zero."""
-        return max((rank for rank, _ in self._in_use.values()), default=0)
-
-    @property
-    def channels_in_use(self) -> int:
-        """Rank channels that some slot's second matrix reads; all later columns of it are zero."""
-        return max((channels for _, channels in self._in_use.values()), default=0)
 
     def set(self, slot: int, layouts: Sequence[SlotLayout | None], plain: bool = False) -> None:
         """Note what a slot holds.
@@ -96,11 +87,16 @@ class GateTables:
         rank = max((layout.rank(self.dtype) for layout in present), default=0)
         channels = max((layout.channels for layout in present), default=0)
         self._in_use[slot] = (self.rank, self.rank) if plain else (rank, channels)
+        self._measure()
 
     def clear(self, slot: int) -> None:
         """Note that no token will ask for a slot until it is set again."""
         self._mixtures.pop(slot, None)
         self._in_use.pop(slot, None)
+        self._measure()
+
+    def _measure(self) -> None:
+        self.rank_in_use, self.channels_in_use = map(max, zip((0, 0), *self._in_use.values()))
 
     def gate(
         self,

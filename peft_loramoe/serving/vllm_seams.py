@@ -324,6 +324,7 @@ def _activate_adapter(before: Callable, self: LoRAModelManager, lora_id: int) ->
     lora = self._registered_adapters[lora_id]
     layers = getattr(lora, "loramoe", None)
     placed = dict(_placed(self, layers or {}))
+    free = [index for index, held in enumerate(self.lora_index_to_id) if held is None]
     for name, module in self.modules.items():
         if isinstance(module, BaseLinearLayerWithLoRA):
             parts = placed.get(name, [None])
@@ -331,9 +332,8 @@ def _activate_adapter(before: Callable, self: LoRAModelManager, lora_id: int) ->
             tables = module.punica_wrapper.tables
             layouts = layouts * module.n_slices if len(layouts) == 1 else layouts
             tables.set(slot, layouts, plain=layers is None)
-            for index, held in enumerate(self.lora_index_to_id):
-                if held is None:
-                    tables.clear(index)
+            for index in free:
+                tables.clear(index)
     if placed and not getattr(lora, "loramoe_checked", False):
         try:
             _check_outputs(self, lora, placed)
