@@ -8,7 +8,13 @@ import sys
 from .version import __version__
 
 
-# The console script parses its arguments first, and then imports this file again.
+# Python looks for the module of `python -m peft_loramoe`.
+if sys.argv[:1] == ["-m"] and sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == [__name__]:
+    import _peft_loramoe_command
+
+    _peft_loramoe_command.PARSING = True
+
+# The command line parses its arguments first, and then imports this file again.
 if not getattr(sys.modules.get("_peft_loramoe_command"), "PARSING", False):
     from .balance import LayerRouting, balance_loss, balance_terms, collect_balance, layer_routing
     from .config import LoRAMoEConfig

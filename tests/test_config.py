@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
 
 from peft_loramoe import LoRAMoEConfig, __version__
+from peft_loramoe.fields import ConfigFields
 from peft_loramoe.groups import ExpertGroups
 from tiny import tiny_llama
 
@@ -56,7 +57,7 @@ EVERY_OPTION = dict(
 
 
 def test_every_option_is_tried_here():
-    own = set(LoRAMoEConfig.__annotations__) - {"peft_loramoe_version"}
+    own = set(ConfigFields.__annotations__) - {"peft_loramoe_version"}
     assert own == set(EVERY_OPTION)
 
 
@@ -114,7 +115,7 @@ def test_unknown_keys_of_a_newer_version_are_dropped_with_a_warning(tmp_path):
 def test_options_that_lora_has_are_named_and_preset_as_there():
     lora = {f.name.replace("init_lora_weights", "init_weights"): f for f in dataclasses.fields(LoraConfig)}
     shared = [
-        f for f in dataclasses.fields(LoRAMoEConfig) if f.name in lora and f.name in LoRAMoEConfig.__annotations__
+        f for f in dataclasses.fields(LoRAMoEConfig) if f.name in lora and f.name in ConfigFields.__annotations__
     ]
     assert len(shared) == 16
     for option in shared:
@@ -126,7 +127,7 @@ def test_options_that_lora_has_are_named_and_preset_as_there():
 
 def test_help_of_every_option_is_in_the_docstring():
     for option in dataclasses.fields(LoRAMoEConfig):
-        if option.name in LoRAMoEConfig.__annotations__:
+        if option.name in ConfigFields.__annotations__:
             assert f"    {option.name}: {option.metadata['help']}\n" in LoRAMoEConfig.__doc__
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from peft import PeftConfig
 
 from peft_loramoe import LoRAMoEConfig
+from peft_loramoe.fields import ConfigFields
 
 
 NUMBERS = st.one_of(
@@ -32,7 +33,7 @@ OBJECTS = st.one_of(
     st.sampled_from([object(), torch.ones(2), torch.tensor(1), torch.float64, np.ones(3), np.int64(3), np.True_, len]),
 )
 OPTIONS = sorted(
-    [*LoRAMoEConfig.__annotations__, "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"]
+    [*ConfigFields.__annotations__, "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"]
 )
 
 

@@ -20,6 +20,7 @@ from .options import (
     rank,
     text_options,
 )
+from .train import add_arguments as add_train_arguments
 
 
 PROGRAM = "peft-loramoe"
@@ -60,8 +61,7 @@ def build_parser() -> Parser:
     output, model, as_json = output_option(), model_options(), json_option()
     calibration = text_options("--calibration")
     _add_anchors(command)
-    train = command("train", "commands:train", "fine-tune a model with LoRAMoE on your own data", "")
-    train.fill = _add_train_arguments
+    add_train_arguments(command("train", "commands:train", "fine-tune a model with LoRAMoE on your own data", ""))
     _add_label(command)
     _add_evaluate(command, as_json)
     _add_analysis(add, model, as_json)
@@ -80,16 +80,6 @@ def build_parser() -> Parser:
     )
     run.set_defaults(command=lambda options: run.error("must be the first argument, and a program must follow it"))
     return parser
-
-
-def _add_train_arguments(parser: Parser) -> None:
-    """Its options are those of LoRAMoEConfig and SFTConfig, which have to be imported."""
-    from .program import import_package
-
-    import_package()
-    from .train import add_arguments
-
-    add_arguments(parser)
 
 
 def _add_anchors(command: Command) -> None:

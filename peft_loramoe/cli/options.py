@@ -22,18 +22,10 @@ class Parser(argparse.ArgumentParser):
     """A parser with one-line errors.
 
     If it has an option --config, that names a YAML file with values of other options.
-
-    Attributes:
-        fill: adds the arguments when the parser is used; None if it has them.
     """
-
-    fill: Callable[[Parser], None] | None = None
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Parse the flags, after those that a file named by --config stands for."""
-        if self.fill is not None:
-            fill, self.fill = self.fill, None
-            fill(self)
         if args is not None and "--config" in self._option_string_actions:
             finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             finder.add_argument("--config", type=Path)

@@ -1,11 +1,13 @@
-"""The arguments of `train`, and what is made of them: configurations, records, model, trainer."""
+"""The arguments of `train`, and the configurations that are made of them.
+
+torch, PEFT and TRL are imported when a configuration is made, so that help and errors come at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import difflib
-import inspect
 import json
 import types
 import typing
@@ -14,15 +16,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftConfig
-
-from ..config import LoRAMoEConfig
-from ..training import LoRAMoETrainerMixin
+from ..fields import PRESETS, ConfigFields
 from .options import DTYPES, Parser, add_gguf, json_value, positive, positive_number, steps
 
 
 if TYPE_CHECKING:
     from trl import SFTConfig
+
+    from ..config import LoRAMoEConfig
 
 
 DETAILS = """\
@@ -99,8 +100,6 @@ MAIN_OPTIONS = (
     ),
     *("balance_loss_weight", "balance_delta", "router_lr_multiplier"),
 )
-PRESETS = {"retain": LoRAMoEConfig.retain, "paper": LoRAMoEConfig.paper, "plain": LoRAMoEConfig}
-
 
 # --- arguments
 
@@ -151,19 +150,25 @@ def add_arguments(parser: Parser) -> None:
     anchors.add_argument(
         "--anchors", type=Path, metavar="FILE", help="anchors, JSON lines; a tenth is held back to measure on"
     )
-    defaults = inspect.signature(LoRAMoETrainerMixin.__init__).parameters
-    for name, kind, text in (
-        (
-            "anchor_loss_weight",
-            float,
-            "weight of the language-modelling loss on anchors; with 0 the balance term alone sees them",
-        ),
-        ("anchors_per_batch", positive, "anchors of each batch (default: a tenth of its samples)"),
-        ("anchors_every", positive, "draw anchors for every n-th batch only"),
-    ):
-        default = defaults[name].default
-        text += f" (default: {default})" if default is not None else ""
-        anchors.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
+    anchors.add_argument(
+        "--anchor-loss-weight",
+        type=float,
+        metavar="N",
+        help="weight of the language-modelling loss on anchors; with 0 the balance term alone sees them (default: "
+        "0.4)",
+    )
+    anchors.add_argument(
+        "--anchors-per-batch",
+        type=positive,
+        metavar="N",
+        help="anchors of each batch (default: a tenth of its samples)",
+    )
+    anchors.add_argument(
+        "--anchors-every",
+        type=positive,
+        metavar="N",
+        help="draw anchors for every n-th batch only (default: 1)",
+    )
 
     training = parser.add_argument_group("training")
     for flag, (_, kind, default, text) in TRAINING_OPTIONS.items():
@@ -190,15 +195,15 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _add_config_options(main: argparse._ArgumentGroup, more: argparse._ArgumentGroup) -> None:
-    """A flag for every option of `LoRAMoEConfig`, with the type and the help that stand there."""
+    """A flag for every option of `LoRAMoEConfig`, with its type and help."""
     main.add_argument(
         "--preset",
-        choices=PRESETS,
+        choices=(*PRESETS, "plain"),
         default="retain",
         help="retain: null experts leave what the model knows to the base model; paper: the published method; "
         "plain: the defaults of LoRAMoEConfig (default: retain)",
     )
-    hints, presets = typing.get_type_hints(LoRAMoEConfig), (LoRAMoEConfig.retain(), LoRAMoEConfig.paper())
+    hints = typing.get_type_hints(ConfigFields)
     for field in config_fields():
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):
@@ -210,9 +215,8 @@ def _add_config_options(main: argparse._ArgumentGroup, more: argparse._ArgumentG
             parse = {"type": kind, "metavar": "NAME" if kind is str else "N"}
         else:
             parse = {"type": json_value, "metavar": "JSON"}
-        ours, papers = (
-            json.dumps(value, default=list) for value in (getattr(preset, field.name) for preset in presets)
-        )
+        default = getattr(ConfigFields(), field.name)
+        ours, papers = (json.dumps(PRESETS[preset].get(field.name, default)) for preset in ("retain", "paper"))
         text = (
             field.metadata["help"]
             .rstrip(".")
@@ -231,8 +235,8 @@ def config_fields() -> list[dataclasses.Field]:
 
     The main ones first.
     """
-    inherited = {field.name for field in dataclasses.fields(PeftConfig)} | {"peft_loramoe_version"}
-    fields = {field.name: field for field in dataclasses.fields(LoRAMoEConfig) if field.name not in inherited}
+    fields = {field.name: field for field in dataclasses.fields(ConfigFields)}
+    del fields["peft_loramoe_version"]
     return [fields.pop(name) for name in MAIN_OPTIONS] + list(fields.values())
 
 
@@ -241,9 +245,12 @@ def config_fields() -> list[dataclasses.Field]:
 
 def adapter_config(options: Namespace) -> LoRAMoEConfig:
     """The preset with what the flags change of it."""
+    from ..config import LoRAMoEConfig
+
     given = {field.name: getattr(options, field.name) for field in config_fields() if hasattr(options, field.name)}
+    make = LoRAMoEConfig if options.preset == "plain" else getattr(LoRAMoEConfig, options.preset)
     try:
-        return PRESETS[options.preset](task_type="CAUSAL_LM", **given)
+        return make(task_type="CAUSAL_LM", **given)
     except ValueError as error:
         message = str(error).replace("LoRAMoEConfig(...)", "--preset plain")
         raise ValueError(

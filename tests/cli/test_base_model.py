@@ -178,7 +178,7 @@ def console_script(*words):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["anchors", "--help"], ["label"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"], ["label"]], ids=" ".join)
 def test_torch_is_not_imported_for_arguments(words):
     assert console_script(*words).stdout.splitlines()[-1] == "False False"
 

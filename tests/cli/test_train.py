@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ from peft_loramoe.cli.arguments import build_parser
 from peft_loramoe.cli.train import adapter_config, config_fields, training_config
 from peft_loramoe.cli.train_run import base_model, checkpoint_to_resume, read_data, split_anchors
 from peft_loramoe.cli.train_run import build as build_run
+from peft_loramoe.fields import PRESETS
+from peft_loramoe.training import LoRAMoETrainerMixin
 
 
 NAMES = ["facts", "skills"]
@@ -77,12 +80,28 @@ def test_every_config_option_has_a_flag(capsys):
     assert all(f"--{field.name.replace('_', '-')}" in text for field in config_fields())
 
 
+def test_help_of_anchor_options_has_the_defaults_of_the_mixin(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    parameters = inspect.signature(LoRAMoETrainerMixin.__init__).parameters
+    for name in ("anchor_loss_weight", "anchors_every"):
+        shown = text[text.rindex(f"--{name.replace('_', '-')} N") :]
+        assert f"(default: {parameters[name].default})" in shown[:200]
+
+
 @pytest.mark.parametrize(
     ("preset", "config"),
     [("retain", LoRAMoEConfig.retain), ("paper", LoRAMoEConfig.paper), ("plain", LoRAMoEConfig)],
 )
 def test_presets(preset, config):
     assert adapter_config(parse("--preset", preset, "--r", "6")) == config(r=6, task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_of_the_help_are_those_of_the_config(preset):
+    config = getattr(LoRAMoEConfig, preset)()
+    assert {name: getattr(config, name) for name in PRESETS[preset]} == PRESETS[preset]
 
 
 def test_retain_is_the_default():
