@@ -10,6 +10,7 @@
 #   make study         does a mixture keep what the model knew? (half an hour on two cores; goes on where it was stopped)
 #   make notebook      run examples/quickstart.ipynb and write its outputs into it
 #   make bench         time everything on the CPU (under five minutes on two idle cores);  make bench-gpu  on a CUDA device
+#   make check-wheel   build the archives of a release, check them, and use the wheel in an empty environment
 #   make style         format and lint;  make check-style only checks
 
 PYTHON ?= python3
@@ -20,10 +21,12 @@ PYTEST_ARGS ?= -n 2
 STUDY ?= build/study/toy
 ROWS ?= research/toy/results/rows.jsonl
 VLLM_VENV ?= .venv-vllm
+RELEASE_VENV ?= .venv-release
+NEWCOMER_VENV ?= .venv-newcomer
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(EXTRA)-$(notdir $(CONSTRAINTS))
 
-.PHONY: install demo run-demo notebook test test-slow test-all test-oldest test-newest test-vllm serving conformance conformance-oldest compatibility run-compatibility study study-report bench bench-gpu style check-style clean
+.PHONY: install demo run-demo notebook test test-slow test-all test-oldest test-newest test-vllm serving conformance conformance-oldest compatibility run-compatibility study study-report bench bench-gpu archives check-wheel style check-style clean
 
 install: $(STAMP)
 
@@ -118,6 +121,28 @@ bench-gpu: install
 	$(BIN)/python -m benchmarks.report --plots
 	$(BIN)/python -m benchmarks.report --check
 
+# dist/: what a release uploads
+archives: $(RELEASE_VENV)/installed
+	rm -rf dist
+	$(RELEASE_VENV)/bin/check-manifest --no-build-isolation
+	$(RELEASE_VENV)/bin/python -m build --no-isolation
+	$(RELEASE_VENV)/bin/twine check --strict dist/*
+	$(RELEASE_VENV)/bin/check-wheel-contents dist/*.whl
+	$(RELEASE_VENV)/bin/pyroma --min 10 --skip-tests AuthorEmail dist/*.tar.gz
+
+# the wheel with its core requirements only; from dist/, where no checkout is on the path
+check-wheel: archives
+	$(PYTHON) -m venv --clear $(NEWCOMER_VENV)
+	$(NEWCOMER_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile -c $(CONSTRAINTS) torch
+	$(NEWCOMER_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile -c $(CONSTRAINTS) dist/*.whl pytest
+	cd dist && $(abspath $(NEWCOMER_VENV))/bin/pytest -o pythonpath= -p no:cacheprovider ../tests/newcomer
+
+$(RELEASE_VENV)/installed: $(CONSTRAINTS)
+	$(PYTHON) -m venv $(RELEASE_VENV)
+	$(RELEASE_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) \
+	  build check-manifest check-wheel-contents pyroma setuptools twine wheel
+	touch $@
+
 style: install
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
@@ -125,4 +150,4 @@ check-style: install
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
 
 clean:
-	rm -rf .venv .venv-oldest $(VLLM_VENV) build *.egg-info loramoe-adapter loramoe-demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest $(VLLM_VENV) $(RELEASE_VENV) $(NEWCOMER_VENV) build dist *.egg-info loramoe-adapter loramoe-demo .pytest_cache .ruff_cache .hypothesis

@@ -12,6 +12,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .version import INSTALL
+
 
 TAGS = ("loramoe", "mixture-of-experts", "peft_loramoe")
 BEGIN, END = "<!-- peft_loramoe: begin -->", "<!-- peft_loramoe: end -->"
@@ -23,7 +25,7 @@ This is a LoRAMoE adapter (mixture of LoRA experts). PEFT loads it once `peft_lo
 it stops with `KeyError: 'LORAMOE'`.
 
 ```bash
-pip install peft_loramoe
+{install}
 ```
 
 ```python
@@ -107,6 +109,7 @@ def write_card(path: str, options: Mapping[str, Any], gguf_file: str | None = No
 
     options = {key: sorted(value) if isinstance(value, set) else value for key, value in options.items()}
     text = TEXT.format(
+        install=INSTALL,
         snippet=loading_snippet("ADAPTER", options, gguf_file),
         config=json.dumps(
             {key: value for key, value in options.items() if value not in (None, {}, [])}, indent=2

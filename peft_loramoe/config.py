@@ -77,8 +77,7 @@ class LoRAMoEConfig(ConfigFields, PeftConfig):
         if Version(self.peft_loramoe_version) > Version(__version__):
             warnings.warn(
                 f"The configuration was written by peft_loramoe {self.peft_loramoe_version}, newer than the installed "
-                f"{__version__}; options that it does not know are ignored. Upgrade with `pip install -U "
-                "peft_loramoe`."
+                f"{__version__}; options that it does not know are ignored. Upgrade peft_loramoe."
             )
 
     def check(self) -> None:

@@ -1,3 +1,16 @@
-"""The package version; setup.cfg reads it from here."""
+"""The package's version, and where it is published; setup.cfg and setup.py read both from here."""
+
+from __future__ import annotations
+
 
 __version__ = "0.1.0"
+
+# The address of the public repository, such as "https://github.com/OWNER/peft_loramoe". It is None until the name is
+# registered on the package index (docs/release.md), and till then nothing may tell a stranger to install by name.
+HOME: str | None = None
+
+INSTALL = (
+    "pip install peft_loramoe"
+    if HOME
+    else f"pip install ./peft_loramoe  # a checkout or wheel of version {__version__}; the name is not on the public index"
+)

@@ -446,7 +446,7 @@ def test_options_of_a_future_version_are_ignored_with_a_warning(load, folders, e
 def test_a_config_of_a_newer_version_says_which_package_to_upgrade(folders, tmp_path):
     shutil.copytree(folders / "adapter", tmp_path, dirs_exist_ok=True)
     edit_config(tmp_path, peft_loramoe_version="99.0")
-    with pytest.warns(UserWarning, match=r"written by peft_loramoe 99\.0, newer .* `pip install -U peft_loramoe`"):
+    with pytest.warns(UserWarning, match=r"written by peft_loramoe 99\.0, newer .* Upgrade peft_loramoe"):
         PeftConfig.from_pretrained(tmp_path)
 
 

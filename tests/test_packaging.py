@@ -1,0 +1,74 @@
+"""What the package says about itself: where it is published, its extras and the oldest versions that it works with.
+
+`make check-wheel` checks the archives themselves.
+"""
+
+import configparser
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from peft_loramoe.card import write_card
+from peft_loramoe.version import HOME, INSTALL
+
+
+pytestmark = pytest.mark.version_independent
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+EXTRAS = SETUP["options.extras_require"]
+DEVELOPMENT = {"demo", "dev", "docs", "research"}  # named where they are needed
+
+index_page = runpy.run_path(str(ROOT / "setup.py"))["index_page"]
+
+
+@pytest.mark.parametrize(
+    ("link", "with_home", "without"),
+    [
+        ("[a page](docs/a.md#part)", "[a page](https://host/blob/main/docs/a.md#part)", "a page"),
+        ("![a figure](images/a.png)", "![a figure](https://host/raw/main/images/a.png)", ""),
+        ("[elsewhere](https://other/a)", "[elsewhere](https://other/a)", "[elsewhere](https://other/a)"),
+        ("[below](#part)", "[below](#part)", "[below](#part)"),
+    ],
+)
+def test_links_of_an_index_page_are_absolute_or_text(link, with_home, without):
+    assert index_page(f"See {link}.", "https://host") == f"See {with_home}."
+    assert index_page(f"See {link}.", None) == f"See {without}."
+
+
+def test_a_model_card_says_how_to_install(tmp_path):
+    write_card(str(tmp_path / "README.md"), {})
+    assert f"```bash\n{INSTALL}\n```" in (tmp_path / "README.md").read_text()
+
+
+TEXTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "peft_loramoe").rglob("*.py")]
+
+
+@pytest.mark.skipif(HOME is not None, reason="the name is registered")
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nobody_is_told_to_install_a_name_that_is_not_registered(path):
+    if path.name != "version.py":
+        assert not re.search(r"pip install (-\S+ )*[\"']?peft[-_]loramoe", path.read_text(encoding="utf-8"))
+
+
+def test_the_readme_knows_whether_the_name_is_registered():
+    assert ("not on the public index" in README) == (HOME is None)
+
+
+@pytest.mark.parametrize("extra", sorted(set(EXTRAS) - DEVELOPMENT))
+def test_the_readme_names_every_extra(extra):
+    assert f"`{extra}`" in README
+
+
+@pytest.mark.parametrize(
+    "package", ["accelerate", "bitsandbytes", "datasets", "deepspeed", "peft", "transformers", "trl"]
+)
+def test_the_oldest_allowed_versions_are_those_that_are_tested(package):
+    requirements = "\n".join([SETUP["options"]["install_requires"], *EXTRAS.values()])
+    oldest = re.search(rf"^{package}>=([\d.]+)", requirements, re.MULTILINE)[1]
+    pinned = re.search(rf"^{package}==([\d.]+)", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE)[1]
+    assert pinned == oldest or pinned == f"{oldest}.0"
