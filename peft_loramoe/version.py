@@ -9,8 +9,7 @@ __version__ = "0.1.0"
 # registered on the package index (docs/release.md), and till then nothing may tell a stranger to install by name.
 HOME: str | None = None
 
-INSTALL = (
-    "pip install peft_loramoe"
-    if HOME
-    else f"pip install ./peft_loramoe  # a checkout or wheel of version {__version__}; the name is not on the public index"
-)
+if HOME:
+    INSTALL = "pip install peft_loramoe"
+else:
+    INSTALL = f"pip install ./peft_loramoe  # a checkout or wheel of version {__version__}; not on the public index"
