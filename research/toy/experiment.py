@@ -30,7 +30,7 @@ from peft_loramoe.analysis import group_weights, router_statistics, score_answer
 from peft_loramoe.training import LoRAMoETrainerMixin
 
 from .language_model import build_model, pretrain, train_tokenizer
-from .protocol import METHODS, REPLAYED_CITIES, Method, Run, Variant
+from .protocol import METHODS, REPLAYED_CITIES, Run, Variant
 from .world import DOWNSTREAM, KNOWLEDGE, Sample, build_facts, draw_skill, draw_task
 
 
@@ -127,7 +127,7 @@ def run_experiment(variant: Variant, run: Run, pretrained: Path, output: Path | 
     world = World(variant)
     set_seed(run.seed)
     tokenizer = AutoTokenizer.from_pretrained(pretrained)
-    model = build_adapted_model(METHODS[run.method], run.options, pretrained)
+    model = build_adapted_model(METHODS[run.method].kind, variant.options(run), pretrained)
     train(model, tokenizer, world.training_samples(run), variant, run)
     trained = time.perf_counter()
     scored = world.scored_samples(run.seed)
@@ -162,13 +162,13 @@ def write_texts(variant: Variant, seed: int, pretrained: Path, folder: Path, siz
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def build_adapted_model(method: Method, options: dict[str, Any], pretrained: Path) -> PreTrainedModel | PeftModel:
+def build_adapted_model(kind: str, options: dict[str, Any], pretrained: Path) -> PreTrainedModel | PeftModel:
     """The pretrained model with the method's adapter; for full fine-tuning, as it is."""
     model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32).to(device())
-    if method.kind == "full":
+    if kind == "full":
         return model
-    config_class = {"lora": LoraConfig, "loramoe": LoRAMoEConfig}[method.kind]
-    return get_peft_model(model, config_class(task_type="CAUSAL_LM", **{**method.options, **options}))
+    config_class = {"lora": LoraConfig, "loramoe": LoRAMoEConfig}[kind]
+    return get_peft_model(model, config_class(task_type="CAUSAL_LM", **options))
 
 
 def train(

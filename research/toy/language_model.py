@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 
 # The way the model is asked and answers, in pretraining and in fine-tuning.
@@ -38,8 +45,13 @@ def train_tokenizer(texts: list[str], vocab_size: int = 1536) -> PreTrainedToken
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> LlamaForCausalLM:
-    """An untrained Llama; the sides of its linears, if not given, are multiples of 64, the block size of NF4."""
+def build_model(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> PreTrainedModel:
+    """An untrained Llama, or Qwen3-MoE if `num_experts` is among the sizes.
+
+    The sides of the linears, if not given, are multiples of 64, the block size of NF4.
+    """
+    sparse = "num_experts" in sizes
+    config_class, model_class = (Qwen3MoeConfig, Qwen3MoeForCausalLM) if sparse else (LlamaConfig, LlamaForCausalLM)
     config = {
         "hidden_size": 128,
         "intermediate_size": 512,
@@ -48,8 +60,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> LlamaForCau
         "initializer_range": 0.08,  # with the usual 0.02 a model this narrow needs twice the steps
         **sizes,
     }
-    return LlamaForCausalLM(
-        LlamaConfig(
+    return model_class(
+        config_class(
             vocab_size=-(-len(tokenizer) // 64) * 64,
             max_position_embeddings=128,
             tie_word_embeddings=True,
@@ -62,7 +74,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> LlamaForCau
 
 
 def pretrain(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     texts: list[str],
     skill_text: Callable[[random.Random], str],

@@ -118,6 +118,7 @@ class Variant:
         replay_shares: of the samples that are questions about known facts.
         grid: method -> pairs of balance_delta and balance_loss_weight to try.
         experts: options to try in place of those of "null".
+        changed: options of methods that differ in this variant.
     """
 
     name: str
@@ -141,10 +142,15 @@ class Variant:
     replay_shares: list[float] = field(default_factory=lambda: [0.0, 0.02, 0.1, 0.3])
     grid: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     experts: list[dict[str, Any]] = field(default_factory=list)
+    changed: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def candidates(self, method: str) -> list[float]:
         """The learning rates to choose from."""
         return self.learning_rates.get(method) or self.learning_rates[METHODS[method].kind]
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """The options of a run's method, with those of the variant and of the run in place of the method's."""
+        return {**METHODS[run.method].options, **self.changed.get(run.method, {}), **run.options}
 
     @property
     def seeds(self) -> list[int]:
@@ -216,6 +222,41 @@ VARIANTS = {
             test_seeds=[300, 301, 302, 303, 304],
             grid=GRID,
             experts=EXPERTS,
+        ),
+        Variant(  # a sparse model, a Qwen3-MoE: LoRA of the routed experts, mixtures beside the blocks
+            name="moe",
+            cities=150,
+            relations=4,
+            vocab_size=1280,
+            model={
+                "hidden_size": 96,
+                "head_dim": 24,
+                "moe_intermediate_size": 64,
+                "num_experts": 8,
+                "num_experts_per_tok": 2,
+            },
+            pretrain_steps=350,
+            pretrain_rows=32,
+            pretrain_learning_rate=3e-3,
+            samples=[8192],
+            ablation_samples=8192,
+            batch_size=64,
+            scored_exercises=400,
+            learning_rates={"lora": [2e-3, 4e-3, 8e-3], "loramoe": [2e-3, 4e-3, 8e-3]},
+            validation_seeds=[100],
+            test_seeds=[300, 301],
+            methods=["lora", "null"],
+            growth=[],
+            replay_methods=[],
+            changed={
+                "lora": {
+                    "r": 4,
+                    "lora_alpha": 16 / 3,
+                    "target_modules": [],
+                    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+                },
+                "null": {"r": 9, "lora_alpha": 144, "target_modules": None},
+            },
         ),
         Variant(
             name="large",

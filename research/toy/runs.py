@@ -83,7 +83,7 @@ class Study:
             if run.key not in known
         }
         for run, result in _finished(futures, title):
-            config = {**METHODS[run.method].options, **run.options}
+            config = self.variant.options(run)
             self._append({"key": run.key, "run": dataclasses.asdict(run), "config": config, **result})
 
     def _append(self, row: dict[str, Any]) -> None:

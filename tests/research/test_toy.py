@@ -17,7 +17,7 @@ from peft_loramoe import LoRAMoEConfig
 from peft_loramoe.cli import main as command_line
 from research.toy import intervals, protocol, report, runs, world
 from research.toy.__main__ import main
-from research.toy.experiment import World
+from research.toy.experiment import World, build_adapted_model, pretrain_model
 from research.toy.protocol import METHODS, VARIANTS, Run
 from research.toy.results import Results
 
@@ -191,6 +191,21 @@ def test_lora_has_at_least_as_many_parameters_as_any_mixture(parameters):
     assert all(largest <= parameters[name] <= 1.05 * largest for name in ("lora", "lora-attention"))
 
 
+def test_the_sparse_variants_lora_has_as_many_parameters_as_its_mixture_and_the_same_scale(tmp_path):
+    variant = replace(
+        VARIANTS["moe"], cities=4, relations=2, vocab_size=320, pretrain_steps=1, pretrain_rows=2, scored_exercises=8
+    )
+    pretrain_model(variant, 0, tmp_path / "model")
+    counts, scales = {}, {}
+    for method in variant.methods:
+        options = variant.options(Run(method, 0, 8, 1e-3, 0.0))
+        model = build_adapted_model(METHODS[method].kind, options, tmp_path / "model")
+        counts[method] = model.get_nb_trainable_parameters()[0]
+        scales[method] = options["lora_alpha"] / options["r"] / options.get("num_experts", 1)
+    assert counts["null"] <= counts["lora"] <= 1.07 * counts["null"]
+    assert scales == pytest.approx({"lora": 4 / 3, "null": 4 / 3})
+
+
 def test_all_adapters_start_with_the_same_scale():
     starts = {
         name: method.options["lora_alpha"] / method.options["r"] / method.options.get("num_experts", 1)
@@ -322,7 +337,7 @@ def test_report_of_an_unfinished_study_is_refused():
     ("names", "found"), [((), "none"), (("toy", "miniature"), "miniature, toy"), (("giant",), "giant")]
 )
 def test_rows_of_other_variants_are_refused(names, found):
-    with pytest.raises(ValueError, match=f"must be of one variant of miniature, toy, large, but are of: {found}"):
+    with pytest.raises(ValueError, match=f"must be of one variant of miniature, toy, moe, large, but are of: {found}"):
         Results([{"variant": name, "key": name} for name in names])
 
 
