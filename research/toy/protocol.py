@@ -98,6 +98,7 @@ class Variant:
 
     Attributes:
         name: of the variant.
+        about: what it is, a sentence or two for its report.
         cities: number of cities.
         relations: facts of each city.
         vocab_size: of the tokenizer.
@@ -122,6 +123,7 @@ class Variant:
     """
 
     name: str
+    about: str
     cities: int
     relations: int
     vocab_size: int
@@ -177,6 +179,7 @@ VARIANTS = {
     for variant in (
         Variant(
             name="miniature",
+            about="Sizes with which the program is tested; the scores mean nothing.",
             cities=4,
             relations=2,
             vocab_size=320,
@@ -200,6 +203,7 @@ VARIANTS = {
         ),
         Variant(
             name="toy",
+            about="A Llama of four blocks with 96 channels and 600 facts.",
             cities=150,
             relations=4,
             vocab_size=1280,
@@ -223,8 +227,10 @@ VARIANTS = {
             grid=GRID,
             experts=EXPERTS,
         ),
-        Variant(  # a sparse model, a Qwen3-MoE: LoRA of the routed experts, mixtures beside the blocks
+        Variant(
             name="moe",
+            about='A sparse model, a Qwen3-MoE of four blocks with eight routed experts, two for each token. "LoRA" is '
+            "PEFT's of the routed experts (`target_parameters`); the mixtures are beside the sparse blocks.",
             cities=150,
             relations=4,
             vocab_size=1280,
@@ -242,9 +248,9 @@ VARIANTS = {
             ablation_samples=8192,
             batch_size=64,
             scored_exercises=400,
-            learning_rates={"lora": [2e-3, 4e-3, 8e-3], "loramoe": [2e-3, 4e-3, 8e-3]},
+            learning_rates={"lora": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], "loramoe": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]},
             validation_seeds=[100],
-            test_seeds=[300, 301],
+            test_seeds=[300, 301, 302, 303],
             methods=["lora", "null"],
             growth=[],
             replay_methods=[],
@@ -260,6 +266,7 @@ VARIANTS = {
         ),
         Variant(
             name="large",
+            about="A Llama for one GPU.",
             cities=5000,
             relations=5,
             vocab_size=16384,

@@ -18,8 +18,10 @@ LOST = [f"{kind} lost" for kind in KINDS]
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
+    """A Markdown table; without lines, nothing."""
+    lines = list(lines)
+    rows = (header, ["---"] * len(header), *lines) if lines else ()
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 # --- the main result
@@ -260,14 +262,15 @@ def write_report(rows: Sequence[Row], output: Path) -> str:
     }
     made = sorted({f"{row['date']}, {row['device']}: {_versions(row)}" for row in rows})
     minutes = sum(row["seconds"]["all"] for row in rows) / 60
-    text = f"# Knowledge retention, variant {variant.name}\n\n{len(rows)} rows, {minutes:.0f} minutes of computing, all processes "
+    text = f"# Knowledge retention, variant {variant.name}\n\n{variant.about}\n\n{len(rows)} rows, {minutes:.0f} minutes of computing, all processes "
     text += f"together. {'; '.join(made)}.\n"
-    text += "".join(f"\n## {title}\n\n{section}\n" for title, section in sections.items())
+    text += "".join(f"\n## {title}\n\n{section}\n" for title, section in sections.items() if section)
     output.mkdir(parents=True, exist_ok=True)
     (output / "report.md").write_text(text, encoding="utf-8")
     plot_frontier(frontier_records(results), output / "frontier.png")
     plot_learning_rates(results, output / "learning-rates.png")
-    plot_growth(results, output / "growth.png")
+    if variant.growth:
+        plot_growth(results, output / "growth.png")
     return main
 
 
