@@ -11,6 +11,7 @@
 #   make notebook      run examples/quickstart.ipynb and write its outputs into it
 #   make bench         time everything on the CPU (under five minutes on two idle cores);  make bench-gpu  on a CUDA device
 #   make check-wheel   build the archives of a release, check them, and use the wheel in an empty environment
+#   make api           write tests/api.txt, the public names and signatures
 #   make style         format and lint;  make check-style only checks
 
 PYTHON ?= python3
@@ -26,7 +27,7 @@ NEWCOMER_VENV ?= .venv-newcomer
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(EXTRA)-$(notdir $(CONSTRAINTS))
 
-.PHONY: install demo run-demo notebook test test-slow test-all test-oldest test-newest test-vllm serving conformance conformance-oldest compatibility run-compatibility study study-report bench bench-gpu archives check-wheel style check-style clean
+.PHONY: install demo run-demo notebook test test-slow test-all test-oldest test-newest test-vllm serving conformance conformance-oldest compatibility run-compatibility study study-report bench bench-gpu archives check-wheel fixture check-release tag api style check-style clean
 
 install: $(STAMP)
 
@@ -142,6 +143,22 @@ $(RELEASE_VENV)/installed: $(CONSTRAINTS)
 	$(RELEASE_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) \
 	  build check-manifest check-wheel-contents pyroma setuptools twine wheel
 	touch $@
+
+VERSION = $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('peft_loramoe/version.py')['__version__'])")
+
+# never overwrite a folder that is committed
+fixture: install
+	test ! -e tests/fixtures/adapter-$(VERSION)
+	$(BIN)/python tests/fixtures/make_adapter.py tests/fixtures/adapter-$(VERSION)
+
+check-release:
+	$(PYTHON) .ci/release.py
+
+tag: check-release
+	git tag -a v$(VERSION) -m "Version $(VERSION)"
+
+api: install
+	$(BIN)/python tests/test_api.py
 
 style: install
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -17,13 +17,13 @@ PAGES = {
 }
 
 
-def index_page(text: str, home: "str | None") -> str:
+def index_page(text: str, home: str | None) -> str:
     """The README for a package index, where relative links lead nowhere.
 
     They become absolute. Without a public repository, images are left out, and of links only the text is kept.
     """
 
-    def replace(link: "re.Match[str]") -> str:
+    def replace(link: re.Match[str]) -> str:
         mark, label, target = link.groups()
         if home is None:
             return "" if mark else label

@@ -9,9 +9,10 @@ import runpy
 from pathlib import Path
 
 import pytest
+import yaml
 
 from peft_loramoe.card import write_card
-from peft_loramoe.version import HOME, INSTALL
+from peft_loramoe.version import HOME, INSTALL, __version__
 
 
 pytestmark = pytest.mark.version_independent
@@ -73,3 +74,31 @@ def test_the_oldest_allowed_versions_are_those_that_are_tested(package):
     oldest = re.search(rf"^{package}>=([\d.]+)", requirements, re.MULTILINE)[1]
     pinned = re.search(rf"^{package}==([\d.]+)", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE)[1]
     assert pinned == oldest or pinned == f"{oldest}.0"
+
+
+def test_the_citation_and_the_changelog_are_of_this_version():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+) \(", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == __version__
+
+
+def test_a_version_that_is_not_ready_is_not_released():
+    missing = runpy.run_path(str(ROOT / ".ci" / "release.py"))["missing"]("99.0", None)
+    assert [sentence.split()[0] for sentence in missing[:3]] == ["HOME", "CHANGELOG.md", "CITATION.cff"]
+
+
+def test_workflows_run_targets_that_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(path.read_text())["jobs"].values()
+        used = {target for job in jobs for target in job.get("strategy", {}).get("matrix", {}).get("target", [])}
+        commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+        assert all(command.startswith("make ") for command in commands), path
+        used |= {command.removeprefix("make ") for command in commands} - {"${{ matrix.target }}"}
+        assert used <= targets, path
+
+
+def test_one_version_of_ruff():
+    texts = ["constraints.txt", "constraints-oldest.txt", "setup.cfg", ".pre-commit-config.yaml"]
+    assert (
+        len({version for name in texts for version in re.findall(r"ruff==([\d.]+)", (ROOT / name).read_text())}) == 1
+    )

@@ -260,10 +260,10 @@ def mixed(trainer_class: type) -> type:
 
 
 def importable(name: str) -> bool:
-    """Whether the trainer's module can be imported with the installed transformers."""
+    """Whether the installed TRL has the trainer, and it can be imported with the installed transformers."""
     try:
         load(name)
-    except ImportError:
+    except (ImportError, AttributeError):
         return False
     return True
 

@@ -57,7 +57,7 @@ def test_the_table_has_every_trainer():
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_the_table_is_what_a_run_gives(name, tmp_path):
     if not importable(name):
-        pytest.skip("needs a newer transformers")
+        pytest.skip("needs a newer transformers or TRL")
     assert outcome(name, tmp_path) == TABLE[name]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from packaging.version import Version
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -218,6 +219,8 @@ OF_WORD = {int(prompt.split()[0][1:]): kind for prompt, kind in zip(PROMPTS, TYP
 @pytest.mark.parametrize("name", CONFIGS)
 def test_preferences_and_rewards_with_images(name, kind, tmp_path):
     trl = pytest.importorskip("trl")
+    if kind == "GRPO" and Version(trl.__version__) < Version("1.16"):
+        pytest.skip("before 1.16, TRL's GRPO fails on these models without an adapter, too")
     if kind == "DPO":
         args = trl.DPOConfig(str(tmp_path), max_length=None, **OPTIONS)
         data, options = PREFERENCES, {}
