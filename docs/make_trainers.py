@@ -1,4 +1,4 @@
-"""Write the table of trainers in docs/training.md, from runs of the cases of tests/trainer_cases.py.
+"""Write the table of trainers in docs/trainers.md, from runs of the cases of tests/trainer_cases.py.
 
 python docs/make_trainers.py
 """
@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 
-PAGE = Path(__file__).parent / "training.md"
+PAGE = Path(__file__).parent / "trainers.md"
 BEGIN, END = "<!-- Written by docs/make_trainers.py. -->", "<!-- Written until here. -->"
 
 

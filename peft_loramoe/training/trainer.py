@@ -324,7 +324,7 @@ class LoRAMoETrainerMixin:
             raise ValueError(
                 f"{type(self).__name__} is about to take an optimizer step whose loss has no balance term, because it "
                 "does not come from compute_loss in training mode: some trainers, TRL's OnlineDPOTrainer for one, "
-                "compute it elsewhere. Use a trainer of the table in docs/training.md, or set balance_loss_weight=0."
+                "compute it elsewhere. Use a trainer of the table in docs/trainers.md, or set balance_loss_weight=0."
             )
 
     def _accumulation_weight(self, num_items_in_batch: Tensor | int | None) -> float:

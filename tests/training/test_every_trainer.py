@@ -16,7 +16,7 @@ from trainer_cases import CASES, OPTIONS, TOKENS, TYPES, build, causal, importab
 from tiny import tiny_llama, tiny_tokenizer
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "training.md"
+PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
 TABLE = dict(re.findall(r"^\| `((?:transformers|trl)\.[\w.]+)` \| (.*?) \|", PAGE.read_text(), re.MULTILINE))
 FAST = (
     "transformers.Seq2SeqTrainer",
