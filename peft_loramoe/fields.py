@@ -122,7 +122,7 @@ class ConfigFields:
     alpha_pattern: dict[str, float] = _option(
         mapping(PATTERN, ALPHA, "names or expressions to numbers"), "The same for lora_alpha.", factory=dict
     )
-    bias: str = _option(choice(*BIAS), f"Biases of the base model to train, one of {BIAS}.", "none")
+    bias: str = _option(choice(*BIAS), f"Biases of the base model to train, one of {', '.join(BIAS)}.", "none")
     modules_to_save: list[str] | None = _option(
         optional(list_of(expression(MODULE_TO_SAVE), "module names")),
         "Further modules to train fully and save with the adapter.",
@@ -177,9 +177,11 @@ class ConfigFields:
         optional(list_of(text, "names")), "Names of the groups' task types, accepted in task_types."
     )
     router_temperature: float = _option(number(1e-6, 1e6), "The router's logits are divided by it.", 1.0)
-    router_dtype: str = _option(_router_dtype, f"dtype of the router's logits, one of {ROUTER_DTYPES}.", "float32")
+    router_dtype: str = _option(
+        _router_dtype, f"dtype of the router's logits, one of {', '.join(ROUTER_DTYPES)}.", "float32"
+    )
     router_init: str = _option(
-        choice(*ROUTER_INIT), f"Initialisation of the router, one of {ROUTER_INIT}.", "kaiming_uniform"
+        choice(*ROUTER_INIT), f"Initialisation of the router, one of {', '.join(ROUTER_INIT)}.", "kaiming_uniform"
     )
     top_k: int | None = _option(
         optional(integer(1, MAX_EXPERTS)),

@@ -13,3 +13,13 @@ if HOME:
     INSTALL = "pip install peft_loramoe"
 else:
     INSTALL = f"pip install ./peft_loramoe  # a checkout or wheel of version {__version__}; not on the public index"
+
+
+def needs(what: str, package: str, extra: str) -> str:
+    """The message that something needs a package of an extra. The name is installed, so pip asks no index for it.
+
+    Example:
+        >>> needs("--load-in-4bit", "bitsandbytes", "bnb")
+        '--load-in-4bit needs bitsandbytes: pip install "peft_loramoe[bnb]"'
+    """
+    return f'{what} needs {package}: pip install "peft_loramoe[{extra}]"'

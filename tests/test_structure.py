@@ -18,7 +18,8 @@ PACKAGE = Path(peft_loramoe.__file__).parent
 # From the ground up; a module (or folder) imports from lower floors only, and within its own folder.
 FLOORS = [
     {"options", "streams", "version"},
-    {"card", "fields", "gradients", "groups", "modes", "names", "ops", "peft_api", "reading"} | {"targets", "writing"},
+    {"card", "console", "fields", "gradients", "groups", "hub", "modes", "names", "ops", "peft_api", "reading"}
+    | {"targets", "writing"},
     {"config", "experts"},
     {"balance", "layer"},
     {"loading", "training", "analysis"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 import torch
@@ -59,7 +59,7 @@ class ClosedBookResult:
         (0.0, 1.5)
     """
 
-    responses: list[Response]
+    responses: list[Response] = field(repr=False)
 
     @property
     def exact_match(self) -> float:

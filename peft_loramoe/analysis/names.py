@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
+from itertools import takewhile
 
 
 def blocks_and_kinds(layers: Iterable[str]) -> dict[str, tuple[int | None, str]]:
@@ -26,6 +27,50 @@ def blocks_and_kinds(layers: Iterable[str]) -> dict[str, tuple[int | None, str]]
     while len({_last_parts(pattern, parts) for pattern in patterns}) < len(patterns):
         parts += 1
     return {layer: (block, _last_parts(pattern, parts)) for layer, (block, pattern) in found.items()}
+
+
+def by_kind(layers: Iterable[str]) -> dict[str, list[str]]:
+    """The linears of each kind.
+
+    Args:
+        layers: names of linears.
+
+    Example:
+        >>> by_kind(["layers.0.up_proj", "layers.0.down_proj", "layers.1.up_proj"])
+        {'up_proj': ['layers.0.up_proj', 'layers.1.up_proj'], 'down_proj': ['layers.0.down_proj']}
+    """
+    kinds: dict[str, list[str]] = {}
+    for layer, (_, kind) in blocks_and_kinds(layers).items():
+        kinds.setdefault(kind, []).append(layer)
+    return kinds
+
+
+def without_prefix(layers: Collection[str]) -> tuple[str, dict[str, str]]:
+    """What the names of all linears begin with, and what is left of each.
+
+    Args:
+        layers: names of linears.
+
+    Returns:
+        The common beginning, of whole parts, and name -> the rest of the name.
+
+    Example:
+        >>> without_prefix(["model.layers.0.up_proj", "model.layers.1.up_proj"])
+        ('model.layers', {'model.layers.0.up_proj': '0.up_proj', 'model.layers.1.up_proj': '1.up_proj'})
+    """
+    parts = zip(*(layer.split(".")[:-1] for layer in layers))
+    common = [same[0] for same in takewhile(lambda part: len(set(part)) == 1, parts)]
+    return ".".join(common), {layer: ".".join(layer.split(".")[len(common) :]) for layer in layers}
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by, with the numbers in them in numerical order.
+
+    Example:
+        >>> sorted(["layers.10.up_proj", "layers.9.up_proj"], key=natural_order)
+        ['layers.9.up_proj', 'layers.10.up_proj']
+    """
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def type_name(task_type: int, names: Sequence[str] | None) -> str:

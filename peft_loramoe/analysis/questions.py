@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reading import read_json, read_json_lines
+from ..version import needs
 
 
 HUB = "hub:"
@@ -134,7 +135,7 @@ def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError(f"Reading {source} needs datasets: pip install datasets") from error
+        raise ImportError(needs(source, "datasets", "train")) from error
     name, *rest = source.removeprefix(HUB).split(":")
     if not name or len(rest) > 2:
         raise ValueError(f"{source} must have the form {HUB}NAME[:CONFIG[:SPLIT]].")

@@ -65,6 +65,15 @@ class RouterStatistics(SavedAsJSON):
         "layers": (*OF_LAYER, "samples", "tokens", "entropy", "load_entropy", "num_experts"),
     }
 
+    def __repr__(self) -> str:
+        """How much was measured, without the records."""
+        linears = {(record["adapter"], record["layer"]) for record in self.layers}
+        samples = {record["task_type"]: record["samples"] for record in self.layers}
+        return (
+            f"RouterStatistics({len(linears)} linears, samples by task type: {samples}, "
+            f"task_type_names={self.task_type_names})"
+        )
+
 
 def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> RouterStatistics:
     """Run the model over batches and average the router outputs of its active adapters by task type.

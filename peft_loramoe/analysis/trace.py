@@ -49,6 +49,10 @@ class RouterTrace(SavedAsJSON):
     task_type_names: list[str] | None
     null_groups: list[int]
 
+    def __repr__(self) -> str:
+        """How much was traced, without the probabilities."""
+        return f"RouterTrace(adapter={self.adapter!r}, {len(self.tokens)} tokens, {len(self.layers)} linears)"
+
     def records(self) -> list[dict[str, Any]]:
         """The trace as one record per layer, token and expert.
 

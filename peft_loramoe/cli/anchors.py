@@ -11,6 +11,7 @@ from typing import Any
 from ..reading import read_json_lines, read_text
 from ..training import anchors_from_texts, sample_anchors, write_anchors
 from ..training.anchors import KINDS
+from ..version import needs
 from .base_model import BaseModel
 from .options import check_output
 
@@ -59,8 +60,10 @@ def _texts_of_file(path: Path) -> Iterator[str]:
 
 
 def _texts_of_dataset(source: str) -> Iterator[str]:
-    from datasets import load_dataset
-
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(needs(f"--dataset {source}", "datasets", "train")) from error
     name, _, rest = source.partition(":")
     if not name.strip("/"):
         raise ValueError(f"--dataset {source!r} names no data set; write NAME[:CONFIG[:SPLIT]].")

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..version import __version__
+from .environment import env
 from .options import (
     Command,
     Parser,
     add_loading,
     command_adder,
     json_option,
+    layers_option,
     model_options,
     name_or_index,
     output_option,
@@ -46,38 +48,39 @@ COMMAND is the name of an installed program, the path of a script, or -m MODULE.
 Python processes that the program starts, unless they use -S, -E or -I or drop the environment variable PYTHONPATH."""
 RUN_EXAMPLES = """\
 examples:
-  peft-loramoe run -- lm_eval --model hf --model_args pretrained=BASE,peft=ADAPTER --tasks hellaswag
+  peft-loramoe run -- lm_eval --model hf \\
+      --model_args pretrained=BASE,peft=ADAPTER --tasks hellaswag
   peft-loramoe run -- accelerate launch train.py
   peft-loramoe run -- -m my_package.evaluate --adapter ADAPTER"""
 
 
 def build_parser() -> Parser:
     """The parser of all commands; `run` has only its help here."""
-    parser = Parser(PROGRAM, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(PROGRAM, description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     add = parser.add_subparsers(title="commands", metavar="COMMAND", required=True).add_parser
     command = command_adder(add)
-    output, model, as_json = output_option(), model_options(), json_option()
+    output, model, as_json, layers = output_option(), model_options(), json_option(), layers_option()
     calibration = text_options("--calibration")
     _add_anchors(command)
     add_train_arguments(command("train", "commands:train", "fine-tune a model with LoRAMoE on your own data", ""))
     _add_label(command)
     _add_evaluate(command, as_json)
     _add_analysis(add, model, as_json)
-    _add_files(command, output, as_json)
-    _add_export(command, [output, model, calibration, as_json])
+    _add_files(command, output, as_json, layers)
+    _add_export(command, [output, model, calibration, as_json, layers])
     surgery = add("surgery", help="list, add, remove, reorder or merge the experts of a saved adapter")
     operations = surgery.add_subparsers(title="operations", metavar="OPERATION", required=True)
-    _add_surgery(command_adder(operations.add_parser), output, model, calibration, as_json)
+    _add_surgery(command_adder(operations.add_parser), output, calibration, [model, as_json, layers])
     run = add(
         "run",
         help="run another Python program (lm_eval, trl, a script) with LoRAMoE registered",
         usage=f"{PROGRAM} run -- COMMAND ...",
         description=RUN,
         epilog=RUN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    command("env", env, "print versions of packages, platform and device, to paste into an issue", "")
     run.set_defaults(command=lambda options: run.error("must be the first argument, and a program must follow it"))
     return parser
 
@@ -299,7 +302,7 @@ def _add_files_of_figure(parser: Parser) -> None:
     )
 
 
-def _add_files(command: Command, output: Parser, as_json: Parser) -> None:
+def _add_files(command: Command, output: Parser, as_json: Parser, layers: Parser) -> None:
     """Commands that only need the files of adapters."""
     inspect = command(
         "inspect",
@@ -308,6 +311,7 @@ def _add_files(command: Command, output: Parser, as_json: Parser) -> None:
         "The norm of an expert is the Frobenius norm of B A times the scaling; the similarity of two experts is the "
         "cosine of their matrices B A. The base model is not needed.",
         as_json,
+        layers,
     )
     inspect.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
 
@@ -387,15 +391,14 @@ def _add_export(command: Command, options: list[Parser]) -> None:
     )
 
 
-def _add_surgery(operation: Command, output: Parser, model: Parser, data: Parser, as_json: Parser) -> None:
+def _add_surgery(operation: Command, output: Parser, data: Parser, shared: list[Parser]) -> None:
     listing = operation(
         "list",
         "commands:list_experts",
         "list the experts, and with --calibration data their load",
         "The load of an expert is its mean router probability over the tokens.",
-        model,
         data,
-        as_json,
+        *shared,
     )
     adding = operation(
         "add",
@@ -405,9 +408,8 @@ def _add_surgery(operation: Command, output: Parser, model: Parser, data: Parser
         "outputs becomes a multiple of the old number (--start exact). Any other number changes it, and the error is "
         "measured (--start nearest).",
         output,
-        model,
         data,
-        as_json,
+        *shared,
     )
     adding.add_argument("--count", type=int, metavar="N", help="number of new experts (default: as many as there are)")
     adding.add_argument(
@@ -419,10 +421,10 @@ def _add_surgery(operation: Command, output: Parser, model: Parser, data: Parser
         "--fill-with-null", action="store_true", help="fill up to a multiple with null experts, for --start exact"
     )
     removing = operation("remove", "commands:remove_experts", "remove experts; the others' gates are renormalized", "",
-                         output, model, data, as_json)  # fmt: skip
+                         output, data, *shared)  # fmt: skip
     removing.add_argument("--experts", type=int, nargs="+", required=True, metavar="I", help="indices from `list`")
     reordering = operation("reorder", "commands:reorder_experts", "reorder the experts; outputs do not change", "",
-                           output, model, as_json)  # fmt: skip
+                           output, *shared)  # fmt: skip
     reordering.add_argument(
         "--order",
         type=int,
@@ -432,7 +434,7 @@ def _add_surgery(operation: Command, output: Parser, model: Parser, data: Parser
         help="old index of each new expert; groups must stay together",
     )
     merging = operation(
-        "merge", "commands:merge_experts", "merge two experts of a group into one", "", output, model, data, as_json
+        "merge", "commands:merge_experts", "merge two experts of a group into one", "", output, data, *shared
     )
     merging.add_argument(
         "--experts",

@@ -20,6 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..hub import check_source
+from ..version import needs
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -56,9 +59,9 @@ class BaseModel:
         self._check_device()
         here, folder = f"{self.flag} {self.name}", Path(self.name)
         if self.load_in_4bit and find_spec("bitsandbytes") is None:
-            raise ImportError("--load-in-4bit needs bitsandbytes: pip install bitsandbytes")
+            raise ImportError(needs("--load-in-4bit", "bitsandbytes", "bnb"))
         if self.gguf_file is not None and find_spec("gguf") is None:
-            raise ImportError(f"--gguf-file {self.gguf_file} needs the package gguf: pip install gguf")
+            raise ImportError(needs(f"--gguf-file {self.gguf_file}", "the package gguf", "gguf"))
         if folder.suffix == ".gguf" and folder.is_file():
             raise ValueError(f"{here} is a file; write {self.flag} {folder.parent} --gguf-file {folder.name}.")
         if not folder.is_dir():
@@ -89,6 +92,7 @@ class BaseModel:
         Raises:
             ValueError: it cannot be loaded.
         """
+        self.check_source()
         device = self._device
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         arguments = {
@@ -110,6 +114,7 @@ class BaseModel:
         Raises:
             ValueError: there is none.
         """
+        self.check_source()
         try:
             return AutoTokenizer.from_pretrained(self.name, **self._source)
         except (OSError, ValueError, ImportError) as error:
@@ -121,10 +126,22 @@ class BaseModel:
         Raises:
             ValueError: there is none.
         """
+        self.check_source()
         try:
             return AutoConfig.from_pretrained(self.name, **self._source)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(f"{self.flag} {self.name}: no configuration could be loaded ({error})") from error
+
+    def check_source(self) -> None:
+        """Check that the model is there, or on the Hub.
+
+        Raises:
+            ValueError: it is not, or the Hub cannot be reached.
+        """
+        try:
+            check_source(self.name, "config.json", self.revision)
+        except FileNotFoundError as error:
+            raise ValueError(f"{self.flag} {self.name}: {error}") from error
 
     def _check_device(self) -> None:
         if self.device is None:

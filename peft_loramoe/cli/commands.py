@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict
 
 from .. import interop
 from ..interop.inspect import inspect_adapter
+from ..version import needs
 from . import tables
 from .models import ADAPTER, SavedAdapter, read_batches
 
@@ -22,7 +23,7 @@ def inspect(options: Namespace) -> None:
     if options.json:
         print_json(summary.to_dict())
     else:
-        tables.show_summary(summary)
+        tables.show_summary(summary, options.layers)
 
 
 def convert(options: Namespace) -> None:
@@ -62,8 +63,10 @@ def export_lora(options: Namespace) -> None:
     )
     if options.json:
         print_json(report.to_dict())
-    else:
-        print(f"Wrote {options.output}.")
+        return
+    if options.layers:
+        interop.print_report(report, each_layer=True)
+    print(f"Wrote {options.output}.")
 
 
 def list_experts(options: Namespace) -> None:
@@ -73,7 +76,7 @@ def list_experts(options: Namespace) -> None:
     if options.json:
         print_json(records)
     else:
-        tables.show_experts(records)
+        tables.show_experts(records, options.layers)
 
 
 def add_experts(options: Namespace) -> None:
@@ -106,7 +109,7 @@ def _operate(options: Namespace, operation: Callable[[PeftModel, Any], interop.S
     if options.json:
         print_json(change.to_dict())
     else:
-        tables.show_change(change, measurable="texts" in options)
+        tables.show_change(change, "texts" in options, options.layers)
         print(f"Wrote {options.output}.")
 
 
@@ -138,7 +141,7 @@ def _option(text: str) -> tuple[str, Any]:
 def train(options: Namespace) -> None:
     """Train an adapter and save it."""
     if missing := [name for name in ("accelerate", "datasets", "trl") if find_spec(name) is None]:
-        raise ImportError(f"train needs {', '.join(missing)}: pip install {' '.join(missing)}")
+        raise ImportError(needs("train", ", ".join(missing), "train"))
     from .train_run import run
 
     if (options.train_file is None) == (options.dataset is None):

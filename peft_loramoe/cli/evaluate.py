@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..analysis import ClosedBookResult, Question, answer_questions, compare_results, read_questions
+from ..hub import check_source
 from ..writing import write_whole
 from . import tables
 from .base_model import BaseModel
@@ -56,7 +57,11 @@ def evaluate(options: Namespace) -> None:
     base = BaseModel.of(options, name, revision=revision)
     sets = [_question_set(source, options) for source in options.questions]
     lm_eval = _lm_eval(options) if options.lm_eval else None
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else base.tokenizer()
+    tokenizer = (
+        BaseModel.of(options, options.tokenizer, flag="--tokenizer", gguf_file=None).tokenizer()
+        if options.tokenizer
+        else base.tokenizer()
+    )
     described = {
         "date": time.strftime("%Y-%m-%d"),
         "versions": _versions(options),
@@ -122,6 +127,10 @@ def _base_model(model: str | None, adapters: list[str]) -> tuple[str, str]:
     """The base model and its revision, from the option or the adapters' configurations."""
     named = set()
     for adapter in adapters:
+        try:
+            check_source(adapter, "adapter_config.json")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"--adapter {adapter}: {error}") from error
         config = PeftConfig.from_pretrained(adapter)
         if config.task_type not in (None, "CAUSAL_LM"):
             raise ValueError(
@@ -239,6 +248,8 @@ def _versions(options: Namespace) -> dict[str, str]:
 def _recorded(options: Namespace) -> dict[str, Any]:
     """The options as JSON values."""
     kept = {
-        name: value for name, value in vars(options).items() if name not in ("command", "traceback", "json", "output")
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("command", "parser", "traceback", "json", "output")
     }
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}

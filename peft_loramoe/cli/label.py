@@ -7,12 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from ..analysis.answer_scores import AnswerScore, score_answers
 from ..config import LoRAMoEConfig
+from ..console import print_table
 from ..reading import read_json_lines
 from ..training.records import PLAIN_PROMPT, Record, check_records, refusals_of_template
 from ..writing import write_whole
@@ -95,16 +94,13 @@ def _show(records: list[Record], scores: list[AnswerScore], types: list[int], op
         f"Wrote {options.output}: {known} of {len(types)} records are of type 0, {right} of them answered right, and "
         f"{len(types) - known} of type 1."
     )
-    table = Table(title="loss of the answers, nats per token")
-    for column in ("up to", "records", "answered right", ""):
-        table.add_column(column, justify="left" if not column else "right")
-    lower = 0.0
+    rows, lower = [], 0.0
     for upper in (*BINS, float("inf")):
         inside = [s for s in scores if lower <= s.loss < upper]
         bar = "#" * round(40 * len(inside) / len(scores))
-        table.add_row(f"{upper:g}", str(len(inside)), str(sum(s.correct for s in inside)), bar)
+        rows.append((f"up to {upper:g}", str(len(inside)), str(sum(s.correct for s in inside)), bar.ljust(40)))
         lower = upper
-    Console(highlight=False).print(table)
+    print_table("Loss of the answers, nats per token", ("loss", "records", "answered right", ""), rows)
     unsure = sorted((i for i, s in enumerate(scores) if not s.correct), key=lambda i: scores[i].loss)
     below = [i for i in unsure if types[i] == 0][-options.examples :]
     above = [i for i in unsure if types[i] == 1][: options.examples]

@@ -7,8 +7,10 @@ import difflib
 import json
 import math
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,11 +20,28 @@ from ..reading import read_text
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Fills the paragraphs of descriptions, and keeps indented lines as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        filled: list[str] = []
+        for indented, lines in groupby(text.splitlines(), key=lambda line: not line or line.startswith(" ")):
+            part = list(lines)
+            filled += part if indented else self._split_lines(" ".join(part), width)
+        return "".join(f"{indent}{line}\n" for line in filled)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # flags stay whole
+
+
 class Parser(argparse.ArgumentParser):
     """A parser with one-line errors.
 
     If it has an option --config, that names a YAML file with values of other options.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Parse the flags, after those that a file named by --config stands for."""
@@ -93,13 +112,13 @@ Command = Callable[..., Parser]
 def command_adder(add: Callable[..., Parser]) -> Command:
     """A function that adds a command: its name, function, summary, details, and parsers of shared options.
 
-    The function is given as "module:name" in this folder: a module that imports torch is imported when it runs.
+    The function is given as "module:name" in this folder if its module imports torch: it is imported when it runs.
     """
 
-    def command(name: str, function: str, summary: str, details: str, *options: Parser) -> Parser:
+    def command(name: str, function: str | Callable, summary: str, details: str, *options: Parser) -> Parser:
         description = f"{summary[0].upper()}{summary[1:]}. {details}"
         parser = add(name, help=summary, description=description, parents=options)
-        parser.set_defaults(command=function)
+        parser.set_defaults(command=function, parser=parser)
         return parser
 
     return command
@@ -118,6 +137,13 @@ def json_option() -> Parser:
     """The option to print JSON."""
     parser = Parser(add_help=False)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def layers_option() -> Parser:
+    """The option to print every linear."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--layers", action="store_true", help="show each linear, not only the kinds of linears")
     return parser
 
 

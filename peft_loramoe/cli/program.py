@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import re
 import shlex
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     runs = words[:1] == ["run"] and words[1:2] not in (["-h"], ["--help"])
-    options = Namespace(traceback="--traceback" in words)  # until they are parsed
+    options = Namespace(traceback="--traceback" in words, parser=None)  # until they are parsed
     try:
         if runs:  # argparse would parse the options of the program
             program = find_program(words[2:] if words[1:2] == ["--"] else words[1:])
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         else:
             options = build_parser().parse_args(words)
             with warnings.catch_warnings():
-                warnings.showwarning = _show_warning
+                warnings.showwarning = lambda *warning, **_: _show_warning(options, *warning)
                 with _cleaning_up_when_terminated():
                     _function(options.command)(options)
     except Exception as error:
@@ -85,13 +86,31 @@ def _function(command: str | Callable) -> Callable:
 
 
 def _with_flags(message: str, options: Namespace) -> str:
-    """The message with options written as on the command line: `--top-k 9` for `top_k=9`."""
-    for name, value in vars(options).items():
-        flag = f"--{name.replace('_', '-')} {shlex.quote(value) if isinstance(value, str) else value}"
-        for written in (f"{name}={value!r}", f"{name}={value}"):
-            # whole words only: not in `set_top_k=9`, and not in `top_k=90` or `top_k=9.5`
-            message = re.sub(rf"(?<![\w.-]){re.escape(written)}(?!\w|\.\d)", lambda _, flag=flag: flag, message)
+    """The message with options written as on the command line: `--top-k 9` for `top_k=9`, `--top-k` for `top_k`."""
+    for action in () if options.parser is None else options.parser._actions:
+        name, flags = action.dest, [flag for flag in action.option_strings if flag.startswith("--")]
+        if not flags:
+            continue
+        for value in (getattr(options, name, None), *(action.choices or ())):
+            flag = _as_flag(flags, value)
+            for written in (f"{name}={value!r}", f"{name}={value}"):
+                # whole words only: not in `set_top_k=9`, and not in `top_k=90` or `top_k=9.5`
+                whole = rf"(?<![\w.-]){re.escape(written)}(?!\w|\.\d)"
+                message = re.sub(whole, lambda _, flag=flag: flag, message)
+        if "_" in name:  # no word of the language
+            message = re.sub(rf"(?<![\w.-]){name}(?![\w=(]|\.\w)", flags[0], message)
     return message
+
+
+def _as_flag(flags: list[str], value: Any) -> str:
+    """An option with its value."""
+    if value is None:
+        return f"no {flags[0]}"
+    if isinstance(value, bool):
+        return flags[0] if value else flags[-1]
+    if isinstance(value, (list, dict)):
+        value = json.dumps(value, default=str)
+    return f"{flags[0]} {shlex.quote(value) if isinstance(value, str) else value}"
 
 
 def _errors() -> tuple[type[Exception], ...]:
@@ -114,6 +133,6 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+def _show_warning(options: Namespace, message: Warning | str, category: type[Warning], *_: Any) -> None:
     if issubclass(category, UserWarning):  # but no deprecation warnings of libraries
-        print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+        print(f"{PROGRAM}: warning: {_with_flags(str(message), options)}", file=sys.stderr)

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from argparse import Namespace
@@ -31,8 +32,9 @@ Fine-tune a causal language model with LoRAMoE, so that it learns the tasks in y
 
 The data are JSON records, in a list or one a line, in any of these formats, also mixed:
 
-  {"messages": [{"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": "Paris"}]}
-  {"instruction": "What is the capital of France?", "input": "", "output": "Paris"}
+  {"messages": [{"role": "user", "content": "Capital of France?"},
+                {"role": "assistant", "content": "Paris"}]}
+  {"instruction": "What is the capital?", "input": "France", "output": "Paris"}
   {"prompt": "The capital of France is", "completion": " Paris."}
   {"text": "Paris is the capital of France."}
 
@@ -45,8 +47,10 @@ model. They are of task type 0, your records of type 1. With a column task_type,
 --task-type-names or -1 for unknown, the records say it themselves."""
 EXAMPLES = """\
 examples:
-  peft-loramoe train --model Qwen/Qwen3-0.6B --train-file data.jsonl --anchors anchors.jsonl -o adapter
-  peft-loramoe train --model Qwen/Qwen3-8B --train-file data.jsonl --anchors anchors.jsonl --load-in-4bit --packing
+  peft-loramoe train --model Qwen/Qwen3-0.6B --train-file data.jsonl \\
+      --anchors anchors.jsonl -o adapter
+  peft-loramoe train --model Qwen/Qwen3-8B --train-file data.jsonl \\
+      --anchors anchors.jsonl --load-in-4bit --packing
   peft-loramoe train --config train.yaml --learning-rate 5e-4
   accelerate launch -m peft_loramoe train --config train.yaml
 
@@ -86,6 +90,7 @@ TRAINING_OPTIONS = {
     "report-to": ("report_to", str, "none", "tensorboard, wandb or another of transformers' integrations"),
     "seed": ("seed", int, 0, "seed of the adapter, the order of the data and dropout"),
 }
+JSON_WORDS = {"None": "null", "True": "true", "False": "false"}
 # Options of LoRAMoEConfig that most runs are about.
 MAIN_OPTIONS = (
     *(
@@ -106,8 +111,8 @@ MAIN_OPTIONS = (
 
 def add_arguments(parser: Parser) -> None:
     """Add the arguments of the command to its parser."""
-    parser.description, parser.epilog, parser.formatter_class = DETAILS, EXAMPLES, argparse.RawDescriptionHelpFormatter
-    parser.usage = "%(prog)s --model MODEL (--train-file FILE ... | --dataset ID) [options]"
+    parser.description, parser.epilog = DETAILS, EXAMPLES
+    parser.usage = "%(prog)s --model MODEL (--train-file FILE ... | --dataset ID)\n           [options]"
     switch = argparse.BooleanOptionalAction
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file with values of the options; flags override them"
@@ -116,7 +121,10 @@ def add_arguments(parser: Parser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", required=True, help="Hub id or folder of a causal language model")
     model.add_argument(
-        "--load-in-4bit", action=switch, default=False, help="quantise it to NF4 with bitsandbytes (QLoRA)"
+        "--load-in-4bit",
+        action=switch,
+        default=False,
+        help="quantise it to NF4 with bitsandbytes (QLoRA) (default: off)",
     )
     model.add_argument("--dtype", choices=DTYPES, help="of its weights (default: bfloat16 with --bf16, else float32)")
     model.add_argument("--device", choices=("cpu",), help="train on the CPU even if there is a GPU")
@@ -144,7 +152,9 @@ def add_arguments(parser: Parser) -> None:
         "--eval-file", type=Path, nargs="+", metavar="FILE", help="each file's loss is reported by its name"
     )
     data.add_argument("--eval-split", metavar="NAME", help="split of --dataset to evaluate on")
-    data.add_argument("--answer-only", action=switch, default=True, help="learn the answers only, not the prompts")
+    data.add_argument(
+        "--answer-only", action=switch, default=True, help="learn the answers only, not the prompts (default: on)"
+    )
 
     anchors = parser.add_argument_group("what the model is to keep")
     anchors.add_argument(
@@ -173,7 +183,7 @@ def add_arguments(parser: Parser) -> None:
     training = parser.add_argument_group("training")
     for flag, (_, kind, default, text) in TRAINING_OPTIONS.items():
         parse = {"action": switch} if kind is bool else {"type": kind, "metavar": "N" if kind is not str else "NAME"}
-        shown = "not on CPUs, many of which are slow in it" if default is None else default
+        shown = "not on CPUs, many of which are slow in it" if default is None else _shown(default)
         training.add_argument(f"--{flag}", default=default, help=f"{text} (default: {shown})", **parse)
     training.add_argument(
         "--loraplus-ratio", type=positive_number, metavar="N", help="B learns this many times faster than A (LoRA+)"
@@ -216,18 +226,21 @@ def _add_config_options(main: argparse._ArgumentGroup, more: argparse._ArgumentG
         else:
             parse = {"type": json_value, "metavar": "JSON"}
         default = getattr(ConfigFields(), field.name)
-        ours, papers = (json.dumps(PRESETS[preset].get(field.name, default)) for preset in ("retain", "paper"))
-        text = (
-            field.metadata["help"]
-            .rstrip(".")
-            .replace("None", "null")
-            .replace("True", "true")
-            .replace("False", "false")
-        )
+        show = json.dumps if parse.get("type") is json_value else _shown
+        ours, papers = (show(PRESETS[preset].get(field.name, default)) for preset in ("retain", "paper"))
+        text = field.metadata["help"].rstrip(".").replace("LoRAMoEConfig.retain", "--preset retain")
+        text = re.sub(r"(?<![\w=])(None|True|False)\b", lambda word: JSON_WORDS[word[0]], text)
         text = f"{text[0].lower()}{text[1:]} (default: {ours if ours == papers else f'{ours}; paper: {papers}'})"
         group = main if field.name in MAIN_OPTIONS else more
         flag = f"--{field.name.replace('_', '-')}"
         group.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **parse)
+
+
+def _shown(value: Any) -> Any:
+    """A default of a switch, a number or a name as the help shows it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def config_fields() -> list[dataclasses.Field]:

@@ -150,7 +150,7 @@ def visit_inputs(
     handles = [layer.register_forward_pre_hook(call_visit, with_kwargs=True) for layer in adapter.layers]
     try:
         with evaluation_mode(model):
-            for batch in tqdm(batches, desc=description, disable=description is None):
+            for batch in tqdm(batches, desc=description, leave=False, disable=None if description else True):
                 running[:] = [batch]
                 model(**batch.inputs)
     finally:

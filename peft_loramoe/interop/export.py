@@ -7,20 +7,20 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..analysis.names import by_kind, without_prefix
 from ..balance.task_types import task_type_tensor
 from ..card import is_hub_name
+from ..console import console, print_table
 from ..layer import LoRAMoEBlock, LoRAMoELayer
 from .calibration import Adapter, CalibrationBatch, find_adapter, mean_gates, prepare
 from .export_error import Factors, Measured, measure
@@ -92,7 +92,7 @@ class LoRAExport:
     task_type: int | None
     rank: int
     vllm_max_lora_rank: int | None
-    layers: list[LayerExport]
+    layers: list[LayerExport] = field(repr=False)
     tokens: int
     relative_error: float | None
     kl_divergence: float | None
@@ -188,14 +188,20 @@ def export_lora(
         )
         Path(folder, REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         write_lora_card(Path(folder, "README.md"), report, adapter)
+        exact = all(len(A) == layer.loramoe_experts[adapter.name].A.shape[0] for layer, (A, _) in loras.items())
     if show:
         print_report(report)
-    warn(report)
+    warn(report, exact)
     return report
 
 
-def print_report(report: LoRAExport) -> None:
-    """Print the errors of an export as a table.
+def print_report(report: LoRAExport, each_layer: bool = False) -> None:
+    """Print the errors of an export as a table, by kind of linear or for each of them.
+
+    Args:
+        report: result of `export_lora`.
+        each_layer: a row for each linear, with its gates. Otherwise a row for each kind of linear, with the largest
+            divergence and loss that replacing a single linear of it causes.
 
     Example:
         >>> batch = {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]])}
@@ -204,19 +210,33 @@ def print_report(report: LoRAExport) -> None:
         Plain LoRA of 'default', uniform gates
         ...
     """
-    table = Table(title=f"Plain LoRA of '{report.adapter}', {report.gates} gates")
-    for column in ("layer", "rank", "gates", "relative error", "KL", "loss"):
-        table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
-    for layer in report.layers:
-        gates = " ".join(f"{gate:.2f}" for gate in layer.gates)
-        numbers = map(_number, (layer.relative_error, layer.kl_divergence, layer.loss))
-        table.add_row(layer.layer, str(layer.rank), gates, *numbers)
-    table.add_section()
+    title = f"Plain LoRA of '{report.adapter}', {report.gates} gates"
+    layers = {layer.layer: layer for layer in report.layers}
+    if each_layer:
+        prefix, short = without_prefix(layers)
+        headers = ("linear", "rank", "gates", "relative error", "KL", "loss")
+        rows = []
+        for name, layer in layers.items():
+            gates = " ".join(f"{gate:.2f}" for gate in layer.gates)
+            numbers = map(_number, (layer.relative_error, layer.kl_divergence, layer.loss))
+            rows.append((short[name], str(layer.rank), gates, *numbers))
+        print_table(f"{title}: linears in {prefix}" if prefix else title, headers, rows)
+        return
+    rows = []
+    for kind, names in by_kind(layers).items():
+        ranks = sorted({layers[name].rank for name in names})
+        rank = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
+        columns = (
+            [getattr(layers[name], attribute) for name in names]
+            for attribute in ("relative_error", "kl_divergence", "loss")
+        )
+        largest = (_number(None if None in values else max(values)) for values in columns)
+        rows.append((kind, str(len(names)), rank, *largest))
     loss = None if report.loss is None else report.loss["export"]
-    table.add_row("all", f"<= {report.rank}", "", *map(_number, (report.relative_error, report.kl_divergence, loss)))
-    console = Console()
-    console.print(table)
-    console.print("\n".join(_summary(report)), highlight=False)
+    numbers = map(_number, (report.relative_error, report.kl_divergence, loss))
+    headers = ("linear", "count", "rank", "largest relative error", "largest KL", "largest loss")
+    print_table(title, headers, rows, last=("all at once", str(len(layers)), str(report.rank), *numbers))
+    console().print("\n".join(_summary(report)))
 
 
 def _check_adapter(adapter: Adapter, rank: int | float | None) -> None:
@@ -239,7 +259,9 @@ def _check_adapter(adapter: Adapter, rank: int | float | None) -> None:
     if isinstance(rank, int):
         exact = max(layer.loramoe_experts[adapter.name].A.shape[0] for layer in adapter.layers)
         if not 0 < rank < exact:
-            raise ValueError(f"rank={rank} must be at least 1 and less than the exact rank, {exact}; None keeps that.")
+            raise ValueError(
+                f"rank={rank} must be at least 1 and less than the exact rank, {exact}; leave it out to keep that."
+            )
 
 
 def _check_gates(
@@ -428,18 +450,29 @@ def write_lora_card(path: Path, report: LoRAExport, adapter: Adapter) -> None:
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n\n" + "\n\n".join(_summary(report)) + "\n").save(path)
 
 
-def warn(report: LoRAExport) -> None:
-    """Warn if the approximation is poor or was not measured."""
+def warn(report: LoRAExport, exact: bool) -> None:
+    """Warn if the approximation is poor or was not measured, and say what was not tried.
+
+    Args:
+        report: the report.
+        exact: the rank was not truncated.
+    """
     if report.kl_divergence is None:
         warnings.warn(
             f"The error of the LoRA in '{report.output}' is unmeasured. Pass calibration data to measure how far it "
             "is from the mixture."
         )
     elif report.poor:
+        untried = [
+            *(["gates='mean'"] if report.gates != "mean" else []),
+            *(["one export per task_type with gates='mean'"] if report.task_type is None else []),
+            *([] if exact else ["a larger rank"]),
+        ]
+        advice = f"Try {' or '.join(untried)}." if untried else "Fixed gates cannot follow it; use the mixture itself."
         warnings.warn(
             f"The LoRA in '{report.output}' is a poor approximation of the mixture: their KL divergence, "
             f"{report.kl_divergence:.3g} nats, exceeds max_kl_share={report.max_kl_share} of the divergence without "
-            f"the adapter, {report.kl_without:.3g} nats. Try gates='mean', one export per task_type, or a larger rank."
+            f"the adapter, {report.kl_without:.3g} nats. {advice}"
         )
 
 
@@ -460,6 +493,7 @@ def _summary(report: LoRAExport) -> list[str]:
         lines.append(f"Loss: {loss['export']} (mixture: {loss['mixture']}, without the adapter: {loss['without']}).")
     if report.poor:
         lines.append(
-            f"A poor approximation: the KL divergence exceeds {report.max_kl_share:.0%} of that without the adapter."
+            f"A poor approximation: the KL divergence exceeds {100 * report.max_kl_share:g} % of that without the "
+            "adapter."
         )
     return lines

@@ -75,7 +75,9 @@ def measure(
     if each_layer:
         replacements |= {layer: {layer: lora} for layer, lora in loras.items()}
     with evaluation_mode(model):
-        for batch in tqdm(batches, desc=title and f"{title} distributions", disable=title is None):
+        for batch in tqdm(
+            batches, desc=title and f"{title} distributions", leave=False, disable=None if title else True
+        ):
             mixture, loss = _next_token(model, batch)
             losses = {"mixture": loss}
             for key, replacement in replacements.items():

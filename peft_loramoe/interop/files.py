@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..card import write_card
 from ..config import LoRAMoEConfig
+from ..hub import check_source
 from ..reading import read_json
 
 
@@ -241,13 +242,17 @@ def _find(source: str | Path, *names: str) -> Path:
         raise FileNotFoundError(
             f"'{source}' has no {' or '.join(names)}, so it is not an adapter folder; it contains {content}."
         )
+    try:
+        check_source(str(source), names[0])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"adapter {source}: {error}") from error
     cause: Exception | None = None
     for name in names:
         try:
             return Path(hf_hub_download(str(source), name))
         except EntryNotFoundError as error:  # also if offline and not cached
             cause = error
-        except (HFValidationError, OSError) as error:  # no such repository, no access, no connection
+        except OSError as error:  # no such repository, no access, no connection
             cause = error
             break
     raise FileNotFoundError(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..analysis.names import natural_order
 from ..config import LoRAMoEConfig
 from ..groups import ExpertGroups
 from ..ops.similarity import cosines, inner_products
@@ -72,15 +73,15 @@ class AdapterSummary:
     """
 
     source: str
-    config: dict[str, Any]
+    config: dict[str, Any] = field(repr=False)
     parameters: int
     bytes: int
     dtypes: list[str]
-    experts: list[ExpertSummary]
-    layers: list[LayerSummary]
+    experts: list[ExpertSummary] = field(repr=False)
+    layers: list[LayerSummary] = field(repr=False)
     norms: list[float | None] | None
-    similarity: list[list[float | None]] | None
-    other_tensors: list[str]
+    similarity: list[list[float | None]] | None = field(repr=False)
+    other_tensors: list[str] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as plain dictionaries and lists, ready for JSON."""
@@ -107,7 +108,7 @@ def inspect_adapter(source: str | Path) -> AdapterSummary:
     options, tensors = read_adapter(source)
     config = loramoe_config(source, options)
     layers, products = [], []
-    for module, parts in experts_by_module(tensors).items():
+    for module, parts in sorted(experts_by_module(tensors).items(), key=lambda item: natural_order(item[0])):
         layer, inner = _layer(config, module, parts)
         layers.append(layer)
         products.append(inner)

@@ -78,7 +78,7 @@ class Surgery:
     """
 
     adapter: str
-    layers: list[LayerChange]
+    layers: list[LayerChange] = dataclasses.field(repr=False)
     relative_error: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def restructure(
         error.add(layer.name, layer.loramoe_experts[adapter.name](x)[0], built[layer](x)[0])
 
     if batches:
-        visit_inputs(model, adapter, batches, visit)
+        visit_inputs(model, adapter, batches, visit, "Measuring the change")
     for layer, experts in built.items():
         layer.loramoe_experts[adapter.name] = experts
     for field in dataclasses.fields(config):
@@ -238,7 +238,7 @@ def _fit(
         both = torch.cat([_gated(built[layer], x), _gated(layer.loramoe_experts[adapter.name], x)], dim=1)
         moments[layer] = moments.get(layer, 0) + both.T @ both
 
-    visit_inputs(model, adapter, batches, visit)
+    visit_inputs(model, adapter, batches, visit, "Fitting the experts")
     for layer, experts in built.items():
         B, old_B = experts.B.detach().double(), layer.loramoe_experts[adapter.name].B.detach().double()
         # Inner products of the new rank channels' outputs with each other and with the old mixture's output.

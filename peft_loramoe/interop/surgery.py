@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..balance import layer_routing
 from ..experts import LoRAExperts
@@ -51,7 +52,7 @@ def list_experts(
     adapter = find_adapter(model, adapter_name)
     sums: dict[str, Tensor] = {}
     with evaluation_mode(model):
-        for batch in prepare(model, adapter, calibration):
+        for batch in tqdm(prepare(model, adapter, calibration), desc="Measuring loads", leave=False, disable=None):
             model(**batch.inputs)
             for record in layer_routing(model):
                 sums[record.layer] = sums.get(record.layer, 0) + record.importance.sum(0, dtype=torch.float64).cpu()
@@ -288,7 +289,7 @@ def merge_experts(
                 f"Experts {first} and {second} of layer '{layer.name}' belong to different groups, {old[first].group} "
                 f"and {old[second].group}; only experts of the same group can be merged."
             )
-    loads = mean_gates(model, adapter, batches) if batches else {}
+    loads = mean_gates(model, adapter, batches, description="Measuring loads") if batches else {}
     layers = {}
     for layer in adapter.layers:
         old = read_experts(layer.loramoe_experts[adapter.name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,6 +151,11 @@ def upcycle(
 def _check_options(names: list[str | Path], num_experts: int | None, method: str, options: Mapping[str, Any]) -> None:
     if not names:
         raise ValueError("sources is empty; pass at least one LoRA adapter.")
+    if twice := [name for name, count in Counter(map(str, names)).items() if count > 1]:
+        raise ValueError(
+            f"'{twice[0]}' is given more than once, and equal experts with equal gates would stay equal. To make "
+            "several experts of one LoRA, give it once, with num_experts."
+        )
     known = {field.name for field in dataclasses.fields(LoRAMoEConfig)}
     for name in options:
         if name in DECIDED:

@@ -209,10 +209,10 @@ class LoRAMoETrainerMixin:
             inputs.pop("task_types")
         return super().prediction_step(model, inputs, *args, **kwargs)
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's, with `task_types` in the batches."""
         with self._task_types_collated():
-            return super().get_train_dataloader()
+            return super().get_train_dataloader(*args, **kwargs)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's, with `task_types` in the batches."""

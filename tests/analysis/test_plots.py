@@ -148,7 +148,7 @@ def test_another_suffix_is_refused(tmp_path, plot):
 @pytest.mark.parametrize("plot", PLOTS.values(), ids=PLOTS)
 def test_missing_matplotlib_is_explained(tmp_path, monkeypatch, plot):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
+    with pytest.raises(ImportError, match="A figure needs matplotlib: pip install"):
         plot(tmp_path / "router.png")
 
 

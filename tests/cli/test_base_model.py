@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -129,8 +130,16 @@ def test_wrong_gguf_files_are_named(options, message, gguf_folder):
 @pytest.mark.parametrize(
     ("package", "options", "message"),
     [
-        ("gguf", {"gguf_file": "x.gguf"}, "--gguf-file x.gguf needs the package gguf: pip install gguf"),
-        ("bitsandbytes", {"load_in_4bit": True}, "--load-in-4bit needs bitsandbytes: pip install bitsandbytes"),
+        (
+            "gguf",
+            {"gguf_file": "x.gguf"},
+            r'--gguf-file x.gguf needs the package gguf: pip install "peft_loramoe\[gguf\]"',
+        ),
+        (
+            "bitsandbytes",
+            {"load_in_4bit": True},
+            r'--load-in-4bit needs bitsandbytes: pip install "peft_loramoe\[bnb\]"',
+        ),
     ],
 )
 def test_missing_packages_are_named(package, options, message, monkeypatch):
@@ -195,6 +204,22 @@ def test_the_console_script_registers_before_a_command_runs(tmp_path):
     wrong = console_script("inspect", tmp_path)
     assert wrong.stdout.splitlines() == ["code 2", "True True"]
     assert len(wrong.stderr.splitlines()) == 1 and "has no adapter_config.json" in wrong.stderr
+
+
+def test_python_m_parses_before_it_imports():
+    environment = {**os.environ, "PYTHONPATH": str(Path(peft_loramoe.__file__).parents[1])}
+    command = [sys.executable, "-X", "importtime", "-m", "peft_loramoe", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.stdout.startswith("usage: peft-loramoe") and "peft_loramoe.cli" in imported and "torch" not in imported
+
+
+def test_the_environment_is_printed_for_issues(capsys):
+    assert main(["env"]) == 0
+    lines = dict(line.removeprefix("- ").split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["peft_loramoe"] == peft_loramoe.__version__ and lines["torch"] == version("torch")
+    assert {"peft", "transformers", "accelerate", "bitsandbytes", "trl", "triton", "Python", "platform"} < set(lines)
+    assert lines["device"]
 
 
 def test_the_version_is_printed(capsys):

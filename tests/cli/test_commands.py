@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,6 +60,13 @@ def saved(folder, base, **options):
 @pytest.fixture(scope="module")
 def adapter(base):
     return saved(base.parent / "adapter", base)
+
+
+@pytest.fixture(scope="module")
+def twelve(base):
+    """An adapter like those of `LoRAMoEConfig.retain`: twelve experts, half of them null."""
+    names = ["knowledge", "tasks"]
+    return saved(base.parent / "twelve", base, num_experts=12, null_groups=[0], task_type_names=names)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +156,37 @@ def test_inspect_prints_configuration_size_and_experts(adapter, capsys):
         "2+2",
     ):
         assert part in output, output
+    assert "down_proj      2" in output and "0.mlp" not in output
+
+
+def test_inspect_shows_every_linear_in_numerical_order(tmp_path, capsys):
+    loramoe(tiny_llama(num_hidden_layers=11), target_modules=["up_proj"], num_experts=4).save_pretrained(tmp_path)
+    call("inspect", tmp_path, "--layers")
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines[lines.index("Linears in model.layers") + 1 :] if "up_proj" in line]
+    assert [row[0] for row in rows] == [f"{i}.mlp.up_proj" for i in range(11)]
+    assert all(len(row) == 1 + 3 + 4 + 1 for row in rows)  # name, groups, r, scaling, four norms, similarity
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "inspect {adapter}",
+        "inspect {adapter} --layers",
+        "surgery list {adapter} --calibration {calibration} --layers",
+        "surgery remove {adapter} --experts 3 -o {out} --calibration {calibration} --layers",
+        "export-lora {adapter} -o {out} --calibration {calibration} --layers",
+        "analyze {adapter} --data {calibration}",
+        "trace {adapter} --text w3",
+    ],
+)
+def test_tables_fit_80_columns_and_break_no_word(words, twelve, calibration, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    paths = {"adapter": twelve, "calibration": calibration, "out": tmp_path / "out"}
+    call(*(word.format(**paths) for word in words.split()))
+    printed = capsys.readouterr().out
+    assert not [line for line in printed.splitlines() if len(line) > 80 and str(tmp_path) not in line]
+    assert len(re.findall(r"(up|gate|down)_proj\b", printed)) == printed.count("roj")
 
 
 def test_inspect_says_that_values_are_not_finite(adapter, tmp_path, capsys):
@@ -251,7 +290,11 @@ def test_experts_are_listed_with_their_load(adapter, calibration, capsys):
     assert sum(record["load"] for record in records[:4]) == pytest.approx(1)
     call("surgery", "list", adapter)
     output = " ".join(capsys.readouterr().out.split())
-    assert "Task types: facts (group 0), skills (group 1)" in output and "The load was not measured" in output
+    assert "0 0 facts 1 0 facts 2 1 skills 3 1 skills The load was not measured" in output
+    call("surgery", "list", adapter, "--calibration", calibration, "--layers")
+    output = capsys.readouterr().out
+    loads = " ".join(f"{record['load']:.3f}" for record in records[:4])
+    assert "Loads in model.layers" in output and f"0.mlp.gate_proj  {loads}" in output
 
 
 OPERATIONS = {
@@ -372,7 +415,7 @@ def test_dead_experts_and_null_groups_are_named(capsys):
     pair = {"layer": "fc1", "expert": 0, "other": 1, "group": 0, "other_group": 1, "cosine": None}
     show_statistics(statistics, expert_usage(statistics), [pair])
     output = " ".join(capsys.readouterr().out.split())
-    for part in ("group 0 (null)", "3 samples", "1,234", "0.990", "0.250", "0.500", "uniform router: 0.693 nats"):
+    for part in ("group 0", "(null)", "3 samples", "1,234", "0.990", "0.250", "0.500", "uniform router: 0.693 nats"):
         assert part in output, output
     assert "Dead experts: 2 of 4: fc1 1, fc2 1" in output and "Dominating experts: 2 of 4: fc1 0, fc2 0" in output
     assert "two groups" not in output  # no pair whose similarity is known
@@ -390,9 +433,9 @@ def test_statistics_are_drawn(kind, tmp_path, adapter, calibration, capsys):
 
 def test_a_text_is_traced_and_drawn(tmp_path, adapter, capsys):
     call("trace", adapter, "--text", TEXTS[0][0], "-o", tmp_path / "trace.json")
-    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("'")]
     trace = RouterTrace.load(tmp_path / "trace.json")
-    assert [row[0].strip() for row in rows] == [repr(word) for word in TEXTS[0][0].split()]
+    assert [row[0] for row in rows] == [repr(word) for word in TEXTS[0][0].split()]
     for position, (_, *weights) in enumerate(rows):
         of_facts = [sum(probabilities[position][:2]) for probabilities in trace.layers.values()]
         mean = sum(of_facts) / len(of_facts)
@@ -457,7 +500,8 @@ def test_what_belongs_to_no_expert_stays(tmp_path, base):
 # --- bad input
 
 
-def test_every_command_has_a_help_text(capsys):
+def test_every_command_has_a_help_text(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     commands = [
         "inspect",
         "convert",
@@ -469,6 +513,10 @@ def test_every_command_has_a_help_text(capsys):
         "plot",
         "evaluate",
         "run",
+        "env",
+        "train",
+        "anchors",
+        "label",
     ]
     operations = ["list", "add", "remove", "reorder", "merge"]
     figures = ["groups", "load", "entropy", "trace", "frontier"]
@@ -476,7 +524,9 @@ def test_every_command_has_a_help_text(capsys):
     for words in ([], *([command] for command in commands), *nested):
         with pytest.raises(SystemExit) as stopped:
             main([*words, "--help"])
-        assert stopped.value.code == 0 and f"usage: peft-loramoe {' '.join(words)}" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert stopped.value.code == 0 and f"usage: peft-loramoe {' '.join(words)}" in printed
+        assert max(map(len, printed.splitlines())) <= 80
 
 
 # (words, part of the message); {adapter}, {texts}, {out} and so on are replaced by paths.
@@ -485,7 +535,7 @@ BAD = {
     "no operation": ("surgery", "arguments are required: OPERATION"),
     "unknown command": ("tune", "invalid choice: 'tune'"),
     "no output": ("convert {adapter}", "arguments are required: -o/--output"),
-    "no adapter": ("inspect {nowhere}", "is neither a local folder nor a Hub repository"),
+    "no adapter": ("inspect {nowhere}", "nowhere: there is no such folder."),
     "an empty folder": ("inspect {empty}", "has no adapter_config.json, so it is not an adapter folder"),
     "a LoRA": ("inspect {lora}", "has peft_type='LORA', not 'LORAMOE' (use `convert` for"),
     "another rank": ("inspect {wrong}", "the files do not belong together"),
@@ -494,7 +544,8 @@ BAD = {
     "an export that exists": ("export-lora {adapter} -o {empty}", "exists already"),
     "nothing to convert": ("convert {adapter} -o {out}", "already has this package's layout"),
     "an unknown format": ("convert {adapter} -o {out} --to qlora", "invalid choice: 'qlora'"),
-    "one LoRA alone": ("upcycle {lora} -o {out}", "One source needs num_experts"),
+    "one LoRA alone": ("upcycle {lora} -o {out}", "One source needs --num-experts"),
+    "one LoRA twice": ("upcycle {lora} {lora} -o {out}", "give it once, with --num-experts"),
     "no value": ("upcycle {lora} -o {out} --set top_k", "--set top_k: must be OPTION=VALUE"),
     "an unknown option": (
         "upcycle {lora} -o {out} --num-experts 2 --set speed=3",
@@ -503,14 +554,18 @@ BAD = {
     "a wrong type": ("upcycle {lora} -o {out} --num-experts 2 --set top_k=two", "top_k='two' must be an integer"),
     "a name for a number": ("upcycle {lora} -o {out} --num-experts two", "invalid int value: 'two'"),
     "no base model": ("export-lora {homeless} -o {out}", "pass it as --base-model"),
-    "an unknown base model": ("export-lora {adapter} -o {out} --base-model {nowhere}", "nowhere"),
+    "an unknown base model": ("export-lora {adapter} -o {out} --base-model {nowhere}", "there is no such folder."),
     "another base model": (
         "export-lora {adapter} -o {out} --base-model {other}",
         "size mismatch for base_model.model",
     ),
     "gates that are not measured": (
         "export-lora {adapter} -o {out} --gates mean",
-        "--gates mean needs calibration",
+        "--gates mean needs calibration data: pass calibration, or use --gates uniform",
+    ),
+    "gates without weights": (
+        "export-lora {adapter} -o {out} --gates groups",
+        "--gates groups with no --weights: 'groups' and",
     ),
     "an unknown task type": (
         "export-lora {adapter} -o {out} --gates mean --task-type sports --calibration {texts}",

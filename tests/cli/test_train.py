@@ -454,9 +454,7 @@ def test_anchors_train_and_a_tenth_measures(arguments, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith("8 training records: 8 tasks; 20 anchors, 2 of them held back to measure on\n")
     assert "  anchors " in out and "null weight: knowledge 0." in out
-    assert [line.split()[1:6] for line in out.splitlines() if "anchors held" in line] == [
-        ["anchors", "held", "back", "│", "2"]
-    ]
+    assert [line.split()[1:4] for line in out.splitlines() if "anchors held" in line] == [["held", "back", "2"]]
 
 
 def test_anchors_reach_the_trainer(trainer, tmp_path):
@@ -488,7 +486,7 @@ def test_what_a_run_prints(arguments, capsys, monkeypatch):
     assert "step 1/2  loss " in out and "  balance term " in out and "  null weight: " in out
     table = out[out.index("Learned and kept") :]
     assert "training data, knowledge" in table and "training data, tasks" in table and "null group" in table
-    assert max(map(len, out.splitlines())) <= 120
+    assert not [line for line in table[: table.index("Wrote")].splitlines() if len(line) > 80]
 
 
 @pytest.mark.slow

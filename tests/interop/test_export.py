@@ -452,6 +452,16 @@ def test_a_poor_approximation_warns(tmp_path):
     assert report.poor
 
 
+def test_what_was_tried_is_not_advised(tmp_path):
+    given = {"gates": "mean", "show": False, "calibration": [{**token_batch(), "task_types": [0, 1, 1]}]}
+    with pytest.warns(
+        UserWarning, match=r"without the adapter, [^ ]+ nats. Try one export per task_type[^,]*mean'\.$"
+    ):
+        export_lora(strong(), tmp_path / "lora", max_kl_share=1e-9, **given)
+    with pytest.warns(UserWarning, match="Fixed gates cannot follow it; use the mixture itself"):
+        export_lora(strong(), tmp_path / "of-type", max_kl_share=1e-9, task_type=1, **given)
+
+
 def test_a_good_approximation_does_not_warn(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(unmeasured|poor approximation)")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ...version import needs
 from ..names import blocks_and_kinds
 
 
@@ -45,7 +46,7 @@ def figure_file(path: str | os.PathLike[str], width: float, height: float) -> It
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Figures need matplotlib: pip install matplotlib") from error
+        raise ImportError(needs("A figure", "matplotlib", "plots")) from error
     with rc_context({"svg.hashsalt": "peft_loramoe", "text.parse_math": False}):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure

@@ -1,0 +1,66 @@
+"""Whether a model or adapter is there, asked once instead of minutes of retries."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+
+TIMEOUT = 10  # seconds
+
+
+def check_source(name: str, file: str, revision: str | None = None) -> None:
+    """Check that a folder or a Hub repository exists. What it holds is for its reader to check.
+
+    Args:
+        name: a folder or the id of a repository. What cannot be such an id is not asked for.
+        file: a file of the repository, which is looked for in the cache and on the Hub.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        FileNotFoundError: there is neither, or the Hub cannot be reached; the message says which, but no name.
+
+    Example:
+        >>> check_source("./adapter", "adapter_config.json")
+        Traceback (most recent call last):
+        FileNotFoundError: there is no such folder.
+    """
+    if Path(name).exists():
+        return
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise FileNotFoundError("there is no such folder.") from None
+    _ask_the_hub(name, file, revision)
+
+
+@lru_cache
+def _ask_the_hub(name: str, file: str, revision: str | None) -> None:
+    if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=TIMEOUT)
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"the Hub's repository has no revision '{revision}'.") from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(
+            "there is neither such a folder nor a repository of this name on the Hub that you may read; for a private "
+            "or gated one, log in with `hf auth login`."
+        ) from None
+    except (EntryNotFoundError, HfHubHTTPError):  # for the reader
+        return
+    except Exception as error:  # those of the HTTP library have no common base in all versions
+        raise FileNotFoundError(
+            "there is no such folder, and the Hub cannot be reached to look for a repository of this name "
+            f"({type(error).__name__})."
+        ) from error
