@@ -235,6 +235,96 @@ def test_records_are_json(page):
             json.loads(line)
 
 
+# numbers of tables
+
+
+Row = tuple[str, ...]
+RETENTION = sorted((ROOT / "research" / "retention" / "results").glob("*.md"))
+CPU = [DOCS / "results" / "performance.md"]
+
+
+def tables(page: Path) -> list[list[Row]]:
+    """The tables of a page as rows of cells, the header first."""
+    blocks = re.findall(r"(?:^ *\|.*\|\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
+    rows = [
+        [tuple(cell.strip() for cell in line.strip(" |").split("|")) for line in text.splitlines()] for text in blocks
+    ]
+    return [[table[0], *table[2:]] for table in rows]
+
+
+def numbers(cells: Row) -> set[float]:
+    """Those with a decimal point; a range's second number is not negative."""
+    return {float(number) for cell in cells for number in re.findall(r"(?:(?<![\w.)])-)?\d+\.\d+", cell)}
+
+
+def entries(files: list[Path]) -> list[set[float]]:
+    """The numbers of all rows of a results page that have the same first cell, such as one method."""
+    found: dict[tuple[Path, str], set[float]] = {}
+    for file in files:
+        for row in [row for table in tables(file) for row in table[1:]]:
+            found.setdefault((file, row[0]), set()).update(numbers(row))
+    return list(found.values())
+
+
+def of_json(name: str, values) -> list[set[float]]:
+    """The numbers that `values` makes of each row of a file of benchmarks/results."""
+    results = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+    rows = results["rows"] if "rows" in results else [row for part in results.values() for row in part["rows"]]
+    return [values(row) for row in rows]
+
+
+def of_routers() -> list[set[float]]:
+    lines = (ROOT / "research" / "retention" / "results" / "routers.jsonl").read_text().splitlines()
+    kinds = [[kind for kind in json.loads(line).values() if isinstance(kind, dict)] for line in lines]
+    return [{kind["mean"] for kind in of_line if "mean" in kind} for of_line in kinds]
+
+
+def ratios(row: dict) -> set[float]:
+    return {round(value, 2) for step in ("next_token", "first_token") for value in row[step]["ratio"]}
+
+
+def dispersion(row: dict) -> set[float]:
+    return {round(row[f"matched_type_{kind}"] / row[f"other_type_{kind}"], 3) for kind in (0, 1)}
+
+
+# Page, a column of the table, the columns that are compared, and the numbers that a row may have.
+NUMBERS = [
+    ("README.md", "tasks solved", slice(1, 3), lambda: entries(RETENTION)),
+    ("docs/evidence.md", "tasks solved", slice(1, None), lambda: entries(RETENTION)),
+    ("docs/balance.md", "tasks solved", slice(1, None), lambda: entries(RETENTION)),
+    ("docs/balance.md", "importance", slice(3, None), lambda: of_json("balance_minimum.json", dispersion)),
+    ("docs/balance.md", "ordinary text", slice(1, None), of_routers),
+    ("docs/performance.md", "/ expert loop", slice(1, None), lambda: entries(CPU)),
+    ("docs/performance.md", "/ frozen base", slice(1, None), lambda: entries(CPU)),
+    ("docs/serving.md", "next token / LoRA's", slice(3, None), lambda: of_json("serving.json", ratios)),
+]
+
+
+@pytest.mark.parametrize(
+    "page,column,compared,allowed", NUMBERS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_numbers_of_tables_are_those_of_the_results(page, column, compared, allowed):
+    found = [table for table in tables(ROOT / page) if column in table[0]]
+    assert found, "the page has no such table any more"
+    rows = allowed()
+    for row in [row for table in found for row in table[1:]]:
+        assert any(numbers(row[compared]) <= entry for entry in rows), row
+
+
+@pytest.mark.parametrize("page,benchmark", [("anchors.md", "anchors"), ("performance.md", "moe")])
+def test_tables_are_those_that_the_benchmark_prints(page, benchmark):
+    results = json.loads((ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text())
+    table = importlib.import_module(f"benchmarks.{benchmark}").table(results.get("rows", results))
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    shown = (DOCS / page).read_text(encoding="utf-8").splitlines()
+    assert lines[2:] and not set(lines[2:]) - set(shown)
+
+
+def test_the_page_of_all_measurements_is_what_the_report_prints(capsys):
+    importlib.import_module("benchmarks.report").main([])
+    assert capsys.readouterr().out == CPU[0].read_text(encoding="utf-8")
+
+
 # the site
 
 
@@ -279,7 +369,7 @@ def test_the_api_pages_have_every_public_name():
     assert not public
 
 
-def test_the_reference_has_every_option_and_command(monkeypatch):
+def test_the_reference_has_every_option_and_command():
     spec = importlib.util.spec_from_file_location("make_site", DOCS / "make_site.py")
     site = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(site)
@@ -287,4 +377,7 @@ def test_the_reference_has_every_option_and_command(monkeypatch):
     fields = ast.parse((ROOT / "peft_loramoe" / "fields.py").read_text())
     (fields,) = [node for node in fields.body if isinstance(node, ast.ClassDef)]
     assert all(f"{{ #{node.target.id} }}" in options for node in fields.body if isinstance(node, ast.AnnAssign))
-    assert all(f"## {name}\n" in commands for name in ("train", "surgery add", "plot groups", "run"))
+    names = re.findall(r"^## (.*)$", commands, re.MULTILINE)
+    assert {"train", "surgery add", "plot groups", "run"} <= set(names)
+    overview = (DOCS / "command-line.md").read_text()
+    assert not {name.split()[0] for name in names} - set(re.findall(r"`([\w-]+)`", overview))
