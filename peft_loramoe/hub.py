@@ -1,4 +1,4 @@
-"""Whether a model or adapter is there, asked once instead of minutes of retries."""
+"""Whether a model, adapter or data set is there, asked once instead of minutes of retries."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from huggingface_hub.utils import validate_repo_id
 TIMEOUT = 10  # seconds
 
 
-def check_source(name: str, file: str, revision: str | None = None) -> None:
+def check_source(name: str, file: str, revision: str | None = None, repo_type: str = "model") -> None:
     """Check that a folder or a Hub repository exists. What it holds is for its reader to check.
 
     Args:
         name: a folder or the id of a repository. What cannot be such an id is not asked for.
         file: a file of the repository, which is looked for in the cache and on the Hub.
         revision: branch, tag or commit of the repository.
+        repo_type: "model", also for adapters, or "dataset".
 
     Raises:
         FileNotFoundError: there is neither, or the Hub cannot be reached; the message says which, but no name.
@@ -41,15 +42,15 @@ def check_source(name: str, file: str, revision: str | None = None) -> None:
         validate_repo_id(name)
     except HFValidationError:
         raise FileNotFoundError("there is no such folder.") from None
-    _ask_the_hub(name, file, revision)
+    _ask_the_hub(name, file, revision, repo_type)
 
 
 @lru_cache
-def _ask_the_hub(name: str, file: str, revision: str | None) -> None:
-    if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+def _ask_the_hub(name: str, file: str, revision: str | None, repo_type: str) -> None:
+    if try_to_load_from_cache(name, file, revision=revision, repo_type=repo_type) is not None:
         return
     try:
-        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=TIMEOUT)
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision, repo_type=repo_type), timeout=TIMEOUT)
     except RevisionNotFoundError:
         raise FileNotFoundError(f"the Hub's repository has no revision '{revision}'.") from None
     except RepositoryNotFoundError:

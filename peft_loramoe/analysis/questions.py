@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..hub import check_source
 from ..reading import read_json, read_json_lines
 from ..version import needs
 
@@ -140,6 +141,10 @@ def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
     if not name or len(rest) > 2:
         raise ValueError(f"{source} must have the form {HUB}NAME[:CONFIG[:SPLIT]].")
     config, split = rest + ["", ""][len(rest) :]
+    try:
+        check_source(name, "README.md", repo_type="dataset")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{source}: {error}") from error
     rows = load_dataset(name, config or None, split=split or "validation")
     columns = [
         column for column in rows.column_names if column in ("question", "answer")

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..hub import check_source
 from ..reading import read_json_lines, read_text
 from ..training import anchors_from_texts, sample_anchors, write_anchors
 from ..training.anchors import KINDS
@@ -68,6 +69,10 @@ def _texts_of_dataset(source: str) -> Iterator[str]:
     if not name.strip("/"):
         raise ValueError(f"--dataset {source!r} names no data set; write NAME[:CONFIG[:SPLIT]].")
     config, _, split = rest.partition(":")
+    try:
+        check_source(name, "README.md", repo_type="dataset")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--dataset {source}: {error}") from error
     records = load_dataset(name, config or None, split=split or "train", streaming=True)
     return (_text_of(record, f"{source}, record {i}") for i, record in enumerate(islice(records, READ), start=1))
 

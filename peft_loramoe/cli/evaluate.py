@@ -199,7 +199,7 @@ def _lm_eval(options: Namespace) -> LmEval:
         raise NotADirectoryError(f"--include-path {options.include_path} is not a folder.")
     manager = TaskManager(include_path=options.include_path and str(options.include_path))
     if unknown := [task for task in options.lm_eval if task not in manager.all_tasks]:
-        raise ValueError(f"--lm-eval: {unknown[0]} is not an lm-eval task (lm_eval ls tasks lists them).")
+        raise ValueError(f"--lm-eval: {unknown[0]} is not an lm-eval task (`lm-eval ls tasks` lists them).")
 
     def run(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 from argparse import Namespace
 from collections import Counter
@@ -25,6 +26,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 
 from ..card import loading_snippet, write_card
 from ..config import LoRAMoEConfig
+from ..hub import check_source
 from ..reading import read_text
 from ..training import RouterCallback, last_complete_checkpoint, read_anchors
 from ..training.collator import COLUMN
@@ -201,6 +203,7 @@ def read_data(options: Namespace, config: LoRAMoEConfig) -> tuple[list[Record], 
 def read_split(options: Namespace, split: str, config: LoRAMoEConfig) -> list[Record]:
     """The records of a split of --dataset."""
     try:
+        check_source(options.dataset, "README.md", repo_type="dataset")
         rows = load_dataset(options.dataset, options.dataset_config, split=split)
     except Exception as error:  # the errors of datasets have no common base
         raise ValueError(f"--dataset {options.dataset}, split '{split}': {error}") from error
@@ -365,6 +368,11 @@ class ProgressLines(ProgressCallback):
             self.training_bar = tqdm(
                 total=state.max_steps, desc="steps", dynamic_ncols=True, disable=None if self.show_bar else True
             )
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Advance the bar of an evaluation, which transformers would also write to files."""
+        if self.show_bar and sys.stderr.isatty():
+            super().on_prediction_step(*args, **kwargs)
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
