@@ -238,6 +238,18 @@ def write_report(rows: Sequence[Row], file: Path, ours: str = "retain") -> None:
     plot(rows, file.with_suffix(".png"))
 
 
+# Okabe and Ito's palette, with the colours of benchmarks/report.py for LoRA and LoRAMoE.
+COLORS = {
+    "lora": "#0072B2",
+    "lora+anchors": "#56B4E9",
+    "lora+kl": "#E69F00",
+    "corda": "#009E73",
+    "osf": "#CC79A7",
+    "full": "#000000",
+    "retain": "#D55E00",
+}
+
+
 def plot(rows: Sequence[Row], file: Path) -> None:
     """Tasks solved against the rise of text loss.
 
@@ -249,8 +261,9 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
-    colors = dict(zip(METHODS, pyplot.get_cmap("tab20").colors))
+    colors = {**dict(zip(METHODS, pyplot.get_cmap("tab20").colors)), **COLORS}
     labelled: set[str] = set()
+    small: dict[str, dict[str, Any]] = {}
     for name, of_seed in by_method(rows).items():
         chosen = list(of_seed.values())
         method = chosen[0]["run"]["method"]
@@ -263,11 +276,15 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         style = {"color": colors[method], "linestyle": "none", "label": label}
         if name != method:  # another setting of the method
             axes.plot(sum(x) / len(x), sum(y) / len(y), "o", markersize=5, fillstyle="none", **style)
+            small["another setting"] = {"marker": "o", "markersize": 5, "fillstyle": "none"}
             continue
         if len(x) > 1:
             axes.plot(x, y, ".", markersize=6, alpha=0.5, **{**style, "label": None})
+            small["one run"] = {"marker": ".", "markersize": 6, "alpha": 0.5}
         marker, size = ("*", 16) if name == "retain" else ("o", 8)
         axes.plot(sum(x) / len(x), sum(y) / len(y), marker, markersize=size, **style)
+    for label, look in small.items():
+        axes.plot([], [], color="grey", linestyle="none", label=label, **look)
     axes.set_xlabel("rise of the loss on ordinary text, nats per token (left is better)")
     axes.set_ylabel("tasks solved, % (up is better)")
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
