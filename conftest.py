@@ -11,8 +11,13 @@ import importlib.util
 import pytest
 
 
-# Modules that import an engine which is not installed
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["peft_loramoe/serving/vllm_seams.py"]
+# Modules that import an engine or a launcher which is not installed
+NEEDS = {
+    "vllm": "peft_loramoe/serving/vllm_seams.py",
+    "axolotl": "peft_loramoe/interop/axolotl.py",
+    "swift": "peft_loramoe/interop/ms_swift.py",
+}
+collect_ignore = [file for package, file in NEEDS.items() if importlib.util.find_spec(package) is None]
 
 
 @pytest.fixture(autouse=True)
