@@ -194,7 +194,7 @@ def _lm_eval(options: Namespace) -> LmEval:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ImportError("--lm-eval needs lm-eval: pip install lm_eval[hf]") from error
+        raise ImportError('--lm-eval needs lm-eval: pip install "lm-eval[hf]"') from error
     if options.include_path is not None and not options.include_path.is_dir():
         raise NotADirectoryError(f"--include-path {options.include_path} is not a folder.")
     manager = TaskManager(include_path=options.include_path and str(options.include_path))

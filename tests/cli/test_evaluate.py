@@ -342,7 +342,7 @@ def test_results_of_lm_eval_that_are_no_numbers(base, task_of_lm_eval, tmp_path,
 def test_tasks_need_lm_eval(base, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["evaluate", "--model", str(base), "--lm-eval", "arc_easy"]) == 2
-    assert "--lm-eval needs lm-eval: pip install lm_eval[hf]" in capsys.readouterr().err
+    assert '--lm-eval needs lm-eval: pip install "lm-eval[hf]"' in capsys.readouterr().err
 
 
 # --- bad input
