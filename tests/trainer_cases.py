@@ -18,6 +18,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from packaging.version import Version
 from peft import TaskType
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -35,6 +36,7 @@ from peft_loramoe.training import LoRAMoETrainerMixin
 from tiny import VOCAB, loramoe, tiny_llama, tiny_tokenizer
 
 
+TRL_BEFORE_1_16 = Version(trl.__version__) < Version("1.16")
 WEIGHT = 0.5
 MICRO_BATCHES = 2
 TYPES = [0, 1, 2, 1, 0, 2, 2, 0]
@@ -260,7 +262,9 @@ def mixed(trainer_class: type) -> type:
 
 
 def importable(name: str) -> bool:
-    """Whether the installed TRL has the trainer, and it can be imported with the installed transformers."""
+    """Whether the trainer can be imported with the installed transformers, and is what these cases are for."""
+    if TRL_BEFORE_1_16 and name.startswith("trl.experimental."):
+        return False
     try:
         load(name)
     except (ImportError, AttributeError):

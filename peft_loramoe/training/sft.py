@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from trl import SFTTrainer, get_training_chat_template
 
 from .optimizer import optimizer_groups
 from .trainer import LoRAMoETrainerMixin
+
+
+GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
 class LoRAMoESFTTrainer(LoRAMoETrainerMixin, SFTTrainer):
@@ -62,6 +66,8 @@ def marked_chat_template(tokenizer: Any) -> str | None:
         The tokenizer's own template if it has the marks, or TRL's version of it; None if TRL knows none.
     """
     try:
-        return get_training_chat_template(tokenizer) or tokenizer.chat_template
+        template = get_training_chat_template(tokenizer) or tokenizer.chat_template
     except ValueError:
         return None
+    # Before 1.16, TRL's templates do not always have the marks.
+    return template if GENERATION.search(template) else None
