@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,8 +123,9 @@ def means_table(rows: Sequence[Row]) -> list[str]:
 def pairs_table(rows: Sequence[Row], ours: str, rivals: Sequence[str]) -> list[str]:
     """Markdown: one method against others on the seeds that both have, with 95 % intervals."""
     lines = [
-        "| against | seeds | rise of text loss, ratio | tasks solved, difference | facts ranked right, difference |",
-        "|---|---|---|---|---|",
+        "| against | seeds | rise of text loss, ratio | requests, ratio | tasks solved, difference "
+        "| facts ranked right, difference |",
+        "|---|---|---|---|---|---|",
     ]
     methods = by_method(rows)
     for rival in rivals:
@@ -132,8 +134,10 @@ def pairs_table(rows: Sequence[Row], ours: str, rivals: Sequence[str]) -> list[s
             continue
         pairs = [(methods[ours][seed], methods[rival][seed]) for seed in seeds]
         bases = [base_row(rows, row["run"]["part"]) for row, _ in pairs]
-        rises = [[rise(row, base) for row, base in zip(column, bases)] for column in zip(*pairs)]
-        cells = [_interval(ratio_interval(*rises), ".2f")]
+        cells = []
+        for measure in (rise, divergence):
+            ours_and_theirs = ([measure(row, base) for row, base in zip(column, bases)] for column in zip(*pairs))
+            cells.append(_interval(ratio_interval(*ours_and_theirs), ".2f"))
         for measure in (solved, facts_ranked):
             differences = [measure(a, base) - measure(b, base) for (a, b), base in zip(pairs, bases)]
             cells.append(_interval(mean_interval(differences), "+.1f"))
@@ -142,6 +146,8 @@ def pairs_table(rows: Sequence[Row], ours: str, rivals: Sequence[str]) -> list[s
 
 
 def _interval(values: tuple[float, float, float], style: str) -> str:
+    if math.isnan(values[0]):  # not measured
+        return ""
     return "{} ({} to {})".format(*(format(value, style) for value in values))
 
 

@@ -277,7 +277,7 @@ def test_pairs_are_compared_on_the_seeds_that_both_have():
     rows += [row_of("lora", seed, 3.2, "10", "10") for seed in (1, 2, 3)]
     rows += [row_of("retain", seed, 3.05, "11", "11") for seed in (1, 2)]
     line = report.pairs_table(rows, "retain", ["lora"])[-1]
-    assert line == "| lora | 2 | 0.25 (0.25 to 0.25) | +50.0 (+50.0 to +50.0) | +50.0 (+50.0 to +50.0) |"
+    assert line == "| lora | 2 | 0.25 (0.25 to 0.25) |  | +50.0 (+50.0 to +50.0) | +50.0 (+50.0 to +50.0) |"
 
 
 @pytest.mark.parametrize(("text", "marks", "met"), [(3.02, "11", "yes"), (3.15, "00", "no")])
