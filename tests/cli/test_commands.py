@@ -678,7 +678,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(words, message, paths, capsys,
 
 
 def test_the_traceback_is_shown_on_demand(paths):
-    with pytest.raises(FileNotFoundError, match="is neither a local folder"):
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
         main(["--traceback", "inspect", str(paths["nowhere"])])
 
 

@@ -309,10 +309,10 @@ def test_data_of_one_type_without_anchors_are_warned_about(trainer):
     [
         (["--num-experts", "1"], "error: --num-experts 1 must be"),
         (["--router-lr-multiplier", "0"], "error: --router-lr-multiplier 0.0 must be in (0, "),
-        (["--null-groups", "null"], "retain (--null-groups None): group 0 is not null"),
+        (["--null-groups", "null"], "--preset retain (no --null-groups): group 0 is not null"),
         (["--anchors-every", "2", "--anchors", "missing.jsonl"], "missing.jsonl cannot be read: No such file"),
         (["--train-file", "missing.json"], "error: missing.json cannot be read"),
-        (["--model", "no/such-model"], "error: --model no/such-model: no tokenizer could be loaded"),
+        (["--model", "no/such-model"], "error: --model no/such-model: there is no such folder"),
         (["--chat-template", "missing.jinja"], "error: --chat-template missing.jinja cannot be read"),
         (["--target-modules", '["nothing"]'], "nothing"),
         pytest.param(
