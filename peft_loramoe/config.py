@@ -37,7 +37,7 @@ BASE_KINDS = {
     "revision": optional(text),
     "inference_mode": boolean,
     "peft_version": optional(text),
-    "auto_mapping": optional(mapping(text, lambda name, value: value, "names of classes")),
+    "auto_mapping": optional(mapping(text, optional(text), "names of classes")),
 }
 
 
