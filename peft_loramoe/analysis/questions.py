@@ -141,10 +141,7 @@ def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
     if not name or len(rest) > 2:
         raise ValueError(f"{source} must have the form {HUB}NAME[:CONFIG[:SPLIT]].")
     config, split = rest + ["", ""][len(rest) :]
-    try:
-        check_source(name, "README.md", repo_type="dataset")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{source}: {error}") from error
+    check_source(source, name, "README.md", repo_type="dataset")
     rows = load_dataset(name, config or None, split=split or "validation")
     columns = [
         column for column in rows.column_names if column in ("question", "answer")

@@ -139,9 +139,9 @@ class BaseModel:
             ValueError: it is not, or the Hub cannot be reached.
         """
         try:
-            check_source(self.name, "config.json", self.revision)
+            check_source(f"{self.flag} {self.name}", self.name, "config.json", self.revision)
         except FileNotFoundError as error:
-            raise ValueError(f"{self.flag} {self.name}: {error}") from error
+            raise ValueError(str(error)) from error
 
     def _check_device(self) -> None:
         if self.device is None:

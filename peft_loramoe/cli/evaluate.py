@@ -127,10 +127,7 @@ def _base_model(model: str | None, adapters: list[str]) -> tuple[str, str]:
     """The base model and its revision, from the option or the adapters' configurations."""
     named = set()
     for adapter in adapters:
-        try:
-            check_source(adapter, "adapter_config.json")
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"--adapter {adapter}: {error}") from error
+        check_source(f"--adapter {adapter}", adapter, "adapter_config.json")
         config = PeftConfig.from_pretrained(adapter)
         if config.task_type not in (None, "CAUSAL_LM"):
             raise ValueError(

@@ -265,7 +265,8 @@ def _by_groups(layers: Iterable[list[Mapping[str, Any]]]) -> Iterable[list[list[
 
 
 def _changed_options(config: Mapping[str, Any]) -> str:
-    defaults = {field.name: getattr(LoRAMoEConfig(), field.name) for field in dataclasses.fields(LoRAMoEConfig)}
+    plain = LoRAMoEConfig()
+    defaults = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
     changed = {k: v for k, v in config.items() if k not in ELSEWHERE and k in defaults and v != defaults[k]}
     return ", ".join(f"{name}={value}" for name, value in changed.items())
 

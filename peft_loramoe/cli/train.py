@@ -213,7 +213,7 @@ def _add_config_options(main: argparse._ArgumentGroup, more: argparse._ArgumentG
         help="retain: null experts leave what the model knows to the base model; paper: the published method; "
         "plain: the defaults of LoRAMoEConfig (default: retain)",
     )
-    hints = typing.get_type_hints(ConfigFields)
+    hints, defaults = typing.get_type_hints(ConfigFields), ConfigFields()
     for field in config_fields():
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):
@@ -225,7 +225,7 @@ def _add_config_options(main: argparse._ArgumentGroup, more: argparse._ArgumentG
             parse = {"type": kind, "metavar": "NAME" if kind is str else "N"}
         else:
             parse = {"type": json_value, "metavar": "JSON"}
-        default = getattr(ConfigFields(), field.name)
+        default = getattr(defaults, field.name)
         show = json.dumps if parse.get("type") is json_value else _shown
         ours, papers = (show(PRESETS[preset].get(field.name, default)) for preset in ("retain", "paper"))
         text = field.metadata["help"].rstrip(".").replace("LoRAMoEConfig.retain", "--preset retain")

@@ -202,8 +202,8 @@ def read_data(options: Namespace, config: LoRAMoEConfig) -> tuple[list[Record], 
 
 def read_split(options: Namespace, split: str, config: LoRAMoEConfig) -> list[Record]:
     """The records of a split of --dataset."""
+    check_source(f"--dataset {options.dataset}, split '{split}'", options.dataset, "README.md", repo_type="dataset")
     try:
-        check_source(options.dataset, "README.md", repo_type="dataset")
         rows = load_dataset(options.dataset, options.dataset_config, split=split)
     except Exception as error:  # the errors of datasets have no common base
         raise ValueError(f"--dataset {options.dataset}, split '{split}': {error}") from error

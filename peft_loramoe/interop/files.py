@@ -242,10 +242,7 @@ def _find(source: str | Path, *names: str) -> Path:
         raise FileNotFoundError(
             f"'{source}' has no {' or '.join(names)}, so it is not an adapter folder; it contains {content}."
         )
-    try:
-        check_source(str(source), names[0])
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"adapter {source}: {error}") from error
+    check_source(f"adapter {source}", str(source), names[0])
     cause: Exception | None = None
     for name in names:
         try:

@@ -70,4 +70,5 @@ def marked_chat_template(tokenizer: Any) -> str | None:
     except ValueError:
         return None
     # Before 1.16, TRL's templates do not always have the marks.
-    return template if GENERATION.search(template) else None
+    marked = template["default"] if isinstance(template, dict) else template
+    return template if GENERATION.search(marked) else None
