@@ -19,34 +19,35 @@ from huggingface_hub.utils import validate_repo_id
 TIMEOUT = 10  # seconds
 
 
-def check_source(what: str, name: str, file: str, revision: str | None = None, repo_type: str = "model") -> None:
+def check_source(name: str, file: str, revision: str | None = None, repo_type: str = "model", what: str = "") -> None:
     """Check that a folder or a Hub repository exists. What it holds is for its reader to check.
 
     Args:
-        what: begins the message, such as the option that names the source.
         name: a folder or the id of a repository. What cannot be such an id is not asked for.
         file: a file of the repository, which is looked for in the cache and on the Hub.
         revision: branch, tag or commit of the repository.
         repo_type: "model", also for adapters, or "dataset".
+        what: begins the message, such as the option that names the source.
 
     Raises:
         FileNotFoundError: there is neither, or the Hub cannot be reached; the message says which.
 
     Example:
-        >>> check_source("--adapter ./adapter", "./adapter", "adapter_config.json")
+        >>> check_source("./adapter", "adapter_config.json")
         Traceback (most recent call last):
-        FileNotFoundError: --adapter ./adapter: there is no such folder.
+        FileNotFoundError: there is no such folder.
     """
     if Path(name).exists():
         return
+    begin = f"{what}: " if what else ""
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise FileNotFoundError(f"{what}: there is no such folder.") from None
+        raise FileNotFoundError(f"{begin}there is no such folder.") from None
     try:
         _ask_the_hub(name, file, revision, repo_type)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{what}: {error}") from error
+        raise FileNotFoundError(f"{begin}{error}") from error
 
 
 @lru_cache

@@ -141,7 +141,7 @@ def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
     if not name or len(rest) > 2:
         raise ValueError(f"{source} must have the form {HUB}NAME[:CONFIG[:SPLIT]].")
     config, split = rest + ["", ""][len(rest) :]
-    check_source(source, name, "README.md", repo_type="dataset")
+    check_source(name, "README.md", repo_type="dataset", what=source)
     rows = load_dataset(name, config or None, split=split or "validation")
     columns = [
         column for column in rows.column_names if column in ("question", "answer")

@@ -69,7 +69,7 @@ def _texts_of_dataset(source: str) -> Iterator[str]:
     if not name.strip("/"):
         raise ValueError(f"--dataset {source!r} names no data set; write NAME[:CONFIG[:SPLIT]].")
     config, _, split = rest.partition(":")
-    check_source(f"--dataset {source}", name, "README.md", repo_type="dataset")
+    check_source(name, "README.md", repo_type="dataset", what=f"--dataset {source}")
     records = load_dataset(name, config or None, split=split or "train", streaming=True)
     return (_text_of(record, f"{source}, record {i}") for i, record in enumerate(islice(records, READ), start=1))
 

@@ -139,7 +139,7 @@ class BaseModel:
             ValueError: it is not, or the Hub cannot be reached.
         """
         try:
-            check_source(f"{self.flag} {self.name}", self.name, "config.json", self.revision)
+            check_source(self.name, "config.json", self.revision, what=f"{self.flag} {self.name}")
         except FileNotFoundError as error:
             raise ValueError(str(error)) from error
 

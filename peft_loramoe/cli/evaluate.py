@@ -127,7 +127,7 @@ def _base_model(model: str | None, adapters: list[str]) -> tuple[str, str]:
     """The base model and its revision, from the option or the adapters' configurations."""
     named = set()
     for adapter in adapters:
-        check_source(f"--adapter {adapter}", adapter, "adapter_config.json")
+        check_source(adapter, "adapter_config.json", what=f"--adapter {adapter}")
         config = PeftConfig.from_pretrained(adapter)
         if config.task_type not in (None, "CAUSAL_LM"):
             raise ValueError(

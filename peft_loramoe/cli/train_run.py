@@ -202,11 +202,12 @@ def read_data(options: Namespace, config: LoRAMoEConfig) -> tuple[list[Record], 
 
 def read_split(options: Namespace, split: str, config: LoRAMoEConfig) -> list[Record]:
     """The records of a split of --dataset."""
-    check_source(f"--dataset {options.dataset}, split '{split}'", options.dataset, "README.md", repo_type="dataset")
+    what = f"--dataset {options.dataset}, split '{split}'"
+    check_source(options.dataset, "README.md", repo_type="dataset", what=what)
     try:
         rows = load_dataset(options.dataset, options.dataset_config, split=split)
     except Exception as error:  # the errors of datasets have no common base
-        raise ValueError(f"--dataset {options.dataset}, split '{split}': {error}") from error
+        raise ValueError(f"{what}: {error}") from error
     place = f"{options.dataset}, {split}"
     return check_records(((f"{place}, row {number}", row) for number, row in enumerate(rows)), place, config)
 

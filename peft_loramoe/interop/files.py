@@ -242,7 +242,7 @@ def _find(source: str | Path, *names: str) -> Path:
         raise FileNotFoundError(
             f"'{source}' has no {' or '.join(names)}, so it is not an adapter folder; it contains {content}."
         )
-    check_source(f"adapter {source}", str(source), names[0])
+    check_source(str(source), names[0], what=f"adapter {source}")
     cause: Exception | None = None
     for name in names:
         try:

@@ -65,7 +65,7 @@ def test_hub_repositories_are_read(tmp_path, monkeypatch):
             raise LocalEntryNotFoundError(f"{name} is not there")
         return str(folder / name)
 
-    monkeypatch.setattr("peft_loramoe.interop.files.check_source", lambda *_: None)
+    monkeypatch.setattr("peft_loramoe.interop.files.check_source", lambda *_, **__: None)
     monkeypatch.setattr("peft_loramoe.interop.files.hf_hub_download", download)
     config, tensors = read_adapter("someone/adapter")
     assert config == {"peft_type": "LORA"} and tensors.keys() == TENSORS.keys()
