@@ -21,8 +21,9 @@ import peft_loramoe
 
 
 PACKAGE = Path(peft_loramoe.__file__).parent
-# What a module may need beyond the core requirements; setup.cfg has an extra for each but the engine.
-OPTIONAL = {"bitsandbytes", "datasets", "deepspeed", "gguf", "matplotlib", "tqdm", "triton", "trl", "vllm"}
+# What a module may need beyond the core requirements. setup.cfg has an extra for each but the engine and the launchers.
+OPTIONAL = {"bitsandbytes", "datasets", "deepspeed", "gguf", "matplotlib", "tqdm", "triton", "trl"}
+OPTIONAL |= {"axolotl", "swift", "vllm"}
 DESCRIPTION = importlib.metadata.metadata("peft_loramoe").get_payload()
 
 
