@@ -340,10 +340,7 @@ def output_weight_gradient(
     C: tl.constexpr, N: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``grad_output^T @ (hidden * gates * factor)`` into `partials`, shape.
-
-    (splits, out_features, C), split by tokens.
-    """
+    """``grad_output^T @ (hidden * gates * factor)`` into `partials` (splits, out_features, C), split by tokens."""
     split = tl.program_id(1)
     o, c = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_C)
     inside = (o < out_features)[None, :]
