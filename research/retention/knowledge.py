@@ -52,6 +52,11 @@ def read(name: str) -> list[dict]:
     return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
 
 
+def is_held_back(index: int) -> bool:
+    """Whether an anchor of `anchors.jsonl` is scored and never trained on."""
+    return index % 10 == 0
+
+
 def read_facts() -> list[Fact]:
     """All facts of the study."""
     return [Fact(**{**row, "options": tuple(row["options"])}) for row in read("facts.jsonl")]

@@ -16,6 +16,7 @@ import json
 import random
 import re
 import sys
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -26,7 +27,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .base_model import load
-from .knowledge import DATA, END, Encoder, Fact, chat
+from .knowledge import DATA, END, Encoder, Fact, chat, is_held_back, read
 from .scoring import score
 from .tasks import listed
 
@@ -83,6 +84,7 @@ REPLAY_SHARE = 0.3
 TEXTS_OF_A_KIND = 20
 ANCHORS = 200
 ANCHOR_TOKENS = 32
+ANCHOR_VARIANT = 80
 
 
 def geography() -> Iterator[Fact]:
@@ -256,8 +258,8 @@ def pad_to(values: list, number: int) -> list:
     return values + [None] * (number - len(values))
 
 
-def choose_texts(debian: Path, encoder: Encoder) -> list[dict]:
-    """Passages of at least 45 tokens of three kinds of prose."""
+def choose_texts(debian: Path, encoder: Encoder, number: int = TEXTS_OF_A_KIND) -> list[dict]:
+    """Passages of at least 45 tokens of three kinds of prose, as many of each."""
     with gzip.open(debian / "usr/share/dictd/devil.dict.dz", "rt", errors="ignore") as file:
         entries = [t for t in _paragraphs(file.read()) if re.match(r"[A-Z' -]+, *[a-z]", t)]
     literary = [re.sub(r"^[A-Z' -]+, *[a-z. &]+ ", "", entry) for entry in entries]
@@ -275,7 +277,7 @@ def choose_texts(debian: Path, encoder: Encoder) -> list[dict]:
     texts = []
     for kind, passages in (("literary", literary), ("technical", technical), ("definitions", definitions)):
         passages = [t for t in dict.fromkeys(passages) if t.isascii() and len(t) < 900 and len(encoder.ids(t)) >= 45]
-        texts += [{"kind": kind, "text": t} for t in random.Random(kind).sample(passages, TEXTS_OF_A_KIND)]
+        texts += [{"kind": kind, "text": t} for t in random.Random(kind).sample(passages, number)]
     return texts
 
 
@@ -302,6 +304,35 @@ def sample_anchors(model: PreTrainedModel, encoder: Encoder) -> list[dict]:
     prose = _generate(model, encoder, [OPENINGS[i % len(OPENINGS)] for i in range(ANCHORS // 2)], ANCHOR_TOKENS)
     anchors = [{"kind": "chat", "text": text.split(END + "\n<|im_start|>user")[0]} for text in conversations]
     return anchors + [{"kind": "prose", "text": text.split("<|im")[0]} for text in prose]
+
+
+def text_anchors(debian: Path, encoder: Encoder) -> list[dict]:
+    """Beginnings of passages from the sources of the scored texts, but of other passages."""
+    scored = {row["text"] for row in read("texts.jsonl")}
+    rows = [row for row in choose_texts(debian, encoder, 3 * TEXTS_OF_A_KIND) if row["text"] not in scored]
+    return [{**row, "text": _beginning(row["text"], encoder)} for row in rows]
+
+
+def code_anchors(encoder: Encoder) -> list[dict]:
+    """Beginnings of functions of the Python standard library."""
+    draw = random.Random("code")
+    files = sorted(Path(json.__file__).parents[1].glob("*.py"))
+    texts = []
+    for file in draw.sample(files, len(files)):
+        functions = re.split(r"\n(?=    def )", file.read_text(encoding="utf-8"))[1:]
+        if functions and len(text := _beginning(textwrap.dedent(draw.choice(functions)), encoder)) > 80:
+            texts.append(text)
+    return [{"kind": "code", "text": text} for text in texts[:ANCHOR_VARIANT]]
+
+
+def _beginning(text: str, encoder: Encoder) -> str:
+    return encoder.tokenizer.decode(encoder.ids(text)[:ANCHOR_TOKENS])
+
+
+def anchors_of_kind(kind: str) -> list[dict]:
+    """Those of the study's anchors that are prose or chat, without those that are scored."""
+    rows = [row for i, row in enumerate(read("anchors.jsonl")) if not is_held_back(i)]
+    return [row for row in rows if row["kind"] == kind][:ANCHOR_VARIANT]
 
 
 def answer_requests(model: PreTrainedModel, encoder: Encoder) -> list[dict]:
@@ -371,6 +402,10 @@ def main(debian: Path) -> None:
     makers = {
         "texts.jsonl": lambda: choose_texts(debian, encoder),
         "anchors.jsonl": lambda: sample_anchors(model, encoder),
+        "anchors-prose.jsonl": lambda: anchors_of_kind("prose"),
+        "anchors-chat.jsonl": lambda: anchors_of_kind("chat"),
+        "anchors-text.jsonl": lambda: text_anchors(debian, encoder),
+        "anchors-code.jsonl": lambda: code_anchors(encoder),
         "requests.jsonl": lambda: answer_requests(model, encoder),
         "facts.jsonl": lambda: [
             asdict(fact) for fact in choose_facts(model, encoder, all_facts(debian / "usr/share/wordnet", encoder))

@@ -27,7 +27,7 @@ import peft_loramoe
 from peft_loramoe.training import optimizer_groups
 
 from .base_model import load
-from .knowledge import Encoder, read, read_facts
+from .knowledge import Encoder, is_held_back, read, read_facts
 from .methods import Method, Run
 from .scoring import Item, Score, packed_answer_logits, score
 from .tasks import samples
@@ -149,11 +149,7 @@ def training_anchors(encoder: Encoder, file: str | None = None) -> list[Item]:
     if file:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
         return [encoder.text(json.loads(line)["text"]) for line in lines]
-    return [encoder.text(row["text"]) for i, row in enumerate(read("anchors.jsonl")) if not _is_held_back(i)]
-
-
-def _is_held_back(index: int) -> bool:
-    return index % 10 == 0
+    return [encoder.text(row["text"]) for i, row in enumerate(read("anchors.jsonl")) if not is_held_back(i)]
 
 
 def train(model: nn.Module, method: Method, one: Run, encoder: Encoder) -> dict[str, Any]:
@@ -270,7 +266,7 @@ def scored_sets(encoder: Encoder, part: float) -> dict[str, tuple[list[Item], li
         sets[form] = [(encoder.fact(fact, form), fact.kind) for fact in facts if fact.use in (form, "both")]
     sets["text"] = [(encoder.text(row["text"]), row["kind"]) for row in read("texts.jsonl")]
     sets["anchor"] = [
-        (encoder.text(row["text"]), row["kind"]) for i, row in enumerate(read("anchors.jsonl")) if _is_held_back(i)
+        (encoder.text(row["text"]), row["kind"]) for i, row in enumerate(read("anchors.jsonl")) if is_held_back(i)
     ]
     sets["request"] = [(encoder.request(row["request"], row["answer"]), row["kind"]) for row in read("requests.jsonl")]
     sets["task"] = [(encoder.sample(sample), sample.task) for sample in samples(SCORED_TASKS, "scored", scored=True)]

@@ -67,6 +67,17 @@ def test_held_back_anchors_are_not_trained_on():
     assert len(training.training_anchors(encoder)) == len(read("anchors.jsonl")) - len(read("anchors.jsonl")[::10])
 
 
+def test_texts_of_anchors_are_not_scored():
+    scored = {row["text"][:60] for row in read("texts.jsonl")}
+    assert not scored & {row["text"][:60] for row in read("anchors-text.jsonl")}
+
+
+@pytest.mark.parametrize("kind", ["prose", "chat"])
+def test_anchors_of_a_kind_are_not_held_back(kind):
+    held_back = {row["text"] for row in read("anchors.jsonl")[::10]}
+    assert not held_back & {row["text"] for row in read(f"anchors-{kind}.jsonl")}
+
+
 def test_anchors_of_a_file_take_the_place_of_the_studys(tmp_path):
     file = tmp_path / "anchors.jsonl"
     file.write_text("".join(json.dumps({"text": f"anchor {i}"}) + "\n" for i in range(3)))
