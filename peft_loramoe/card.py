@@ -58,7 +58,7 @@ def loading_snippet(adapter: str, options: Mapping[str, Any], gguf_file: str | N
         options: the adapter's configuration by name, as in ``adapter_config.json``.
         gguf_file: the file that the base model is read from, if it is a GGUF file.
     """
-    auto_class = AUTO_CLASSES.get(options.get("task_type"), "AutoModel")
+    auto_class = AUTO_CLASSES.get(options.get("task_type") or "", "AutoModel")
     base_model = options.get("base_model_name_or_path") or "BASE_MODEL"
     file = "" if gguf_file is None else f", gguf_file={_literal(gguf_file)}"
     return (

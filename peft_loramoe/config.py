@@ -66,7 +66,7 @@ class LoRAMoEConfig(ConfigFields, PeftConfig):
             self.router_lr_multiplier = 10.0 if self.peft_loramoe_version is None else 1.0
         if self.peft_loramoe_version is None:
             self.peft_loramoe_version = __version__
-        self.modules_to_tie = None  # filled in by PEFT, as for its LoRA
+        self.modules_to_tie: set[str] | None = None  # filled in by PEFT, as for its LoRA
         for option, values in RENAMED.items():
             if isinstance(value := getattr(self, option), str) and value in values:
                 setattr(self, option, values[value])
@@ -228,9 +228,10 @@ class LoRAMoEConfig(ConfigFields, PeftConfig):
             >>> LoRAMoEConfig(num_experts=4, num_experts_pattern={"down_proj": [1, 2]}).groups_of("mlp.down_proj")
             ExpertGroups(sizes=(1, 2), null=(), names=None)
         """
-        key = None if layer is None else get_pattern_key(self.num_experts_pattern, layer)
+        key = None if layer is None else get_pattern_key(list(self.num_experts_pattern), layer)
         sizes = self._group_sizes(key if key in self.num_experts_pattern else None)
-        return ExpertGroups(sizes, self.null_groups or (), self.task_type_names)
+        names = None if self.task_type_names is None else tuple(self.task_type_names)
+        return ExpertGroups(tuple(sizes), tuple(self.null_groups or ()), names)
 
     @property
     def num_groups(self) -> int:
@@ -239,11 +240,11 @@ class LoRAMoEConfig(ConfigFields, PeftConfig):
 
     def rank_of(self, layer: str) -> int:
         """Rank of the experts of a layer, from `rank_pattern` or `r`."""
-        return self.rank_pattern.get(get_pattern_key(self.rank_pattern, layer), self.r)
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer), self.r)
 
     def mixture_options(self, layer: str) -> MixtureOptions:
         """What the forward pass of a layer needs to know."""
-        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, layer), self.lora_alpha)
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer), self.lora_alpha)
         return MixtureOptions(
             experts=self.groups_of(layer).lora_experts,
             scaling=self.scaling(self.rank_of(layer), alpha),
@@ -320,15 +321,15 @@ class LoRAMoEConfig(ConfigFields, PeftConfig):
                     "outputs. Take fewer experts or a smaller rank."
                 )
         if self.null_groups is not None:
-            self.null_groups = self._checked_null_groups(num_groups)
+            self.null_groups = self._checked_null_groups(self.null_groups, num_groups)
         names = self.task_type_names
         if names is not None and (len(names) != num_groups or len(set(names)) != len(names)):
             raise ValueError(
                 f"task_type_names={shown(names)} must be {num_groups} different names, one for each expert group."
             )
 
-    def _checked_null_groups(self, num_groups: int) -> list[int]:
-        groups = sorted(set(self.null_groups))
+    def _checked_null_groups(self, null_groups: list[int], num_groups: int) -> list[int]:
+        groups = sorted(set(null_groups))
         for group in groups:
             if group >= num_groups:
                 raise ValueError(
@@ -343,4 +344,6 @@ class LoRAMoEConfig(ConfigFields, PeftConfig):
 
 
 # The help texts are written once, in `fields`; the class docstring lists them from there.
-LoRAMoEConfig.__doc__ += "".join(f"    {f.name}: {f.metadata['help']}\n" for f in dataclasses.fields(ConfigFields))
+LoRAMoEConfig.__doc__ = (LoRAMoEConfig.__doc__ or "") + "".join(
+    f"    {f.name}: {f.metadata['help']}\n" for f in dataclasses.fields(ConfigFields)
+)

@@ -30,13 +30,15 @@ class UnpackedWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._kept = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+        self._kept: list[Any] = [
+            module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)
+        ]
         for module in self._kept:
             module.support_avx512bf16_for_cpu = False
         for module in model.modules():
             weight = module._parameters.get("weight")
             state = getattr(weight, "quant_state", None)
-            if getattr(state, "packing_format_for_cpu", False):
+            if weight is not None and getattr(state, "packing_format_for_cpu", False):
                 _unpack(weight, state)
 
     def remove(self) -> None:
@@ -63,7 +65,10 @@ def _unpack(weight: nn.Parameter, state: Any) -> None:
 
 
 class _HasConfigs(Protocol):
-    configs: Mapping[str, Any]
+    @property
+    def configs(self) -> Mapping[str, Any]:
+        """The adapters' configurations."""
+        ...
 
 
 class NonReentrantCheckpointing:
@@ -85,7 +90,9 @@ class NonReentrantCheckpointing:
             return
         if not any(getattr(config, "balance_loss_weight", 0) > 0 for config in self.recorder.configs.values()):
             return
-        reentrant = [m for m in module.modules() if _is_reentrant(m.__dict__.get("_gradient_checkpointing_func"))]
+        reentrant: list[Any] = [
+            m for m in module.modules() if _is_reentrant(m.__dict__.get("_gradient_checkpointing_func"))
+        ]
         if not reentrant or any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
             return  # ZeRO-3 gathers parameters anew in the backward pass, which non-reentrant checkpoints refuse
         for m in reentrant:  # a partial's own keywords give way to the new one

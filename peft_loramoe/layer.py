@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,8 @@ class LoRAMoELayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.recorder = recorder
-        self.loramoe_experts = nn.ModuleDict({})
+        # torch types the values of a ModuleDict as Module
+        self.loramoe_experts = cast("MutableMapping[str, LoRAExperts]", nn.ModuleDict())
         self._disable_adapters = False
         self.merged_adapters = []
         self.in_features, self.out_features = in_features, out_features
@@ -115,6 +116,7 @@ class LoRAMoELayer(nn.Module, BaseTunerLayer):
             linear = {}
             if self.recorder is not None:
                 self.recorder.record(adapter, self.name, experts.groups, experts.router.requires_grad, probabilities)
+        assert base is not None  # or there is no adapter, and the caller has the base layer's output
         return base
 
     def _check_gradient(self, x: Tensor, base: Tensor) -> None:
@@ -230,7 +232,8 @@ class LoRAMoELinear(LoRAMoELayer):
     """
 
     def __init__(self, base_layer: nn.Module, name: str, recorder: Recorder | None = None) -> None:
-        super().__init__(base_layer, name, *get_in_out_features(base_layer), recorder)
+        sizes = cast("tuple[int, int]", get_in_out_features(base_layer))  # None for what is no linear layer
+        super().__init__(base_layer, name, *sizes, recorder)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Apply the base layer and add the mixtures.
@@ -329,14 +332,15 @@ class LoRAMoEBlock(LoRAMoELayer):
         if self.disable_adapters:
             return returned
         x = args[0] if args else kwargs[self.input_name]
-        output, rest = (returned[0], returned[1:]) if type(returned) is tuple and returned else (returned, None)
+        in_tuple = type(returned) is tuple and bool(returned)
+        output: Any = returned[0] if in_tuple else returned
         tokens = self._as_returned(x, output)
         if adapter_names is not None:
             output = self._add_mixtures_per_sample(tokens, output, adapter_names)
         else:
             self._check_gradient(x, output)
             output = self._add_mixtures(tokens, output, self._active)
-        return output if rest is None else (output, *rest)
+        return (output, *returned[1:]) if in_tuple else output
 
     def _as_returned(self, x: Tensor, output: Any) -> Tensor:
         """What the block read, in the shape of what it returned: the same, or with its tokens in one dimension."""
@@ -373,8 +377,9 @@ def _device(module: nn.Module) -> torch.device | None:
         hook = getattr(part, "_hf_hook", None)  # accelerate's
         for single in getattr(hook, "hooks", (hook,)):
             # The weights are on "meta" between calls.
-            if getattr(single, "offload", False) and single.execution_device is not None:
-                return torch.device(single.execution_device)
+            device = getattr(single, "execution_device", None)
+            if getattr(single, "offload", False) and device is not None:
+                return torch.device(device)
     largest = _largest_tensor(module)
     return None if largest is None else largest.device
 
@@ -388,10 +393,10 @@ def _file_of(function: Any) -> str | None:
     return getattr(getattr(function, "__code__", None), "co_filename", None)
 
 
-class _Scaling(MutableMapping):
+class _Scaling(MutableMapping[str, float]):
     """The scales of a layer's adapters: a view of what their experts hold."""
 
-    def __init__(self, experts: nn.ModuleDict) -> None:
+    def __init__(self, experts: Mapping[str, LoRAExperts]) -> None:
         self._experts = experts
 
     def __getitem__(self, adapter: str) -> float:

@@ -31,7 +31,7 @@ def check_adapter_tensors(model: nn.Module, state_dict: Mapping[str, Any], prefi
     expected = {
         _bare(prefix + name): p for name, p in model.named_parameters(remove_duplicate=False) if is_of_experts(name)
     }
-    adapters = {adapter_of(key) for key in found.keys() & expected.keys()}
+    adapters = {adapter for key in found.keys() & expected.keys() if (adapter := adapter_of(key)) is not None}
     wanted = {key for key in expected if adapter_of(key) in adapters}
     problems = [f"missing: {key}" for key in sorted(wanted - found.keys())]
     problems += [f"unexpected: {key}" for key in sorted(found.keys() - expected.keys())]
@@ -87,7 +87,8 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
         (module, copy(module._active_adapter)) for module in model.modules() if "_active_adapter" in module.__dict__
     ]
     marks = {name: model.__dict__.get(name) for name in ("peft_config", "_hf_peft_config_loaded")}
-    configs, recorder = dict(getattr(model, "peft_config", None) or {}), find_recorder(model)
+    kept: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    configs, recorder = dict(kept), find_recorder(model)
     try:
         yield
     except BaseException:
@@ -104,8 +105,8 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         if configs:
-            model.peft_config.clear()
-            model.peft_config.update(configs)
+            kept.clear()
+            kept.update(configs)
         for name, value in marks.items():
             if value is None:
                 model.__dict__.pop(name, None)

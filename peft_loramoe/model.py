@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -71,7 +71,7 @@ class LoRAMoEModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: LoRAMoEConfig) -> None:
         config.check()
-        others = sorted({c.peft_type for c in self.peft_config.values()} - {"LORAMOE"})
+        others = sorted({c.peft_type for c in self.peft_config.values() if c.peft_type} - {"LORAMOE"})
         if others and not PEFT_AT_LEAST_0_21:
             raise ValueError(
                 f"The model already has adapters of {', '.join(others)}, and PEFT before 0.21 would freeze them. "
@@ -86,9 +86,11 @@ class LoRAMoEModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: LoRAMoEConfig, model_config: dict[str, Any]) -> LoRAMoEConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules, peft_config.exclude_modules = default_targets(
+            targets = default_targets(
                 self.model, model_config, peft_config.exclude_modules, self.target_module_mapping
             )
+            # PEFT makes sets of lists, too.
+            peft_config.target_modules, peft_config.exclude_modules = cast("Any", targets)
         check_names(self.model, peft_config.target_modules)
         self._check_nothing_inside_adapted_blocks(peft_config)
         return peft_config
@@ -188,14 +190,15 @@ class LoRAMoEModel(BaseTuner):
     def _shared_recorder(self) -> Recorder:
         """The base model's recorder; the first call installs its hooks."""
         recorder = find_recorder(self.model)
+        configs = cast("dict[str, LoRAMoEConfig]", self.peft_config)  # others may be among them; nobody asks for them
         if recorder is None:
-            recorder = Recorder(self.peft_config)
+            recorder = Recorder(configs)
             recorder.install(self.model)
             recorder.handles.append(self.model.register_load_state_dict_pre_hook(check_adapter_tensors))
             below_head = getattr(self.model, "base_model", self.model)
             for model in {self.model, below_head}:  # trainers that apply the head themselves call the second
                 recorder.handles.append(model.register_forward_pre_hook(NonReentrantCheckpointing(recorder)))
-        recorder.configs = self.peft_config
+        recorder.configs = configs
         return recorder
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -249,7 +252,7 @@ class LoRAMoEModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         recorder = find_recorder(self.model)
-        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        model = cast("nn.Module", super()._unload_and_optionally_merge(merge=merge, **kwargs))  # PEFT's type: None
         if recorder is not None:
             recorder.remove()
         return model

@@ -36,9 +36,9 @@ def integer(minimum: int, maximum: int, too_large: str = "") -> Kind:
     def check(name: str, value: Any) -> int:
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise TypeError(f"{name}={shown(value)} must be an integer, at least {minimum}.")
-        if value < minimum:
+        if int(value) < minimum:
             raise ValueError(f"{name}={shown(value)} must be at least {minimum}.")
-        if value > maximum:
+        if int(value) > maximum:
             raise ValueError(f"{name}={shown(value)} must be at most {maximum}{too_large}.")
         return int(value)
 
@@ -54,7 +54,8 @@ def number(
     def check(name: str, value: Any) -> int | float:
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"{name}={shown(value)} must be a number in {interval}{why}.")
-        inside = minimum <= value <= maximum  # false for NaN
+        compared: Any = value  # Real does not declare that it can be; not as a float, which has no 10 ** 400
+        inside = minimum <= compared <= maximum  # false for NaN
         if not inside or (open_minimum and value == minimum) or (open_maximum and value == maximum):
             raise ValueError(f"{name}={shown(value)} must be in {interval}{why}.")
         return int(value) if isinstance(value, Integral) else float(value)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
-def read_text(path: str | Path, torn: bool = False) -> str:
+def read_text(path: str | os.PathLike[str], torn: bool = False) -> str:
     """Read a file in UTF-8, with or without a byte-order mark; line ends become "\\n".
 
     Args:
@@ -65,7 +66,7 @@ def parse_json(text: str, place: str, first_line: int | None = None) -> Any:
     return value
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file.
 
     Raises:
@@ -80,7 +81,7 @@ def read_json(path: str | Path) -> Any:
     return parse_json(read_text(path), str(path), first_line=1)
 
 
-def read_json_lines(path: str | Path, torn: bool = False) -> Iterator[tuple[str, Any]]:
+def read_json_lines(path: str | os.PathLike[str], torn: bool = False) -> Iterator[tuple[str, Any]]:
     """Read a JSONL file: one value a line; blank lines are skipped.
 
     Args:

@@ -34,7 +34,7 @@ def register() -> None:
     """
     peft_type = _peft_type_member()
     known = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
-    if known is not None and not known.__module__.startswith(__package__):
+    if known is not None and not known.__module__.startswith("peft_loramoe."):
         warnings.warn(
             f"PEFT already knows a tuner '{PEFT_TYPE}' ({known.__module__}.{known.__qualname__}); importing "
             "peft_loramoe replaces it in this process. Do not import peft_loramoe to use the other one.",
@@ -54,7 +54,7 @@ def _peft_type_member() -> PeftType:
     if PEFT_TYPE in PeftType.__members__:
         return PeftType[PEFT_TYPE]
     # PEFT offers no way to register a type out of tree, and an Enum none to grow: do what EnumType does for a member.
-    member = str.__new__(PeftType, PEFT_TYPE)
+    member: Any = str.__new__(PeftType, PEFT_TYPE)
     member._name_ = PEFT_TYPE
     member._value_ = PEFT_TYPE
     member.__objclass__ = PeftType
@@ -112,7 +112,7 @@ def _keep_model_card() -> None:
         return upload(self, working_dir, *args, **kwargs)
 
     PeftModel.create_or_update_model_card = create_or_update_model_card
-    PeftModel._upload_modified_files = _upload_modified_files
+    setattr(PeftModel, "_upload_modified_files", _upload_modified_files)
 
 
 def _load_all_or_nothing() -> None:
@@ -166,6 +166,6 @@ def _load_all_or_nothing() -> None:
         check(config0, config1)
 
     PeftModel.load_adapter = checked(PeftModel.load_adapter)
-    PeftModel.from_pretrained = classmethod(checked_from_pretrained)
+    setattr(PeftModel, "from_pretrained", classmethod(checked_from_pretrained))
     PeftAdapterMixin.load_adapter = checked(PeftAdapterMixin.load_adapter)
     hotswap.check_hotswap_configs_compatible = check_hotswap_configs_compatible

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -115,7 +116,7 @@ def streams_of(model: nn.Module) -> Streams:
             kind = TEXT if text else own
         if kind in (TEXT, DECODER) and CROSS_ATTENTION_INPUT.search(name):
             kind = MEDIA if text and not is_encoder_decoder else ENCODED
-        others = [POSITIONS, OTHER_ORDER.get(types[name]), SHARED_POSITIONS if shares_positions else None]
+        others = [POSITIONS, OTHER_ORDER.get(types[name] or ""), SHARED_POSITIONS if shares_positions else None]
         is_other = kind != MEDIA and any(pattern is not None and pattern.fullmatch(name) for pattern in others)
         kinds[name] = OTHER if is_other else kind
     labels_are_read = is_encoder_decoder and model.can_generate()
@@ -133,7 +134,7 @@ def _model_types(modules: Mapping[str, nn.Module]) -> dict[str, str | None]:
 
 def _encoder_and_decoder(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> tuple[dict[str, str], str]:
     """What the modules inside of the encoder and the decoder read, by name, and what the encoder reads."""
-    owner = model if hasattr(model, "get_encoder") else model.base_model  # transformers 4: classifiers have none
+    owner: Any = model if hasattr(model, "get_encoder") else model.base_model  # transformers 4: classifiers have none
     if not hasattr(owner, "get_encoder"):
         return {}, TEXT
     encoder, decoder = owner.get_encoder(), owner.get_decoder()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..config import LoRAMoEConfig
 from ..experts import LoRAExperts
 from ..layer import LoRAMoELayer
 
@@ -25,15 +24,6 @@ def experts_by_layer(model: nn.Module) -> dict[tuple[str, str], LoRAExperts]:
     return {
         (adapter, linear.name): experts for linear in linears for adapter, experts in linear.loramoe_experts.items()
     }
-
-
-def configs_of(model: nn.Module) -> Mapping[str, LoRAMoEConfig]:
-    """The configurations of the adapters, by adapter name.
-
-    Raises:
-        ValueError: the model has no LoRAMoE layers.
-    """
-    return _linears(model)[0].recorder.configs
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -72,7 +62,8 @@ def adapts_only_below_head(model: nn.Module) -> bool:
 
 def adds_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Whether to add special tokens to a text: not if it begins with BOS already, as chat templates do."""
-    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    begin = tokenizer.bos_token
+    return not (isinstance(begin, str) and begin and text.startswith(begin))
 
 
 def require_finite(values: Tensor, adapter: str, layer: str) -> None:
@@ -96,4 +87,5 @@ def _linears(model: nn.Module) -> list[LoRAMoELayer]:
 
 
 def _base_of(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()

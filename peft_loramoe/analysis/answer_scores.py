@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,9 +137,7 @@ class _Text:
     start: int
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str], add_special_tokens: bool
-) -> list[_Text]:
+def _encode(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], add_special_tokens: bool) -> list[_Text]:
     markers = tuple(tokenizer.get_added_vocab())
     texts, starts = [], []
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -181,13 +182,14 @@ def build_prompts(
         gap = "" if template[-1].isspace() else " "
         shown = "".join(f"{put(shot.question)}{gap}{shot.answers[0]}\n\n" for shot in shots)
         return [shown + put(question) for question in questions]
+    render: Any = tokenizer.apply_chat_template  # annotated with all that it may return
     turns = [
         {"role": role, "content": content}
         for shot in shots
         for role, content in (("user", put(shot.question)), ("assistant", shot.answers[0]))
     ]
     return [
-        tokenizer.apply_chat_template(
+        render(
             [*turns, {"role": "user", "content": put(question)}],
             tokenize=False,
             add_generation_prompt=True,
@@ -229,9 +231,7 @@ def _without_end(ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
     return ids[: max((position for position, (_, end) in enumerate(offsets) if end), default=len(ids) - 1) + 1]
 
 
-def _generate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
-) -> list[str]:
+def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
     device = device_of(model)
     width = len(max(prompts, key=len))
     padding = tokenizer.pad_token_id or 0
@@ -259,7 +259,8 @@ def _generate(
 @contextmanager
 def _generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
     """Temporarily replace the generation config: `generate` would fill unset options from the model's own."""
-    own = {module: module.generation_config for module in model.modules() if "generation_config" in vars(module)}
+    having: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
+    own = {module: module.generation_config for module in having}
     try:
         for module in own:
             module.generation_config = config
@@ -280,5 +281,5 @@ class _FirstLine(StoppingCriteria):
         return torch.tensor(["\n" in text.lstrip() for text in texts], device=input_ids.device)
 
 
-def _first_line(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def _first_line(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True).strip().partition("\n")[0].strip()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ..reading import read_json
 from ..writing import write_whole
 
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from typing_extensions import Self
 
 
@@ -33,7 +34,8 @@ class SavedAsJSON:
         Raises:
             FileNotFoundError: the folder of the file does not exist.
         """
-        content = {"kind": type(self).__name__, **dataclasses.asdict(self)}
+        fields = dataclasses.asdict(cast("DataclassInstance", self))
+        content = {"kind": type(self).__name__, **fields}
         write_whole(path, json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -50,7 +52,7 @@ class SavedAsJSON:
             raise ValueError(f"{wanted}: the content is not a JSON object with a `kind`.")
         if (kind := content.pop("kind")) != cls.__name__:
             raise ValueError(f"{wanted}: its kind is {kind!r}.")
-        fields = {field.name for field in dataclasses.fields(cls)}
+        fields = {field.name for field in dataclasses.fields(cast("type[DataclassInstance]", cls))}
         if content.keys() != fields:
             raise ValueError(f"{wanted}: its fields are {sorted(content)}, not {sorted(fields)}.")
         for name, required in cls.RECORDS.items():

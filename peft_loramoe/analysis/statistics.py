@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ..balance import LayerRouting, layer_routing
+from ..balance.hooks import configs_of
 from ..experts import LoRAExperts
 from ..modes import evaluation_mode
 from .adapted import (
     adapts_only_below_head,
-    configs_of,
     experts_by_layer,
     on_device_of,
     require_finite,
@@ -129,7 +129,7 @@ def router_statistics(model: nn.Module, batches: Iterable[Mapping[str, Any]]) ->
     of_experts, of_layers = [], []
     for (adapter, layer), module in experts.items():
         if (adapter, layer) in sums:
-            fields = dict(zip(OF_LAYER, (adapter, layer, *places[adapter][layer])))
+            fields: dict[str, Any] = dict(zip(OF_LAYER, (adapter, layer, *places[adapter][layer])))
             experts_of_layer, layers_of_layer = sums[adapter, layer].records(fields, module)
             of_experts += experts_of_layer
             of_layers += layers_of_layer

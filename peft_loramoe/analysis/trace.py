@@ -12,9 +12,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..balance import LayerRouting, layer_routing
+from ..balance.hooks import configs_of
 from ..groups import ExpertGroups
 from ..modes import evaluation_mode
-from .adapted import adds_special_tokens, configs_of, on_device_of, require_finite
+from .adapted import adds_special_tokens, on_device_of, require_finite
 from .saved import SavedAsJSON
 
 
@@ -71,7 +72,9 @@ class RouterTrace(SavedAsJSON):
             }
             for layer, probabilities in self.layers.items()
             for position, (token, of_token) in enumerate(zip(self.tokens, probabilities))
-            for expert, (group, weight) in enumerate(zip(ExpertGroups(self.expert_groups[layer]).of_experts, of_token))
+            for expert, (group, weight) in enumerate(
+                zip(ExpertGroups(tuple(self.expert_groups[layer])).of_experts, of_token)
+            )
         ]
 
 
@@ -120,7 +123,7 @@ def router_trace(
     return RouterTrace(
         adapter=adapter,
         text=text,
-        tokens=[tokenizer.decode([token_id]) for token_id in token_ids],
+        tokens=[str(tokenizer.decode([token_id])) for token_id in token_ids],
         token_ids=token_ids,
         layers=layers,
         expert_groups=expert_groups,

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..config import LoRAMoEConfig
+from ..gradients import UnpackedWeights
 from ..groups import ExpertGroups
 from ..streams import MEDIA, Streams, streams_of
 from .recording import Record, Recording
@@ -124,7 +125,7 @@ class Recorder:
     def __init__(self, configs: dict[str, LoRAMoEConfig]) -> None:
         self.configs = configs
         self.streams = Streams()
-        self.handles: list[RemovableHandle] = []  # hooks that leave the base model with the recorder
+        self.handles: list[RemovableHandle | UnpackedWeights] = []  # hooks that leave the base model with the recorder
         self._warned: set[str] = set()
         self._threads: dict[int, _Thread] = {}
 
@@ -446,7 +447,7 @@ def _check_rows(task_types: Any, rows: int) -> None:
 def _label_tokens(module: nn.Module, recording: Recording) -> Tensor | None:
     """Number of labels in the loss of a call of the model; None if it was given none."""
     batch = recording.batch
-    causal = LOSS_MAPPING.get(getattr(module, "loss_type", None)) is ForCausalLMLoss
+    causal = LOSS_MAPPING.get(getattr(module, "loss_type", "")) is ForCausalLMLoss
     shifted = causal and not batch.streams.is_encoder_decoder
     return label_tokens(batch.inputs, shifted)
 
@@ -471,6 +472,15 @@ def _recorder_of(model: nn.Module) -> Recorder:
     if (recorder := find_recorder(model)) is None:
         raise ValueError(f"{type(model).__name__} has no LoRAMoE layers; attach them with get_peft_model first.")
     return recorder
+
+
+def configs_of(model: nn.Module) -> dict[str, LoRAMoEConfig]:
+    """The configurations of the adapters, by adapter name.
+
+    Raises:
+        ValueError: the model has no LoRAMoE layers.
+    """
+    return _recorder_of(model).configs
 
 
 def balance_loss(model: nn.Module) -> Tensor:

@@ -14,7 +14,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -86,6 +86,7 @@ def from_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tu
     modules: dict[str, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
+        assert match is not None  # as checked above
         parts = modules.setdefault(match["module"], {"A": {}, "B": {}, "route": None})
         if match["part"]:
             parts[match["part"]][int(match["expert"])] = tensor
@@ -133,7 +134,8 @@ def to_authors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
     Raises:
         ValueError: an option or tensor has no counterpart in the authors' code.
     """
-    ours, default = LoRAMoEConfig.from_peft_type(**config), LoRAMoEConfig()
+    ours = cast("LoRAMoEConfig", LoRAMoEConfig.from_peft_type(**config))
+    default = LoRAMoEConfig()
     changed = {f.name for f in dataclasses.fields(ours) if getattr(ours, f.name) != getattr(default, f.name)}
     for name in sorted(changed - {*HELD, *OF_NO_CONSEQUENCE, *TRAINING, "expert_groups"}):
         raise ValueError(f"{name}={getattr(ours, name)!r} has no counterpart in the authors' code.")

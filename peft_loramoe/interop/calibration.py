@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from ..balance.hooks import find_recorder
+from ..balance.hooks import configs_of, find_recorder
 from ..balance.samples import Batch, label_tokens
 from ..balance.task_types import task_type_tensor
 from ..config import LoRAMoEConfig
@@ -69,7 +69,7 @@ def find_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
         raise ValueError(
             f"adapter_name='{adapter_name}' is not a LoRAMoE adapter of this model; it has {', '.join(names)}."
         )
-    config = model.peft_config[adapter_name]
+    config = configs_of(model)[adapter_name]
     return Adapter(adapter_name, config, [layer for layer in layers if adapter_name in layer.loramoe_experts])
 
 
@@ -107,7 +107,7 @@ def _prepare_batch(
         types = task_type_tensor(types, config.num_groups, config.task_type_names)
     recorder = find_recorder(model)
     is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not is_encoder_decoder
+    causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss and not is_encoder_decoder
     if causal and inputs.get("labels") is None and inputs.get("input_ids") is not None:
         mask = inputs.get("attention_mask")
         ids = inputs["input_ids"]

@@ -171,6 +171,7 @@ def _given_gates(layer: LoRAMoELayer, adapter: str, gates: str, weights: Sequenc
     sizes = list(experts.groups.sizes)
     if gates == "uniform":
         return torch.full((experts.num_experts,), 1 / experts.num_experts)
+    assert weights is not None  # as checked before
     wanted = len(sizes) if gates == "groups" else experts.num_experts
     if len(weights) != wanted:
         raise ValueError(
@@ -242,10 +243,10 @@ def _lora_config(model: nn.Module, adapter: Adapter, loras: Mapping[LoRAMoELayer
     ranks = {layer.name: A.shape[0] for layer, (A, _) in loras.items()}
     r = max(ranks.values())
     pattern = {f"^{name.replace('.', '[.]')}": rank for name, rank in ranks.items() if rank != r}
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     inside = tuple(f"{layer.name}." for layer in adapter.layers)
     others = [name for name, _ in base.named_modules() if name not in ranks and not name.startswith(inside)]
-    targets = {name.rpartition(".")[2] for name in ranks}
+    targets: Any = {name.rpartition(".")[2] for name in ranks}  # PEFT keeps lists as sets
     if any(name.rpartition(".")[2] in targets for name in others):
         targets = set(ranks)  # the last part of the name is ambiguous
     config = adapter.config

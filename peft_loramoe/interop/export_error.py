@@ -71,7 +71,7 @@ def measure(
         measured.error.add(layer.name, layer.loramoe_experts[adapter.name](x)[0], _apply(loras[layer], x))
 
     visit_inputs(model, adapter, batches, visit, title and f"{title} outputs")
-    replacements = {"export": loras, "without": dict.fromkeys(loras)}
+    replacements: dict[Any, Mapping[LoRAMoELayer, Factors | None]] = {"export": loras, "without": dict.fromkeys(loras)}
     if each_layer:
         replacements |= {layer: {layer: lora} for layer, lora in loras.items()}
     with evaluation_mode(model):
@@ -79,7 +79,7 @@ def measure(
             batches, desc=title and f"{title} distributions", leave=False, disable=None if title else True
         ):
             mixture, loss = _next_token(model, batch)
-            losses = {"mixture": loss}
+            losses: dict[Any, Tensor | None] = {"mixture": loss}
             for key, replacement in replacements.items():
                 with _replaced(adapter, replacement):
                     logits, losses[key] = _next_token(model, batch)
@@ -88,7 +88,8 @@ def measure(
             if batch.labels and loss is not None:
                 measured.labels += batch.labels
                 for key, loss in losses.items():
-                    measured.loss[key] += loss.item() * batch.labels
+                    if loss is not None:
+                        measured.loss[key] += loss.item() * batch.labels
     return measured
 
 
@@ -103,8 +104,9 @@ def _replaced(adapter: Adapter, loras: Mapping[LoRAMoELayer, Factors | None]) ->
     scales = {layer: layer.scaling[adapter.name] for layer in loras}
 
     def add(layer: LoRAMoELayer, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        x = args[0] if args else kwargs["x"]
-        return output + _apply(loras[layer], x.to(torch.promote_types(x.dtype, torch.float32))).to(output.dtype)
+        lora, x = loras[layer], args[0] if args else kwargs["x"]
+        assert lora is not None  # or this hook is not there
+        return output + _apply(lora, x.to(torch.promote_types(x.dtype, torch.float32))).to(output.dtype)
 
     with ExitStack() as stack:
         for layer, lora in loras.items():

@@ -89,7 +89,7 @@ class LoRAExport:
     relative_error: float | None
     kl_divergence: float | None
     kl_without: float | None
-    loss: dict[str, float] | None
+    loss: dict[str, float | None] | None
     max_kl_share: float
     poor: bool | None
 
@@ -138,7 +138,7 @@ def make_report(
         loss=losses if measured.labels else None,
         max_kl_share=max_kl_share,
         # NaN counts as poor
-        poor=None if kl is None else not kl <= max(ROUNDING, max_kl_share * kl_without),
+        poor=None if kl is None or kl_without is None else not kl <= max(ROUNDING, max_kl_share * kl_without),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import re
 import tempfile
@@ -61,7 +62,7 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 
 @contextmanager
-def new_folder(output: str | Path) -> Iterator[Path]:
+def new_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
     """Create a folder atomically: it appears at `output` when the block succeeds, and nothing remains if it fails.
 
     Args:

@@ -7,7 +7,7 @@ import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -114,7 +114,7 @@ def inspect_adapter(source: str | Path) -> AdapterSummary:
         products.append(inner)
     first = config.groups_of(layers[0].layer)
     same = all(config.groups_of(layer.layer) == first for layer in layers)
-    norms, similarity = _norms_and_cosines(sum(products), first) if same else (None, None)
+    norms, similarity = _norms_and_cosines(sum(products[1:], products[0]), first) if same else (None, None)
     names, groups = config.task_type_names, config.groups_of()
     return AdapterSummary(
         source=str(source),
@@ -141,7 +141,7 @@ def loramoe_config(source: str | Path, options: dict[str, Any]) -> LoRAMoEConfig
     if (peft_type := options.get("peft_type")) != "LORAMOE":
         fix = " (use `convert` for adapters of the LoRAMoE authors, and `upcycle` to turn plain LoRAs into experts)"
         raise ValueError(f"'{source}' has peft_type={peft_type!r}, not 'LORAMOE'{fix if peft_type == 'LORA' else ''}.")
-    return LoRAMoEConfig.from_peft_type(**options)
+    return cast("LoRAMoEConfig", LoRAMoEConfig.from_peft_type(**options))
 
 
 def _layer(config: LoRAMoEConfig, module: str, parts: dict[str, Tensor]) -> tuple[LayerSummary, Tensor]:

@@ -62,6 +62,7 @@ def from_moe_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> t
     modules: dict[str, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
+        assert match is not None  # as checked above
         parts = modules.setdefault(f"model.{match['module']}", {"A": {}, "B": {}, "gate": None, "plain": {}})
         if match["expert"]:
             parts[match["part"]][int(match["expert"])] = tensor

@@ -40,6 +40,12 @@ class Expert:
     A: Tensor | None = None
     B: Tensor | None = None
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of an expert that is not null."""
+        assert self.A is not None and self.B is not None
+        return self.A, self.B
+
     def scaled(self, factor: float) -> Expert:
         """The expert with its output multiplied by a factor."""
         return self if self.B is None else dataclasses.replace(self, B=self.B * factor)
@@ -97,9 +103,10 @@ def read_experts(experts: LoRAExperts) -> list[Expert]:
 
 def merged(first: Expert, second: Expert, share: float) -> Expert:
     """Merge two experts into the expert of the same rank closest to their weighted mean; `share` weights the first."""
-    rank, dtype = first.A.shape[0], first.A.dtype
-    A = torch.cat([first.A, second.A]).double()
-    B = torch.cat([share * first.B.double(), (1 - share) * second.B.double()], dim=1)
+    (first_A, first_B), (second_A, second_B) = first.factors, second.factors
+    rank, dtype = first_A.shape[0], first_A.dtype
+    A = torch.cat([first_A, second_A]).double()
+    B = torch.cat([share * first_B.double(), (1 - share) * second_B.double()], dim=1)
     # Singular value decomposition of B A from factors of at most 2r x 2r.
     (left, R_left), (right, R_right) = torch.linalg.qr(B), torch.linalg.qr(A.T)
     U, S, Vh = torch.linalg.svd(R_left @ R_right.T)
@@ -189,7 +196,7 @@ def _new_config(
                 f"The layers would differ in their groups: '{layer.name}' would have the groups {list(sizes)}, but "
                 f"'{next(iter(layers)).name}' {order}. Keep an expert of the group in every layer, or in none."
             )
-        key = get_pattern_key(old.num_experts_pattern, layer.name)
+        key = get_pattern_key(list(old.num_experts_pattern), layer.name)
         if key in old.num_experts_pattern:
             pattern[key] = list(sizes.values())
         else:
@@ -217,10 +224,10 @@ def _build(old: LoRAExperts, experts: list[Expert], groups: ExpertGroups, top_k:
     options = old.options._replace(experts=groups.lora_experts, scaling=old.initial_scaling, top_k=top_k)
     new = LoRAExperts(old.A.shape[1], old.B.shape[0], r=old.r, groups=groups, options=options, frozen=old.frozen)
     new.scaling = old.scaling
-    lora = [expert for expert in experts if expert.A is not None]
+    lora = [expert.factors for expert in experts if expert.A is not None]
     values = {
-        "A": torch.cat([expert.A for expert in lora]),
-        "B": torch.cat([expert.B for expert in lora], dim=1),
+        "A": torch.cat([A for A, _ in lora]),
+        "B": torch.cat([B for _, B in lora], dim=1),
         "router": torch.stack([expert.router for expert in experts]),
     }
     for name, value in values.items():

@@ -250,7 +250,7 @@ def _check_understood(name: str, config: Mapping[str, Any]) -> None:
 def _scaling(name: str, config: Mapping[str, Any], module: str, rank: int) -> float:
     def option(pattern: str, default: str) -> Any:
         entries = config.get(pattern) or {}
-        return entries.get(get_pattern_key(entries, module), config.get(default))
+        return entries.get(get_pattern_key(list(entries), module), config.get(default))
 
     r, alpha = option("rank_pattern", "r"), option("alpha_pattern", "lora_alpha")
     if r != rank or alpha is None:
@@ -284,9 +284,9 @@ def _check_same_modules(loras: list[Lora]) -> None:
 
 def _config(loras: list[Lora], num_experts: int | None, method: str, options: dict[str, Any]) -> LoRAMoEConfig:
     is_single = len(loras) == 1
-    experts = num_experts if is_single else len(loras)
+    experts = num_experts if is_single and num_experts is not None else len(loras)
     groups, null = options.get("expert_groups") or [experts], options.get("null_groups") or []
-    if (found := len(ExpertGroups(groups, null).lora_experts)) != experts:
+    if (found := len(ExpertGroups(tuple(groups), tuple(null)).lora_experts)) != experts:
         raise ValueError(f"expert_groups={groups} with null_groups={null} has {found} LoRA experts, not {experts}.")
     common = {}
     for option in ("lora_dropout", "task_type", "base_model_name_or_path", "fan_in_fan_out"):

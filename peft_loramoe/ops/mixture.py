@@ -172,7 +172,7 @@ _NUM_TENSORS = 8  # x to bias
 
 
 def _flat_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(*arguments[:_NUM_TENSORS], MixtureOptions(*arguments[_NUM_TENSORS:]))
+    return _forward(*arguments[:_NUM_TENSORS], options=MixtureOptions(*arguments[_NUM_TENSORS:]))
 
 
 def _flat_backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -263,7 +263,7 @@ class _Mixture(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         # No `setup_context` of its own: torch would inspect the signature at every call.
         *tensors, options = inputs
-        output = _forward(*tensors, options)
+        output = _forward(*tensors, options=options)
         _save(ctx, tensors, options, output)
         return output
 

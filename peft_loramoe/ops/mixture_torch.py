@@ -201,14 +201,20 @@ def backward(
             grad_A = grad_hidden.t() @ _drop(x, keep)
         if needs_router:
             grad_router = to_router.t() @ x
-    return tuple(
-        None if grad is None else _cast(grad, tensor.dtype)
-        for grad, tensor in ((grad_x, x), (grad_A, A), (grad_B, B), (grad_router, router))
+    return (
+        _cast_gradient(grad_x, x),
+        _cast_gradient(grad_A, A),
+        _cast_gradient(grad_B, B),
+        _cast_gradient(grad_router, router),
     )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a cast that does nothing still takes a microsecond
+
+
+def _cast_gradient(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    return None if gradient is None else _cast(gradient, parameter.dtype)
 
 
 def _drop(x: Tensor, keep: Tensor | None) -> Tensor:

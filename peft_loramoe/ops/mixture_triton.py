@@ -196,7 +196,8 @@ def backward(
     """See `mixture_torch.backward`."""
     needs_x, needs_A, needs_B, needs_router = needs
     if len(x) == 0:
-        return tuple(torch.zeros_like(t) if wanted else None for t, wanted in zip((x, A, B, router), needs))
+        none = [torch.zeros_like(t) if wanted else None for t, wanted in zip((x, A, B, router), needs)]
+        return none[0], none[1], none[2], none[3]
     plain = _are_probabilities(options)
     gates = probabilities if plain else select_gates(probabilities, options.experts, options.top_k).contiguous()
     factor = options.factor(keep)
@@ -245,7 +246,7 @@ def _gate_backward(
     grad_gates = None if plain else torch.empty_like(gates)
     to_router = hidden.new_empty(gates.shape) if plain else None
     apart = plain and options.balance_detach and grad_probabilities is not None
-    to_x = torch.empty_like(to_router) if apart else None
+    to_x = hidden.new_empty(gates.shape) if apart else None
     shape = _padded(C=C, N=N)
     rows, columns = _reading_block(tokens, hidden)
     _launch(
@@ -273,7 +274,8 @@ def _gate_backward(
         num_warps=_warps(hidden, shape["BLOCK_C"]),
         num_stages=_stages(columns * (rows * grad_output.itemsize + shape["BLOCK_C"] * B.itemsize)),
     )
-    if plain:
+    if grad_gates is None or probabilities is None:
+        assert to_router is not None
         return grad_hidden, to_router, to_router if to_x is None else to_x
     grad = select_gates_backward(grad_gates, probabilities, options.experts, options.top_k)
     total = grad if grad_probabilities is None else grad + grad_probabilities
@@ -316,7 +318,10 @@ def _input_weight_gradients(
         num_warps=_warps(x, shape["BLOCK_C"]),
         num_stages=_stages(rows * (columns * x.itemsize + (shape["BLOCK_C"] + shape["BLOCK_N"]) * x.itemsize)),
     )
-    return tuple(None if p is None else p.sum(0).to(weight.dtype) for p, weight in zip(partials, (A, router)))
+    grad_A, grad_router = (
+        None if p is None else p.sum(0).to(weight.dtype) for p, weight in zip(partials, (A, router))
+    )
+    return grad_A, grad_router
 
 
 def _output_weight_gradient(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -187,7 +187,7 @@ def read_layers(folder: str | Path) -> dict[str, SlotLayer]:
         >>> layers["model.layers.0.mlp.down_proj"].layout.rank(torch.float32)
         12
     """
-    config = LoRAMoEConfig.from_pretrained(str(folder))
+    config = cast("LoRAMoEConfig", LoRAMoEConfig.from_pretrained(str(folder)))
     _refuse_options(folder, config)
     _, tensors = read_adapter(folder)
     modules = experts_by_module(tensors)

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
@@ -176,7 +176,9 @@ class AnchorPass:
             )
         max_length = getattr(trainer.args, "max_length", None)
         max_length = max_length or getattr(model_config, "max_position_embeddings", None)
-        self._batches = AnchorBatches(anchors, tokenizer, max_length=max_length, seed=trainer.args.seed)
+        self._batches = AnchorBatches(
+            anchors, cast("PreTrainedTokenizerBase", tokenizer), max_length=max_length, seed=trainer.args.seed
+        )
 
     def draw(self, inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """The anchors of the next micro-batch as arguments of the model; None if it has none.
@@ -231,7 +233,8 @@ class AnchorPass:
         if not self._losses:
             return None
         mean, self._losses = torch.stack(self._losses).mean(), []
-        return self._trainer.accelerator.reduce(mean, reduction="mean").item()
+        reduced: Any = self._trainer.accelerator.reduce(mean, reduction="mean")
+        return reduced.item()
 
 
 def check_anchor_options(given: bool, loss_weight: float, per_batch: int | None, every: int) -> None:

@@ -91,19 +91,20 @@ def sample_anchors(
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1, and temperature={temperature} positive.")
     if max_tokens < 4:
         raise ValueError(f"max_tokens={max_tokens} is too short for a text; ask for 4 or more.")
-    template = None if (text_only := getattr(tokenizer, "tokenizer", None)) is None else tokenizer.chat_template
+    processor: Any = tokenizer if hasattr(tokenizer, "tokenizer") else None
+    template = None if processor is None else processor.chat_template
     wanted = _numbers(number, chat, tokenizer)
-    tokenizer = tokenizer if text_only is None else text_only
+    text_only: Any = tokenizer if processor is None else processor.tokenizer
     generation = GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_p=top_p,
         top_k=0,
-        pad_token_id=_pad_id(tokenizer),
-        eos_token_id=_end_ids(model, tokenizer),
+        pad_token_id=_pad_id(text_only),
+        eos_token_id=_end_ids(model, text_only),
         use_cache=True,
     )
-    sampler = _Sampler(model, tokenizer, max_tokens, generation, template)
+    sampler = _Sampler(model, text_only, max_tokens, generation, template)
     anchors = read_anchors(path, torn=True) if path is not None and Path(path).exists() else []
     for kind, count in wanted.items():
         if (found := sum(anchor["kind"] == kind for anchor in anchors)) > count:
@@ -163,7 +164,7 @@ def anchors_from_texts(
     distinct: dict[str, str] = {}
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_tokens)["input_ids"]
-        cut = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip().rstrip("\ufffd")
+        cut = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip().rstrip("\ufffd")
         if len(ids) > 1 and cut:
             distinct.setdefault(comparable(cut), cut)
     if len(distinct) < number:
@@ -280,12 +281,12 @@ class _Sampler:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         max_tokens: int,
         generation: GenerationConfig,
         template: str | None,
     ) -> None:
-        self.model = model
+        self.model: Any = model
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.generation = generation
@@ -297,7 +298,7 @@ class _Sampler:
         start, alone = _start_of_documents(self.tokenizer)
         if not alone and not prefixes:
             raise ValueError("The tokenizer begins texts with no BOS token: give prefixes that prose starts from.")
-        choices = torch.randint(max(len(prefixes), 1), (number,)).tolist()
+        choices: list[int] = torch.randint(max(len(prefixes), 1), (number,)).tolist()
         prompts = [
             start + self._encode("" if not prefixes or (alone and i % 2) else prefixes[choice])
             for i, choice in enumerate(choices)
@@ -407,7 +408,7 @@ def _numbers(number: int, chat: float | None, tokenizer: PreTrainedTokenizerBase
     return {"prose": number - chats, "chat": chats}
 
 
-def _start_of_documents(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bool]:
+def _start_of_documents(tokenizer: Any) -> tuple[list[int], bool]:
     """The token that pretraining documents begin with, if any, and whether a text can start from it alone."""
     bos = tokenizer.bos_token_id
     if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
@@ -417,11 +418,11 @@ def _start_of_documents(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], 
     return ([] if separator is None else [separator]), False
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def _pad_id(tokenizer: Any) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     return list(dict.fromkeys([*ends, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]))
@@ -435,7 +436,7 @@ def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
 @contextmanager
 def _base_model(model: nn.Module) -> Iterator[None]:
     """The model without its adapters, in evaluation mode; afterwards as it was."""
-    adapted = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
+    adapted: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
     enabled = [m for m in adapted if not m.disable_adapters]
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..balance import balance_loss, balance_terms, layer_routing
+from ..balance.hooks import configs_of
 from ..balance.task_types import task_type_tensor
 from ..config import LoRAMoEConfig
 from ..layer import LoRAMoELayer
@@ -183,7 +184,8 @@ class _Separation:
             return None
         seen = {task_type for task_type in {*seen, *weights} if task_type >= 0}
         self._measurements += 1
-        for column, types in ((self._own, seen & {*config.null_groups}), (self._others, seen - {*config.null_groups})):
+        null_groups = {*(config.null_groups or ())}
+        for column, types in ((self._own, seen & null_groups), (self._others, seen - null_groups)):
             if measured := [weights[task_type] for task_type in types if task_type in weights]:
                 column.append(_mean(measured))
         if self._measurements < self.MEASUREMENTS:
@@ -193,13 +195,14 @@ class _Separation:
         return message
 
     def _missing(self, seen: set[int], config: LoRAMoEConfig) -> str | None:
-        types = " or ".join(map(str, config.null_groups))
-        if seen.isdisjoint(config.null_groups):
+        null_groups = config.null_groups or []
+        types = " or ".join(map(str, null_groups))
+        if seen.isdisjoint(null_groups):
             return (
                 f"no sample of type {types} was seen: nothing tells the routers what to leave to the base model. Give "
                 "the trainer anchors, or samples of that type."
             )
-        if seen <= {*config.null_groups}:
+        if seen <= {*null_groups}:
             return (
                 f"no sample of another type than {types} was seen: nothing tells the routers what to leave to the "
                 "experts. Give the samples of the tasks another type."
@@ -277,13 +280,14 @@ def _table(model: nn.Module, device: torch.device) -> _Table:
 
 
 def _configs(model: nn.Module) -> dict[str, LoRAMoEConfig]:
-    return next(m.peft_config for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict))
+    configs = (getattr(module, "peft_config", None) for module in model.modules())
+    return next(found for found in configs if isinstance(found, dict))
 
 
 def _config(model: nn.Module) -> LoRAMoEConfig:
     """The configuration of the first active adapter."""
     layer = next(module for module in model.modules() if isinstance(module, LoRAMoELayer))
-    return layer.recorder.configs[next(name for name in (*layer.active_adapters, *layer.loramoe_experts))]
+    return configs_of(layer)[next(name for name in (*layer.active_adapters, *layer.loramoe_experts))]
 
 
 def _null_weights(table: _Table, config: LoRAMoEConfig) -> dict[int, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class TaskTypeCollator:
             return self.collator(examples)
         without = [{key: value for key, value in example.items() if key != COLUMN} for example in examples]
         batch = self.collator(without)
-        if isinstance(batch, Mapping):
+        if isinstance(batch, MutableMapping):
             task_types = batch["task_types"] = self._arrange(types, examples, batch)
         elif isinstance(batch, list) and list(map(id, batch)) == list(map(id, without)):
             batch, task_types = list(examples), torch.stack([known.max() for known in types])

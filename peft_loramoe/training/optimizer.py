@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
 
+from ..balance.hooks import configs_of
 from ..experts import LoRAExperts
 from ..layer import LoRAMoELayer
 
@@ -105,7 +106,7 @@ def optimizer_groups(
 def router_multipliers(model: nn.Module) -> dict[int, float]:
     """`router_lr_multiplier` of every router's configuration, by the id of the router's parameter."""
     return {
-        id(experts.router): layer.recorder.configs[name].router_lr_multiplier
+        id(experts.router): cast("float", configs_of(layer)[name].router_lr_multiplier)  # filled in by now
         for layer in model.modules()
         if isinstance(layer, LoRAMoELayer)
         for name, experts in layer.loramoe_experts.items()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
@@ -285,9 +285,10 @@ def _tokens(
     record: Record, tokenizer: PreTrainedTokenizerBase, marked_template: str | None
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a record, and which of them belong to an answer."""
+    # Both are texts, or both are turns.
     if isinstance(record.prompt, str):
-        return _text_tokens(record.prompt, record.completion, tokenizer)
-    turns = [*record.prompt, *record.completion]
+        return _text_tokens(record.prompt, cast("str", record.completion), tokenizer)
+    turns = [*record.prompt, *cast("Turns", record.completion)]
     if not tokenizer.chat_template:
         if [turn["role"] for turn in turns] != ["user", "assistant"]:
             raise ValueError(
@@ -306,16 +307,14 @@ def _tokens(
     return ids, [position >= start or bool(mark) for position, mark in enumerate(marks)]
 
 
-def _text_tokens(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+def _text_tokens(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
     ending = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
     ids = tokenizer(prompt + completion + ending)["input_ids"]
     start = _common_length(tokenizer(prompt)["input_ids"], ids) if prompt else 0
     return ids, [position >= start for position in range(len(ids))]
 
 
-def _render(
-    turns: Turns, tokenizer: PreTrainedTokenizerBase, template: str | None, **options: Any
-) -> Mapping[str, list[int]]:
+def _render(turns: Turns, tokenizer: Any, template: str | None, **options: Any) -> Mapping[str, list[int]]:
     return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=True, return_dict=True, **options)
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -54,13 +54,15 @@ def measure_retention(
         dataset: columns `input_ids` and `labels`.
         progress: called with 1 after each batch of this process.
     """
-    wrapped, model = trainer.model_wrapped, trainer.accelerator.unwrap_model(trainer.model)
+    accelerator: Any = trainer.accelerator
+    wrapped, model = trainer.model_wrapped, accelerator.unwrap_model(trainer.model)
     groups = knowledge_groups(model.peft_config[model.active_adapter])
     sums: dict[str, torch.Tensor] = defaultdict(
         lambda: torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
     )
     with evaluation_mode(model), torch.no_grad():
-        for batch in trainer.get_eval_dataloader(dataset):
+        loader = trainer.get_eval_dataloader(cast("Any", dataset))  # annotated for data sets of torch only
+        for batch in loader:
             inputs = {name: value for name, value in trainer._prepare_inputs(batch).items() if name != "task_types"}
             for name, adapter in (("before", model.disable_adapter()), ("after", nullcontext())):
                 with adapter:
@@ -69,7 +71,7 @@ def measure_retention(
             if progress is not None:
                 progress(1)
     # Each process has its own batches.
-    before, after, weight = (trainer.accelerator.reduce(sums[name]).tolist() for name in ("before", "after", "weight"))
+    before, after, weight = (accelerator.reduce(sums[name]).tolist() for name in ("before", "after", "weight"))
     return Retention(len(dataset), before[0] / before[1], after[0] / after[1], weight[0] / weight[1])
 
 
@@ -84,6 +86,6 @@ def _weight_and_tokens(model: Any, groups: list[int]) -> torch.Tensor:
     """Sum over linears and tokens of the router weight on some groups, and the number of such tokens."""
     total = torch.zeros(2, dtype=torch.float64)
     for layer in layer_routing(model):
-        weight = sum(layer.importance[:, layer.groups.slices[group]].sum() for group in groups)
-        total += torch.stack([weight, layer.token_counts.sum()]).double().cpu()
+        weights = [layer.importance[:, layer.groups.slices[group]].sum() for group in groups]
+        total += torch.stack([sum(weights[1:], weights[0]), layer.token_counts.sum()]).double().cpu()
     return total

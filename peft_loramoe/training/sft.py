@@ -44,7 +44,7 @@ class LoRAMoESFTTrainer(LoRAMoETrainerMixin, SFTTrainer):
         """The optimizer of `optim` in the training arguments, with the rates of LoRA+ and of the routers."""
         # Not before training, since FSDP replaces the parameters when it starts.
         if self.loraplus_lr_ratio is not None and self.optimizer is None:
-            optimized = model[0] if model else self.model  # transformers 5 passes what FSDP made of it
+            optimized: Any = model[0] if model else self.model  # transformers 5 passes what FSDP made of it
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, optimized)
             options["params"] = optimizer_groups(
                 optimized,

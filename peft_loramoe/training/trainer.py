@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from ..balance.hooks import find_recorder
+from ..balance.hooks import configs_of, find_recorder
 from ..balance.samples import label_tokens
 from ..config import LoRAMoEConfig
 from ..layer import LoRAMoELayer
@@ -31,7 +31,21 @@ IN_BLOCKS = frozenset({"DPOTrainer", "CPOTrainer", "ORPOTrainer", "RewardTrainer
 GENERATE_IN_ORDER = frozenset({"A2POTrainer"})
 
 
-class LoRAMoETrainerMixin:
+if TYPE_CHECKING:
+
+    class _Trainer(Trainer):
+        """What the mixin is put before: a trainer of transformers, with these methods if it is one of TRL's."""
+
+        model: Any
+        _prepare_dataset: Any
+        _generate_and_score_completions: Any
+        _prepare_training_batch: Any
+        _get_model_forward_kwargs: Any
+else:
+    _Trainer = object
+
+
+class LoRAMoETrainerMixin(_Trainer):
     """Task types and the balance term for any trainer class that derives from transformers' `Trainer`.
 
     Put it first; nothing else changes::
@@ -137,14 +151,14 @@ class LoRAMoETrainerMixin:
         options = {"return_outputs": return_outputs, "num_items_in_batch": _at_least_one(num_items_in_batch)}
         recorder = find_recorder(model)
         with recorder.collect(task_types, self._in_blocks, adds_term=True) if recorder else nullcontext():
-            result = super().compute_loss(model, inputs, **options)
-            if _has_term(model) and not recorder.recorded:
+            result: Any = super().compute_loss(model, inputs, **options)
+            if _has_term(model) and not (recorder and recorder.recorded):
                 raise ValueError(
                     f"{type(self).__name__}.compute_loss called no LoRAMoE layer in training mode through the model's "
                     "forward, so there is no balance term: is the model in eval mode, are the adapters disabled, or "
                     "does a fused loss read the weights itself? Change that, or set balance_loss_weight=0."
                 )
-            anchor_loss = None if anchors is None else self._anchors.loss(model, anchors)
+            anchor_loss = None if anchors is None or self._anchors is None else self._anchors.loss(model, anchors)
         if config is not None:
             for callback in self._router_callbacks():
                 for types in (task_types, None if anchors is None else 0):
@@ -204,10 +218,11 @@ class LoRAMoETrainerMixin:
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's step of an evaluation, which needs no task types."""
+        given: Any = inputs
         if isinstance(inputs, Mapping) and "task_types" in inputs:
-            inputs = copy.copy(inputs)
-            inputs.pop("task_types")
-        return super().prediction_step(model, inputs, *args, **kwargs)
+            given = copy.copy(inputs)
+            given.pop("task_types")
+        return super().prediction_step(model, given, *args, **kwargs)
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's, with `task_types` in the batches."""
@@ -233,7 +248,8 @@ class LoRAMoETrainerMixin:
                 "another, or set router_lr_multiplier=1."
             )
         if self.is_deepspeed_enabled:
-            config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+            plugin: Any = self.accelerator.state.deepspeed_plugin
+            config = plugin.hf_ds_config.config
             for section in ("optimizer", "scheduler"):
                 if section in config:
                     raise ValueError(
@@ -345,7 +361,8 @@ class LoRAMoETrainerMixin:
 
     def _mean(self, value: Tensor) -> float:
         """Over the processes."""
-        return self.accelerator.reduce(value, reduction="mean").item()
+        reduced: Any = self.accelerator.reduce(value, reduction="mean")
+        return reduced.item()
 
 
 def _config_of(model: nn.Module) -> LoRAMoEConfig | None:
@@ -353,13 +370,16 @@ def _config_of(model: nn.Module) -> LoRAMoEConfig | None:
     layer = next((m for m in model.modules() if isinstance(m, LoRAMoELayer)), None)
     if layer is None:
         return None
-    return next(layer.recorder.configs[name] for name in (*layer.active_adapters, *layer.loramoe_experts))
+    configs = configs_of(layer)
+    return next(configs[name] for name in (*layer.active_adapters, *layer.loramoe_experts))
 
 
 def _has_term(model: nn.Module) -> bool:
     """Whether an active adapter has a balance term."""
     layer = next((m for m in model.modules() if isinstance(m, LoRAMoELayer)), None)
-    configs = {} if layer is None else layer.recorder.configs
+    if layer is None:
+        return False
+    configs = configs_of(layer)
     return any(configs[name].balance_loss_weight > 0 for name in configs if name in layer.active_adapters)
 
 

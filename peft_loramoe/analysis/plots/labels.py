@@ -44,7 +44,8 @@ def place_labels(figure: Figure, panel: Axes, labels: Sequence[tuple[str, Point]
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()  # applies the layout
     frame, scale = panel.get_window_extent(renderer).extents, figure.dpi / 72
-    taken = [box for line in lines for box in _boxes(*panel.transData.transform(line), 2 * scale)]
+    ends = [panel.transData.transform(line) for line in lines]
+    taken = [box for start, end in ends for box in _boxes(start, end, 2 * scale)]
     for text, point in labels:
         probe = panel.annotate(text, point, fontsize="small")
         size = probe.get_window_extent(renderer).size
@@ -52,7 +53,7 @@ def place_labels(figure: Figure, panel: Axes, labels: Sequence[tuple[str, Point]
         at = panel.transData.transform(point)
         boxes, obstacles = {place: _label_box(at, size, place, scale) for place in PLACES}, np.array(taken)
         cost = {place: _covered(box, obstacles, frame) for place, box in boxes.items()}
-        place = min(cost, key=cost.get)
+        place = min(cost, key=lambda place: cost[place])
         distance, x, y = place
         far = distance > PLACES[0][0]
         taken.append(boxes[place])

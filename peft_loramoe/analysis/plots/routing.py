@@ -198,7 +198,7 @@ def _choose(statistics: RouterStatistics, adapter: str | None) -> _Adapter:
         raise ValueError(f"The statistics contain the adapters {', '.join(adapters)}; choose one with adapter=...")
     if adapter is not None and adapter not in adapters:
         raise ValueError(f"adapter='{adapter}' is unknown; the statistics contain {', '.join(adapters)}.")
-    adapter = adapter or adapters[0]
+    adapter = str(adapters[0]) if adapter is None else adapter
     experts = [record for record in statistics.experts if record["adapter"] == adapter]
     layers = [record for record in statistics.layers if record["adapter"] == adapter]
     groups = {(record["layer"], record["expert"]): record["group"] for record in experts}

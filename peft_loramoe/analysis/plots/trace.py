@@ -72,7 +72,7 @@ def _draw_strip(
 ) -> AxesImage:
     """Draw rows of cells, and the numbers of as many rows as fit into `height` inches."""
     step = -(-len(rows) // int(height / 0.14))
-    panel.set_yticks(range(0, len(numbers), step), numbers[::step], fontsize="x-small")
+    panel.set_yticks(range(0, len(numbers), step), [str(number) for number in numbers[::step]], fontsize="x-small")
     panel.set_ylabel(title, rotation=0, ha="right", va="center")
     return panel.imshow(rows, cmap=COLOUR_MAP, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
 
