@@ -178,6 +178,7 @@ style: install
 
 check-style: install
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf .venv .venv-oldest $(VLLM_VENV) $(DOCS_VENV) $(RELEASE_VENV) $(NEWCOMER_VENV) build dist *.egg-info loramoe-adapter loramoe-demo .pytest_cache .ruff_cache .hypothesis
