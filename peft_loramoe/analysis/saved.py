@@ -12,8 +12,9 @@ from ..writing import write_whole
 
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from _typeshed import DataclassInstance
-    from typing_extensions import Self
 
 
 class SavedAsJSON:

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from . import triton_kernels as kernels
@@ -71,7 +70,7 @@ def _draw_bits(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
     keep = _empty_bits(seed, rows, columns, dropout)
     scale = 2**kernels.DIGITS.value
     threshold = int((1 - drop_probability(dropout)) * scale)
-    _launch(kernels.dropout_bits, (triton.cdiv(keep.numel(), 256),), seed, keep, keep.numel(), threshold, BLOCK=256)
+    _launch(kernels.dropout_bits, (_cdiv(keep.numel(), 256),), seed, keep, keep.numel(), threshold, BLOCK=256)
     return keep
 
 
@@ -115,12 +114,12 @@ def forward(
     rows, columns = _reading_block(tokens, x)
     span, partials = in_features, None
     if few and plain:
-        span = triton.cdiv(in_features, min(32, triton.next_power_of_2(triton.cdiv(in_features, 256))))
-        span = triton.cdiv(span, columns) * columns
-        partials = x.new_empty(triton.cdiv(in_features, span), tokens, C + N, dtype=torch.float32)
+        span = _cdiv(in_features, min(32, _power_of_2(_cdiv(in_features, 256))))
+        span = _cdiv(span, columns) * columns
+        partials = x.new_empty(_cdiv(in_features, span), tokens, C + N, dtype=torch.float32)
     _launch(
         kernels.project,
-        (triton.cdiv(tokens, rows), 1 if partials is None else len(partials)),
+        (_cdiv(tokens, rows), 1 if partials is None else len(partials)),
         *(
             x,
             keep,
@@ -145,7 +144,7 @@ def forward(
     if partials is not None:
         _launch(
             kernels.expand_partials,
-            (triton.cdiv(out_features, 64), triton.cdiv(tokens, rows)),
+            (_cdiv(out_features, 64), _cdiv(tokens, rows)),
             *(
                 partials,
                 hidden,
@@ -169,7 +168,7 @@ def forward(
     rows, columns, warps = _output_block(tokens, shape["BLOCK_C"])
     _launch(
         kernels.expand,
-        (triton.cdiv(tokens, rows) * triton.cdiv(out_features, columns),),
+        (_cdiv(tokens, rows) * _cdiv(out_features, columns),),
         *(hidden, gates, B, base, bias, output, tokens, out_features, *base_stride, factor),
         **dict(C=C, N=gates.shape[1], BLOCK_T=rows, BLOCK_O=columns, BLOCK_C=shape["BLOCK_C"], **channels),
         num_warps=warps,
@@ -251,7 +250,7 @@ def _gate_backward(
     rows, columns = _reading_block(tokens, hidden)
     _launch(
         kernels.gate_backward,
-        (triton.cdiv(tokens, rows),),
+        (_cdiv(tokens, rows),),
         *(
             grad_output,
             B,
@@ -292,7 +291,7 @@ def _input_gradient(grad_hidden: Tensor, to_x: Tensor, A: Tensor, router: Tensor
     rows, columns, warps = _output_block(tokens, shape["BLOCK_C"])
     _launch(
         kernels.input_gradient,
-        (triton.cdiv(tokens, rows) * triton.cdiv(in_features, columns),),
+        (_cdiv(tokens, rows) * _cdiv(in_features, columns),),
         *(grad_hidden, to_x, A, router, keep, grad_x, tokens, in_features),
         **dict(C=C, N=N, BLOCK_T=rows, BLOCK_D=columns, **shape),
         num_warps=warps,
@@ -312,7 +311,7 @@ def _input_weight_gradients(
     ]
     _launch(
         kernels.input_weight_gradients,
-        (triton.cdiv(in_features, columns), splits),
+        (_cdiv(in_features, columns), splits),
         *(x, keep, grad_hidden, to_router, *partials, tokens, in_features, *x.stride(), span),
         **dict(C=C, N=N, BLOCK_T=rows, BLOCK_D=columns, **shape),
         num_warps=_warps(x, shape["BLOCK_C"]),
@@ -333,7 +332,7 @@ def _output_weight_gradient(
     partials = hidden.new_empty(splits, out_features, C, dtype=torch.float32)
     _launch(
         kernels.output_weight_gradient,
-        (triton.cdiv(out_features, columns), splits),
+        (_cdiv(out_features, columns), splits),
         *(grad_output, hidden, gates, partials, tokens, out_features, *grad_output.stride(), factor, span),
         **dict(C=C, N=N, BLOCK_T=rows, BLOCK_O=columns, BLOCK_C=block, **_channels(C, options)),
         num_warps=_warps(hidden, block),
@@ -359,14 +358,24 @@ def _channels(num_channels: int, options: MixtureOptions) -> dict[str, int]:
     return dict(R=num_channels // len(experts), FIRST=experts[0] if _are_probabilities(options) else 0)
 
 
+def _cdiv(size: int, block: int) -> int:
+    """How many blocks hold `size` elements."""
+    return -(-size // block)
+
+
+def _power_of_2(size: int) -> int:
+    """The smallest power of two that is not below `size`."""
+    return 1 << (size - 1).bit_length()
+
+
 def _padded(**sizes: int) -> dict[str, int]:
     """Block sizes: powers of two that the tensor cores can multiply."""
-    return {f"BLOCK_{name}": max(16, triton.next_power_of_2(size)) for name, size in sizes.items()}
+    return {f"BLOCK_{name}": max(16, _power_of_2(size)) for name, size in sizes.items()}
 
 
 def _reading_block(tokens: int, tensor: Tensor) -> tuple[int, int]:
     """Tokens and columns of the blocks of a large tensor that a program reads one after the other."""
-    rows = max(16, min(64, triton.next_power_of_2(triton.cdiv(tokens, PROGRAMS))))
+    rows = max(16, min(64, _power_of_2(_cdiv(tokens, PROGRAMS))))
     return rows, (256 if rows == 16 else 128) // tensor.itemsize
 
 
@@ -382,13 +391,13 @@ def _stages(size: int) -> int:
 def _output_block(tokens: int, channels: int) -> tuple[int, int, int]:
     """Tokens, columns and warps of a program that writes one block of a large tensor."""
     rows = 128 if channels <= 32 else 64
-    return max(16, min(rows, triton.next_power_of_2(tokens))), 128, 8
+    return max(16, min(rows, _power_of_2(tokens))), 128, 8
 
 
 def _token_splits(tensor: Tensor, channels: int) -> tuple[int, int, int, int]:
     """Block of tokens, block of columns, number of programs among which the tokens are split, and tokens for each."""
     tokens, columns = tensor.shape
     block_t, block = 64, 128 if channels <= 32 and tensor.itemsize == 2 else 64
-    splits = max(1, min(triton.cdiv(tokens, 4 * block_t), 2 * PROGRAMS // triton.cdiv(columns, block)))
-    span = triton.cdiv(triton.cdiv(tokens, splits), block_t) * block_t
-    return block_t, block, triton.cdiv(tokens, span), span
+    splits = max(1, min(_cdiv(tokens, 4 * block_t), 2 * PROGRAMS // _cdiv(columns, block)))
+    span = _cdiv(_cdiv(tokens, splits), block_t) * block_t
+    return block_t, block, _cdiv(tokens, span), span

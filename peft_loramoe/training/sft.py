@@ -70,5 +70,5 @@ def marked_chat_template(tokenizer: Any) -> str | None:
     except ValueError:
         return None
     # Before 1.16, TRL's templates do not always have the marks.
-    marked = template["default"] if isinstance(template, dict) else template
-    return template if GENERATION.search(marked) else None
+    marked: str = template["default"] if isinstance(template, dict) else template
+    return marked if GENERATION.search(marked) else None
