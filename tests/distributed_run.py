@@ -166,9 +166,9 @@ def build_trainer(case: str, folder: Path, output: Path, batches: int, **more) -
     kind = PlusTrainer if case.endswith("LoRA+") else BalancedTrainer if case.startswith("mixin") else Trainer
     data, given = {"train_dataset": samples(), "data_collator": collate}, {}
     if "anchors" in case:
-        given = {"anchors": ANCHORS, "processing_class": tiny_tokenizer()}
+        given = {"anchors": ANCHORS, "processing_class": tiny_tokenizer(), "anchor_kl_weight": 0.3}
     if "light" in case or "only" in case:
-        given["anchor_loss_weight"] = 0.0 if "only" in case else 1e-30
+        given |= {"anchor_loss_weight": 0.0 if "only" in case else 1e-30, "anchor_kl_weight": 0.0}
     if case.endswith("packed"):
         data = {
             "train_dataset": [{"input_ids": row["input_ids"]} for row in samples()],

@@ -150,7 +150,7 @@ def train(options: Namespace) -> None:
         raise ValueError(
             f"--eval-split {options.eval_split} is a split of --dataset; with --train-file, give --eval-file."
         )
-    for name in ("anchor_loss_weight", "anchors_per_batch", "anchors_every"):
+    for name in ("anchor_loss_weight", "anchor_kl_weight", "anchors_per_batch", "anchors_every"):
         if getattr(options, name) is not None and options.anchors is None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} has no effect without --anchors.")
     run(options)

@@ -347,7 +347,7 @@ def anchor_options(options: Namespace, anchors: list[dict[str, str]]) -> dict[st
     """What the trainer needs to know about anchors."""
     if not anchors:
         return {}
-    names = ("anchor_loss_weight", "anchors_per_batch", "anchors_every")
+    names = ("anchor_loss_weight", "anchor_kl_weight", "anchors_per_batch", "anchors_every")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return {"anchors": anchors, **given}
 
@@ -391,7 +391,7 @@ def log_line(logs: dict[str, float], state: TrainerState) -> str:
     if "loss" not in logs:
         return ""
     parts = [f"loss {logs.get('model_loss', logs['loss']):.4f}"]
-    for name, title in (("anchor_loss", "anchors"), ("balance_loss", "balance term")):
+    for name, title in (("anchor_loss", "anchors"), ("anchor_kl", "anchors' KL"), ("balance_loss", "balance term")):
         if name in logs:
             parts.append(f"{title} {logs[name]:.4f}")
     nulls = {name.rpartition("/")[2]: value for name, value in logs.items() if name.startswith("router/null/")}

@@ -11,7 +11,7 @@ from ..fields import PRESETS
 
 
 ADAPTER = "loramoe"  # the name in the launchers' files
-ANCHORS = ("anchors", "anchor_loss_weight", "anchors_per_batch", "anchors_every")
+ANCHORS = ("anchors", "anchor_loss_weight", "anchor_kl_weight", "anchors_per_batch", "anchors_every")
 
 
 @dataclass(frozen=True)

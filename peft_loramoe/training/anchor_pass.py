@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 
 from ..balance.samples import number_of_rows
 from ..config import LoRAMoEConfig
-from .anchors import check_anchor, check_counts, comparable, read_anchors
+from .anchors import base_model, check_anchor, check_counts, comparable, read_anchors
 
 
 # How special tokens look: <|im_start|>, the same with DeepSeek's wide bars, <start_of_turn>, <bos>; <s> and </s> at
@@ -25,6 +26,9 @@ from .anchors import check_anchor, check_counts, comparable, read_anchors
 SPECIAL = re.compile(
     "<\\|[^|<>\\s]+\\|>|<\uff5c[^\uff5c<>\\s]+\uff5c>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|^<s>|</s>$"
 )
+
+# Values of LoRA's init_lora_weights that leave the base model's weights as they are.
+KEEPING = (True, False, "gaussian", "eva", "orthogonal")
 
 
 class AnchorBatches:
@@ -125,12 +129,14 @@ class AnchorPass:
         trainer: the trainer, initialised.
         config: of the model's adapter; None for a model without LoRAMoE layers.
         anchors: what `AnchorBatches` takes.
-        loss_weight: weight of the language-modelling loss; with 0 the anchors are given no labels.
+        loss_weight: weight of the language-modelling loss.
+        kl_weight: weight of the divergence from the base model.
         per_batch: anchors of a micro-batch; None for a tenth of its samples, at least one.
         every: draw anchors for every n-th micro-batch only.
 
     Raises:
-        ValueError: the trainer has no tokenizer, or the model is of a kind that anchors are not for.
+        ValueError: the trainer has no tokenizer, the model is of a kind that anchors are not for, or it has no adapter
+            that leaves the base model as it was, which `kl_weight` needs.
     """
 
     def __init__(
@@ -139,15 +145,16 @@ class AnchorPass:
         config: LoRAMoEConfig | None,
         anchors: str | Path | Iterable[str | Mapping[str, Any]],
         loss_weight: float,
+        kl_weight: float,
         per_batch: int | None,
         every: int,
     ) -> None:
         self._trainer = trainer
         self._typed = config is not None
-        self._loss_weight, self._per_batch, self._every = loss_weight, per_batch, every
+        self._loss_weight, self._kl_weight, self._per_batch, self._every = loss_weight, kl_weight, per_batch, every
         self._state: TrainerState | None = None  # of the run, which each call of `train` begins anew
         self._step, self._micro_batches = -1, 0  # the optimizer step, and how many of its micro-batches had their turn
-        self._losses: list[Tensor] = []
+        self._losses: dict[str, list[Tensor]] = {}  # unweighted, by their names in the log, since they were taken
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         if not callable(tokenizer):
             raise ValueError(
@@ -158,12 +165,14 @@ class AnchorPass:
             raise ValueError(
                 "anchors are texts that a decoder continues, but the model is an encoder-decoder: pass anchors=None."
             )
-        if config is not None and loss_weight > 0 and config.task_type not in (None, "CAUSAL_LM"):
+        if config is not None and loss_weight + kl_weight > 0 and config.task_type not in (None, "CAUSAL_LM"):
             raise ValueError(
-                f"The adapter has task_type={config.task_type!r}, whose labels are not the anchors' tokens: set "
-                "anchor_loss_weight=0."
+                f"The adapter has task_type={config.task_type!r}, whose outputs are not the anchors' tokens: set "
+                "anchor_loss_weight=0 and anchor_kl_weight=0."
             )
-        self._has_effect = loss_weight > 0 or (config is not None and config.balance_loss_weight > 0)
+        if kl_weight > 0:
+            _check_base_model(trainer.model, kl_weight)
+        self._has_effect = loss_weight + kl_weight > 0 or (config is not None and config.balance_loss_weight > 0)
         # These engines gather a layer's parameters for the backward pass where its output has a gradient.
         self._needs_gradient = trainer.accelerator.distributed_type in (
             DistributedType.FSDP,
@@ -171,7 +180,7 @@ class AnchorPass:
         )
         if not self._has_effect:
             warnings.warn(
-                "The anchors have no effect: anchor_loss_weight=0, and there is no balance term "
+                "The anchors have no effect: anchor_loss_weight=0, anchor_kl_weight=0, and there is no balance term "
                 "(balance_loss_weight=0, or a model without LoRAMoE layers)."
             )
         max_length = getattr(trainer.args, "max_length", None)
@@ -203,18 +212,38 @@ class AnchorPass:
         batch = self._batches.draw(number, self._step, slot)
         return {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
 
-    def loss(self, model: nn.Module, anchors: dict[str, Tensor]) -> Tensor | None:
-        """Run the model on anchors.
+    def expected(self, model: nn.Module, anchors: dict[str, Tensor]) -> Tensor | None:
+        """What the base model predicts for anchors, without dropout.
 
         Args:
             model: the model, wrapped in whatever way.
             anchors: what `draw` returned.
 
         Returns:
-            Their weighted mean loss per token, a scalar; with a weight of zero None, or a zero that has a gradient.
+            Log-probabilities of each token after the first that is no padding, float32, shape (tokens, vocabulary);
+            None if `kl_weight` is zero.
+        """
+        if self._kl_weight == 0:
+            return None
+        with base_model(model):
+            logits = model(**anchors)["logits"]
+        return _predictions(logits, anchors)[0].log_softmax(-1)
+
+    def loss(self, model: nn.Module, anchors: dict[str, Tensor], expected: Tensor | None) -> Tensor | None:
+        """Run the model on anchors.
+
+        Args:
+            model: the model, wrapped in whatever way.
+            anchors: what `draw` returned.
+            expected: what `expected` returned for them.
+
+        Returns:
+            The weighted sum of their mean loss per token and of KL(base model || model) per token, a scalar; with
+            weights of zero None, or a zero that has a gradient.
         """
         arguments = dict(anchors)
-        if self._loss_weight > 0:
+        # With labels, fused losses give no logits.
+        if self._loss_weight > 0 and expected is None:
             arguments["labels"] = anchors["input_ids"].masked_fill(anchors["attention_mask"] == 0, -100)
         if self._typed:
             arguments["task_types"] = anchors["input_ids"].new_zeros(len(anchors["input_ids"]))
@@ -223,26 +252,57 @@ class AnchorPass:
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             outputs = model(**arguments)
-        if self._loss_weight == 0:
+        if expected is None and self._loss_weight == 0:
             return outputs["logits"].flatten()[0] * 0 if self._needs_gradient else None
-        self._losses.append(outputs["loss"].detach())
-        return outputs["loss"] * self._loss_weight
+        losses = {}
+        if expected is not None:
+            predicted, tokens = _predictions(outputs["logits"], anchors)
+            losses["anchor_kl"] = F.kl_div(predicted.log_softmax(-1), expected, reduction="batchmean", log_target=True)
+            if self._loss_weight > 0:
+                losses["anchor_loss"] = F.cross_entropy(predicted, tokens)
+        else:
+            losses["anchor_loss"] = outputs["loss"]
+        for name, loss in losses.items():
+            self._losses.setdefault(name, []).append(loss.detach())
+        weights = {"anchor_loss": self._loss_weight, "anchor_kl": self._kl_weight}
+        return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
 
-    def take_loss(self) -> float | None:
-        """The mean unweighted loss since the last call, over the processes, which have to call this together."""
-        if not self._losses:
-            return None
-        mean, self._losses = torch.stack(self._losses).mean(), []
-        reduced: Any = self._trainer.accelerator.reduce(mean, reduction="mean")
-        return reduced.item()
+    def take_losses(self) -> dict[str, float]:
+        """The mean unweighted losses since the last call, over the processes, which have to call this together."""
+        means = {name: torch.stack(losses).mean() for name, losses in self._losses.items()}
+        self._losses = {}
+        return {name: self._trainer.accelerator.reduce(mean, reduction="mean").item() for name, mean in means.items()}
 
 
-def check_anchor_options(given: bool, loss_weight: float, per_batch: int | None, every: int) -> None:
+def _predictions(logits: Tensor, anchors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The logits that predict each token after the first, float32, shape (tokens, vocabulary), and these tokens."""
+    real = anchors["attention_mask"][:, 1:] != 0
+    return logits[:, :-1][real].float(), anchors["input_ids"][:, 1:][real]
+
+
+def _check_base_model(model: nn.Module, kl_weight: float) -> None:
+    """Refuse a model whose base model cannot be seen by disabling adapters."""
+    if not any(isinstance(getattr(module, "disable_adapters", None), bool) for module in model.modules()):
+        raise ValueError(
+            f"anchor_kl_weight={kl_weight} compares the model with its base model, but it has no adapter that can be "
+            "disabled: give it one with get_peft_model, or set anchor_kl_weight=0."
+        )
+    for name, config in getattr(model, "peft_config", {}).items():
+        if (kind := getattr(config, "init_lora_weights", True)) not in KEEPING:
+            raise ValueError(
+                f"anchor_kl_weight={kl_weight} compares the model with its base model, whose weights "
+                f"init_lora_weights={kind!r} of the adapter '{name}' may have changed: choose "
+                "init_lora_weights=True, or set anchor_kl_weight=0."
+            )
+
+
+def check_anchor_options(given: bool, loss_weight: float, kl_weight: float, per_batch: int | None, every: int) -> None:
     """Check the mixin's options.
 
     Args:
         given: whether there are anchors.
         loss_weight: `anchor_loss_weight`.
+        kl_weight: `anchor_kl_weight`.
         per_batch: `anchors_per_batch`.
         every: `anchors_every`.
 
@@ -250,10 +310,11 @@ def check_anchor_options(given: bool, loss_weight: float, per_batch: int | None,
         TypeError: an option is not a number.
         ValueError: an option is out of its range, or has no effect.
     """
-    if not isinstance(loss_weight, (int, float)) or isinstance(loss_weight, bool):
-        raise TypeError(f"anchor_loss_weight={loss_weight!r} must be a number.")
-    if not math.isfinite(loss_weight) or loss_weight < 0:
-        raise ValueError(f"anchor_loss_weight={loss_weight} must be zero or more.")
+    for name, weight in (("anchor_loss_weight", loss_weight), ("anchor_kl_weight", kl_weight)):
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool):
+            raise TypeError(f"{name}={weight!r} must be a number.")
+        if not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"{name}={weight} must be zero or more.")
     check_counts(anchors_every=every, **({} if per_batch is None else {"anchors_per_batch": per_batch}))
     if not given and (per_batch is not None or every > 1):
         raise ValueError(f"anchors_per_batch={per_batch}, anchors_every={every} have no effect without anchors.")

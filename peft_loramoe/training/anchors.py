@@ -121,7 +121,7 @@ def sample_anchors(
     }
     # A bar for people only: disable=None hides it where there is no terminal.
     bar = tqdm(total=number, initial=len(anchors), desc="anchors", disable=None if progress else True)
-    with bar, _base_model(model), _own_random_numbers(model):
+    with bar, base_model(model), _own_random_numbers(model):
         for kind, count in wanted.items():
             for new in _distinct(write[kind], kind, count, anchors, batch_size, seed):
                 anchors += new
@@ -434,8 +434,8 @@ def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 @contextmanager
-def _base_model(model: nn.Module) -> Iterator[None]:
-    """The model without its adapters, in evaluation mode; afterwards as it was."""
+def base_model(model: nn.Module) -> Iterator[None]:
+    """Run the model without its adapters, in evaluation mode and without gradients; afterwards it is as it was."""
     adapted: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
     enabled = [m for m in adapted if not m.disable_adapters]
     trained = [(p, p.requires_grad) for p in model.parameters()]

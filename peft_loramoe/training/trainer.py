@@ -66,15 +66,19 @@ class LoRAMoETrainerMixin(_Trainer):
 
     Anchors are short texts that stand for what the model knows (`sample_anchors`). Every training micro-batch draws a
     few of them for a forward pass of their own, as samples of type 0: the balance term is computed over both. Samples
-    are of type 1 then, unless the data set has a column `task_type`. `anchor_loss_weight` times the anchors' mean loss
-    per token is added, also for models without LoRAMoE layers, and logged, unweighted, as `anchor_loss`. The loss of
-    the tasks, its labels and its normalisation stay as they are.
+    are of type 1 then, unless the data set has a column `task_type`. Two means over the anchors' tokens are added to
+    the loss, also for models without LoRAMoE layers: the language-modelling loss, times `anchor_loss_weight`, and the
+    divergence KL(base model || model) of the predicted distributions, times `anchor_kl_weight`. They are logged
+    unweighted, as `anchor_loss` and `anchor_kl`. The loss of the tasks, its labels and its normalisation stay as they
+    are.
 
     Args:
         *args: those of the trainer.
         anchors: texts, or records with a `text`: a JSONL file of them, a data set with a column `text`, or a list.
             Needs a tokenizer as `processing_class`.
-        anchor_loss_weight: weight of the language-modelling loss on the anchors; with 0 they are given no labels.
+        anchor_loss_weight: weight of the language-modelling loss on the anchors.
+        anchor_kl_weight: weight of the divergence from the base model on the anchors, in nats. Costs another forward
+            pass of the anchors, with the adapters disabled.
         anchors_per_batch: anchors of each micro-batch; None for a tenth of its samples, at least one.
         anchors_every: draw anchors for every n-th micro-batch only.
         **kwargs: those of the trainer.
@@ -111,6 +115,7 @@ class LoRAMoETrainerMixin(_Trainer):
         *args: Any,
         anchors: str | Path | Iterable[str | Mapping[str, Any]] | None = None,
         anchor_loss_weight: float = 0.4,
+        anchor_kl_weight: float = 0.0,
         anchors_per_batch: int | None = None,
         anchors_every: int = 1,
         **kwargs: Any,
@@ -123,10 +128,11 @@ class LoRAMoETrainerMixin(_Trainer):
             _check_parallelism(self.accelerator)
             if _has_router_rates(self.model):
                 self._check_optimizer()
-        check_anchor_options(anchors is not None, anchor_loss_weight, anchors_per_batch, anchors_every)
+        weights = (anchor_loss_weight, anchor_kl_weight)
+        check_anchor_options(anchors is not None, *weights, anchors_per_batch, anchors_every)
         self._anchors: AnchorPass | None = None
         if anchors is not None:
-            self._anchors = AnchorPass(self, config, anchors, anchor_loss_weight, anchors_per_batch, anchors_every)
+            self._anchors = AnchorPass(self, config, anchors, *weights, anchors_per_batch, anchors_every)
 
     def compute_loss(
         self,
@@ -145,6 +151,7 @@ class LoRAMoETrainerMixin(_Trainer):
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         anchors = None if self._anchors is None else self._anchors.draw(inputs)
+        expected = None if anchors is None else self._anchors.expected(model, anchors)
         if task_types is None and self._anchors is not None and config is not None:
             task_types = default_task_type(config)
         unlabelled = self._is_unlabelled(inputs)  # before super() takes the labels out
@@ -158,7 +165,9 @@ class LoRAMoETrainerMixin(_Trainer):
                     "forward, so there is no balance term: is the model in eval mode, are the adapters disabled, or "
                     "does a fused loss read the weights itself? Change that, or set balance_loss_weight=0."
                 )
-            anchor_loss = None if anchors is None or self._anchors is None else self._anchors.loss(model, anchors)
+            of_anchors = None
+            if self._anchors is not None and anchors is not None:
+                of_anchors = self._anchors.loss(model, anchors, expected)
         if config is not None:
             for callback in self._router_callbacks():
                 for types in (task_types, None if anchors is None else 0):
@@ -167,7 +176,7 @@ class LoRAMoETrainerMixin(_Trainer):
         if unlabelled is not None:  # the mean over no labels is not a number
             loss = torch.where(unlabelled.to(loss.device) & loss.isnan(), torch.zeros_like(loss), loss)
         self._term_step = self.state.global_step
-        added = {"balance_loss": recorder.loss() if recorder else None, "anchor_loss": anchor_loss}
+        added = {"balance_loss": recorder.loss() if recorder else None, "anchors": of_anchors}
         for name, term in added.items():
             if term is not None:
                 loss = loss + (term * self._accumulation_weight(num_items_in_batch)).to(loss.device, loss.dtype)
@@ -210,8 +219,8 @@ class LoRAMoETrainerMixin(_Trainer):
             if "balance_loss" in means:
                 logs["balance_loss"] = means["balance_loss"]
             self._added, self._steps_added = {}, 0.0
-        if self._anchors is not None and of_training and (anchor_loss := self._anchors.take_loss()) is not None:
-            logs = {**logs, "anchor_loss": anchor_loss}
+        if self._anchors is not None and of_training:
+            logs = {**logs, **self._anchors.take_losses()}
         for callback in self._router_callbacks():
             logs = {**logs, **callback.take()}
         super().log(logs, *args, **kwargs)

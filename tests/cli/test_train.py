@@ -87,9 +87,9 @@ def test_help_of_anchor_options_has_the_defaults_of_the_mixin(capsys):
         main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     parameters = inspect.signature(LoRAMoETrainerMixin.__init__).parameters
-    for name in ("anchor_loss_weight", "anchors_every"):
+    for name in ("anchor_loss_weight", "anchor_kl_weight", "anchors_every"):
         shown = text[text.rindex(f"--{name.replace('_', '-')} N") :]
-        assert f"(default: {parameters[name].default})" in shown[:200]
+        assert f"(default: {parameters[name].default:g})" in shown[:200]
 
 
 @pytest.mark.parametrize(
@@ -455,11 +455,12 @@ def test_an_adapter_is_not_overwritten(tmp_path):
 def test_anchors_train_and_a_tenth_measures(arguments, tmp_path, capsys):
     anchors = write_lines(tmp_path / "anchors.jsonl", *({"text": f"Paris {n}"} for n in range(20)))
     records = [{"prompt": f"{n}", "completion": " one"} for n in range(8)]
-    options = ("--anchors", anchors, "--anchor-loss-weight", 0.2, "--anchors-per-batch", 2, "--logging-steps", 1)
+    weights = ("--anchor-loss-weight", 0.2, "--anchor-kl-weight", 0.1)
+    options = ("--anchors", anchors, *weights, "--anchors-per-batch", 2, "--logging-steps", 1)
     assert main(arguments(*options, records=records)) == 0
     out = capsys.readouterr().out
     assert out.startswith("8 training records: 8 tasks; 20 anchors, 2 of them held back to measure on\n")
-    assert "  anchors " in out and "null weight: knowledge 0." in out
+    assert "  anchors " in out and "  anchors' KL " in out and "null weight: knowledge 0." in out
     assert [line.split()[1:4] for line in out.splitlines() if "anchors held" in line] == [["held", "back", "2"]]
 
 

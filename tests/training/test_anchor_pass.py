@@ -1,5 +1,6 @@
 """Anchors in training: what they add to a trainer's update, and that they change nothing else."""
 
+import copy
 import warnings
 
 import pytest
@@ -19,6 +20,7 @@ LABELS = [[-100, *row[1:]] for row in ROWS]
 COLUMNS = {"input_ids": ROWS, "labels": LABELS}
 MASKED = {"input_ids": ROWS, "labels": [[-100] * len(row) for row in ROWS]}
 ANCHORS = ["w20 w21 w22 w23", "w24 w25 w26 w27", "w28 w29 w30 w31", "w32 w33 w34 w35"]
+UNEQUAL = ["w20 w21 w22", "w24 w25 w26 w27 w28", "w29 w30", "w32 w33 w34"]
 OPTIONS = dict(
     per_device_train_batch_size=4,
     max_steps=1,
@@ -48,7 +50,15 @@ class MeanTrainer(BalancedTrainer):
 
 
 def build(tmp_path, columns=COLUMNS, model=None, kind=BalancedTrainer, balance_loss_weight=0.5, **options):
-    names = ("anchors", "anchor_loss_weight", "anchors_per_batch", "anchors_every", "callbacks", "processing_class")
+    names = (
+        "anchors",
+        "anchor_loss_weight",
+        "anchor_kl_weight",
+        "anchors_per_batch",
+        "anchors_every",
+        "callbacks",
+        "processing_class",
+    )
     given = {name: options.pop(name) for name in names if name in options}
     tokenizer = given.pop("processing_class", tiny_tokenizer())
     return kind(
@@ -79,23 +89,32 @@ def anchor_arguments(numbers):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def masked_labels(anchors):
+    return anchors["input_ids"].masked_fill(anchors["attention_mask"] == 0, -100)
+
+
 def labels_of(ids):
     labels = ids.masked_fill(ids == 0, -100)
     first = (ids != 0).int().argmax(-1)
     return labels.scatter(1, first[:, None], -100)
 
 
-def expected_gradient(model, calls, anchors, anchor_loss_weight):
-    """Of weighted sums over micro-batches of task loss, term and anchor loss, in a loop written by hand."""
+def expected_gradient(model, calls, anchors, anchor_loss_weight, anchor_kl_weight=0.0):
+    """Of weighted sums over micro-batches of task loss, term, anchor loss and KL, in a loop written by hand."""
     model.train()
     total = 0
+    with torch.no_grad(), model.disable_adapter():
+        base = torch.distributions.Categorical(logits=model(**anchors).logits)
     for weight, task_weight, rows, types in calls:
         arguments = padded(rows)
         with collect_balance(model):
             output = model(**arguments, labels=labels_of(arguments["input_ids"]), task_types=torch.tensor(types))
-            of_anchors = model(**anchors, labels=anchors["input_ids"], task_types=[0] * len(anchors["input_ids"]))
+            of_anchors = model(**anchors, labels=masked_labels(anchors), task_types=[0] * len(anchors["input_ids"]))
         total = total + task_weight * output.loss
         total = total + weight * (balance_loss(model) + anchor_loss_weight * of_anchors.loss)
+        kl = torch.distributions.kl_divergence(base, torch.distributions.Categorical(logits=of_anchors.logits))
+        real = anchors["attention_mask"][:, 1:] != 0
+        total = total + weight * anchor_kl_weight * kl[:, :-1][real].mean()
     names, values = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
     return dict(zip(names, torch.autograd.grad(total, values)))
 
@@ -117,6 +136,57 @@ def test_types_of_the_data_set_are_kept(tmp_path):
     actual = update(build(tmp_path, columns, anchors=ANCHORS, anchors_per_batch=4))
     model = loramoe(balance_loss_weight=0.5)
     assert_close(actual, expected_gradient(model, [(1, 1, ROWS, [0, 1, -1, 1])], anchor_arguments(range(4)), 0.4))
+
+
+@pytest.mark.parametrize("loss_weight", [0.0, 0.4])
+def test_divergence_from_the_base_model(tmp_path, loss_weight):
+    # B must not be zero, or the divergence would be at its minimum
+    model = loramoe(balance_loss_weight=0.5, router_lr_multiplier=1.0, init_weights=False)
+    expected = copy.deepcopy(model)
+    weights = {"anchor_loss_weight": loss_weight, "anchor_kl_weight": 3.0}
+    trainer = build(tmp_path, anchors=UNEQUAL, anchors_per_batch=4, model=model, **weights)
+    actual = update(trainer)
+    ids = torch.tensor([[20, 21, 22, 0, 0], [24, 25, 26, 27, 28], [29, 30, 0, 0, 0], [32, 33, 34, 0, 0]])
+    anchors = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    assert_close(actual, expected_gradient(expected, [(1, 1, ROWS, [1] * 4)], anchors, loss_weight, 3.0))
+
+
+def test_divergence_is_logged_and_no_part_of_the_models_loss(tmp_path):
+    model = loramoe(balance_loss_weight=0.5, init_weights=False)
+    plain = build(tmp_path, anchors=ANCHORS, anchor_loss_weight=0, model=copy.deepcopy(model))
+    trainer = build(tmp_path, anchors=ANCHORS, anchor_loss_weight=0, anchor_kl_weight=3.0, model=model)
+    plain.train()
+    trainer.train()
+    before, after = (run.state.log_history[0] for run in (plain, trainer))
+    assert "anchor_kl" not in before and after["anchor_kl"] > 0
+    assert after["model_loss"] == pytest.approx(before["model_loss"], abs=1e-4)
+    assert after["loss"] == pytest.approx(before["loss"] + 3 * after["anchor_kl"], rel=1e-4)
+
+
+def test_nothing_changes_while_the_model_is_its_base_model(tmp_path):
+    options = {"anchors": ANCHORS, "anchor_loss_weight": 0.0}
+    with_kl = update(build(tmp_path, model=loramoe(init_weights=True), anchor_kl_weight=1.0, **options))
+    without = update(build(tmp_path, model=loramoe(init_weights=True), **options))
+    torch.testing.assert_close(with_kl, without)
+
+
+def test_divergence_of_a_lora(tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    trainer = build(tmp_path, anchors=ANCHORS, anchor_kl_weight=1.0, model=model)
+    trainer.train()
+    assert trainer.state.log_history[0]["anchor_kl"] > 0
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_divergence_is_refused_where_the_base_weights_were_changed(tmp_path, kind):
+    model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=kind))
+    with pytest.raises(ValueError, match=f"anchor_kl_weight=1.0.*init_lora_weights='{kind}' of the adapter 'default'"):
+        build(tmp_path, anchors=ANCHORS, anchor_kl_weight=1.0, model=model)
+
+
+def test_divergence_is_refused_without_an_adapter(tmp_path):
+    with pytest.raises(ValueError, match="anchor_kl_weight=1.0.*no adapter that can be disabled"):
+        build(tmp_path, anchors=ANCHORS, anchor_kl_weight=1.0, model=tiny_llama())
 
 
 @pytest.mark.filterwarnings("ignore:The anchors have no effect")
@@ -384,6 +454,8 @@ def test_repeated_anchors_are_left_out_with_a_warning():
 
 WRONG_OPTIONS = {
     "weight": ({"anchor_loss_weight": -1.0}, ValueError, "anchor_loss_weight=-1.0 must be zero or more"),
+    "kl weight": ({"anchor_kl_weight": float("nan")}, ValueError, "anchor_kl_weight=nan must be zero or more"),
+    "kind of kl weight": ({"anchor_kl_weight": True}, TypeError, "anchor_kl_weight=True must be a number"),
     "kind of weight": ({"anchor_loss_weight": "0.4"}, TypeError, "anchor_loss_weight='0.4' must be a number"),
     "number": ({"anchors_per_batch": 0}, ValueError, "anchors_per_batch=0 must be at least 1"),
     "kind of number": ({"anchors_every": 1.5}, TypeError, "anchors_every=1.5 must be an integer"),
