@@ -52,7 +52,9 @@ for fused in (False, True):
     args = TrainingArguments(
         sys.argv[1], max_steps=1, learning_rate=1.0, optim="sgd", max_grad_norm=0.0, report_to="none", use_cpu=True, bf16=False
     )
-    Balanced(model=trained, args=args, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tiny_tokenizer())).train()
+    anchors = {"anchors": ["w20 w21 w22", "w24 w25"], "anchor_kl_weight": 0.5, "processing_class": tiny_tokenizer()}
+    collator = DataCollatorForSeq2Seq(tiny_tokenizer())
+    Balanced(model=trained, args=args, train_dataset=data, data_collator=collator, **anchors).train()
     updates.append([b - p.detach() for b, p in zip(before, (p for p in trained.parameters() if p.requires_grad))])
     assert max(u.abs().max() for u in updates[-1]) > 1e-3
 for pair in (losses, gradients, updates):

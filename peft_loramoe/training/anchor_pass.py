@@ -170,7 +170,7 @@ class AnchorPass:
                 f"The adapter has task_type={config.task_type!r}, whose outputs are not the anchors' tokens: set "
                 "anchor_loss_weight=0 and anchor_kl_weight=0."
             )
-        if kl_weight > 0:
+        if kl_weight > 0 and trainer.model is not None:
             _check_base_model(trainer.model, kl_weight)
         self._has_effect = loss_weight + kl_weight > 0 or (config is not None and config.balance_loss_weight > 0)
         # These engines gather a layer's parameters for the backward pass where its output has a gradient.
@@ -220,8 +220,8 @@ class AnchorPass:
             anchors: what `draw` returned.
 
         Returns:
-            Log-probabilities of each token after the first that is no padding, float32, shape (tokens, vocabulary);
-            None if `kl_weight` is zero.
+            Log-probabilities of each token after the first that is no padding, at least float32, shape (tokens,
+            vocabulary); None if `kl_weight` is zero.
         """
         if self._kl_weight == 0:
             return None
@@ -269,15 +269,16 @@ class AnchorPass:
 
     def take_losses(self) -> dict[str, float]:
         """The mean unweighted losses since the last call, over the processes, which have to call this together."""
-        means = {name: torch.stack(losses).mean() for name, losses in self._losses.items()}
+        means: Any = {name: torch.stack(losses).mean() for name, losses in self._losses.items()}
         self._losses = {}
-        return {name: self._trainer.accelerator.reduce(mean, reduction="mean").item() for name, mean in means.items()}
+        return {name: mean.item() for name, mean in self._trainer.accelerator.reduce(means, reduction="mean").items()}
 
 
 def _predictions(logits: Tensor, anchors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The logits that predict each token after the first, float32, shape (tokens, vocabulary), and these tokens."""
+    """The logits that predict each token after the first, at least float32, shape (tokens, vocabulary); the tokens."""
     real = anchors["attention_mask"][:, 1:] != 0
-    return logits[:, :-1][real].float(), anchors["input_ids"][:, 1:][real]
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    return logits[:, :-1][real].to(precise), anchors["input_ids"][:, 1:][real]
 
 
 def _check_base_model(model: nn.Module, kl_weight: float) -> None:

@@ -150,8 +150,9 @@ class LoRAMoETrainerMixin(_Trainer):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        anchors = None if self._anchors is None else self._anchors.draw(inputs)
-        expected = None if anchors is None else self._anchors.expected(model, anchors)
+        anchors = expected = None
+        if self._anchors is not None and (anchors := self._anchors.draw(inputs)) is not None:
+            expected = self._anchors.expected(model, anchors)
         if task_types is None and self._anchors is not None and config is not None:
             task_types = default_task_type(config)
         unlabelled = self._is_unlabelled(inputs)  # before super() takes the labels out

@@ -136,7 +136,9 @@ SETTINGS = {
 }
 
 
-def build(setting, backbone, tmp_path, anchored, anchors=None, weight=ANCHOR_WEIGHT, model=None, **options):
+def build(
+    setting, backbone, tmp_path, anchored, anchors=None, weight=ANCHOR_WEIGHT, kl_weight=0.0, model=None, **options
+):
     """The setting's trainer, with the mixin if `anchored`."""
     rows = [dict(zip(setting.columns, values)) for values in zip(*setting.columns.values())]
     dataset = IterableDataset.from_generator(lambda: iter(rows)) if setting.streamed else Dataset.from_list(rows)
@@ -145,7 +147,7 @@ def build(setting, backbone, tmp_path, anchored, anchors=None, weight=ANCHOR_WEI
         arguments, given = trl.SFTConfig if setting.trainer is trl.SFTTrainer else trl.DPOConfig, {}
     kind = type("Anchored", (LoRAMoETrainerMixin, setting.trainer), {}) if anchored else setting.trainer
     if anchored:
-        given.update(anchors=anchors, anchor_loss_weight=weight)
+        given.update(anchors=anchors, anchor_loss_weight=weight, anchor_kl_weight=kl_weight)
     model = setting.model(backbone, **{"balance_loss_weight": WEIGHT, **(model or {})})
     args = arguments(str(tmp_path), **{**OPTIONS, **setting.arguments, **options})
     return kind(model=model, args=args, train_dataset=dataset, processing_class=tiny_tokenizer(), **given)
@@ -171,7 +173,20 @@ def passes(trainer):
     return calls
 
 
-def gradient_of_term_and_anchors(model, calls, task_types):
+def loss_of_anchors(model, arguments, kl_weight, **given):
+    """Their weighted language-modelling loss and divergence from the base model."""
+    if not kl_weight:
+        return ANCHOR_WEIGHT * model(**arguments, **given).loss
+    real = arguments["attention_mask"][:, 1:] != 0
+    with torch.no_grad(), model.disable_adapter():
+        base = model(**arguments).logits[:, :-1][real]
+    logits = model(**arguments, **given).logits[:, :-1][real]
+    loss = torch.nn.functional.cross_entropy(logits, arguments["input_ids"][:, 1:][real])
+    base, trained = (torch.distributions.Categorical(logits=values) for values in (base, logits))
+    return ANCHOR_WEIGHT * loss + kl_weight * torch.distributions.kl_divergence(base, trained).mean()
+
+
+def gradient_of_term_and_anchors(model, calls, task_types, kl_weight):
     model.train()
     total = 0
     tasks, anchors = calls[::2], calls[1::2]
@@ -179,13 +194,13 @@ def gradient_of_term_and_anchors(model, calls, task_types):
     for task, of_anchors in zip(tasks, anchors, strict=True):
         task = {name: value for name, value in task.items() if name != "labels"}
         if not hasattr(model.peft_config["default"], "null_groups"):
-            total = total + ANCHOR_WEIGHT * model(**of_anchors).loss
+            total = total + loss_of_anchors(model, of_anchors, kl_weight)
             continue
         types = [1] * len(task["input_ids"]) if task_types is None else task_types
         with collect_balance(model):
             model(**task, task_types=types, use_cache=False)
-            loss = model(**of_anchors, task_types=[0] * len(of_anchors["input_ids"])).loss
-        total = total + balance_loss(model) + ANCHOR_WEIGHT * loss
+            loss = loss_of_anchors(model, of_anchors, kl_weight, task_types=[0] * len(of_anchors["input_ids"]))
+        total = total + balance_loss(model) + loss
     names, values = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
     return dict(zip(names, torch.autograd.grad(total / len(tasks), values)))
 
@@ -195,13 +210,14 @@ def setting(request):
     return SETTINGS[request.param]
 
 
-def test_anchors_and_term_add_their_gradient_to_that_of_the_tasks(setting, backbone, tmp_path):
+@pytest.mark.parametrize("kl_weight", [0.0, 2.0])
+def test_anchors_and_term_add_their_gradient_to_that_of_the_tasks(setting, backbone, tmp_path, kl_weight):
     tasks = update(build(setting, backbone, tmp_path, False, model={"balance_loss_weight": 0.0}))
-    trainer = build(setting, backbone, tmp_path, True, ANCHORS)
+    trainer = build(setting, backbone, tmp_path, True, ANCHORS, kl_weight=kl_weight)
     calls = passes(trainer)
     actual = update(trainer)
     added = gradient_of_term_and_anchors(
-        setting.model(backbone, balance_loss_weight=WEIGHT), calls, setting.task_types
+        setting.model(backbone, balance_loss_weight=WEIGHT), calls, setting.task_types, kl_weight
     )
     assert actual.keys() == added.keys()
     for name, gradient in added.items():
