@@ -310,9 +310,21 @@ def training_config(options: Namespace, **more: Any) -> SFTConfig:
     }
     known = [field.name for field in dataclasses.fields(SFTConfig) if field.init]
     try:
-        return SFTConfig(**{**chosen, **fixed, **more, **_checked(options.trainer_args, known)})
+        config = SFTConfig(**{**chosen, **fixed, **more, **_checked(options.trainer_args, known)})
     except (TypeError, ValueError) as error:
         raise ValueError(f"SFTConfig refuses the training options: {error}") from error
+    _check_integrations(config.report_to)
+    return config
+
+
+def _check_integrations(names: str | list[str]) -> None:
+    """The trainer looks them up when the model has been loaded."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in [names] if isinstance(names, str) else names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            choices = ", ".join(["none", "all", *sorted(INTEGRATION_TO_CALLBACK)])
+            raise ValueError(f"--report-to {name}: transformers has no such integration; choose from {choices}.")
 
 
 def _checked(trainer_args: Any, known: Iterable[str]) -> dict[str, Any]:

@@ -131,13 +131,14 @@ def checkpoint_to_resume(options: Namespace) -> str | None:
 def build(options: Namespace) -> tuple[LoRAMoESFTTrainer, dict[str, Any]]:
     """The trainer, up to the first step, and the data sets that the comparison at the end reads, by name."""
     config = adapter_config(options)
+    evaluate = bool(options.eval_file or options.eval_split) and options.eval_steps
+    training = training_config(options, eval_strategy="steps" if evaluate else "no")
     base = base_model(options)
     base.check_source()
     train, evaluation = read_data(options, config)
     kept, held_back = split_anchors(options.anchors)
     say_what_was_read(train, len(kept), len(held_back), config)
     tokenizer = load_tokenizer(base, options.chat_template)
-    training = training_config(options, eval_strategy="steps" if evaluation and options.eval_steps else "no")
     check_checkpointing(training, config)
     template = marked_template([*train, *(record for records in evaluation.values() for record in records)], tokenizer)
 
