@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from research.palette import COLOURS
+
 from .measure import quantiles
 
 
@@ -229,14 +231,14 @@ def heading(result: Mapping[str, Any]) -> str:
 
 # --- figures
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; markers and hatches do too.
+# Marker and hatch, beside the colours of research/palette.py.
 STYLE = {
-    "base": ("#000000", "o", ""),
-    "lora": ("#0072B2", "s", "//"),
-    "loop": ("#E69F00", "^", ".."),
-    "loramoe": ("#D55E00", "D", ""),
-    "moe_peft": ("#009E73", "v", "xx"),
-    "mixlora": ("#CC79A7", "P", "\\\\"),
+    "base": ("o", ""),
+    "lora": ("s", "//"),
+    "loop": ("^", ".."),
+    "loramoe": ("D", ""),
+    "moe_peft": ("v", "xx"),
+    "mixlora": ("P", "\\\\"),
 }
 SWEEPS = {
     "experts": ("experts", "experts N"),
@@ -255,8 +257,8 @@ def plot_steps(cases: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> None
         for group in ("layer", "4-bit layer", "training step", "decoding")
         for case, label in zip(cases.get(group, []), _labels(cases[group]) if group in cases else [])
     ]
-    columns = 4
-    figure = Figure(figsize=(3.2 * columns, 2.9 * -(-len(panels) // columns)), layout="constrained")
+    columns = 2
+    figure = Figure(figsize=(4 * columns, 2.4 * -(-len(panels) // columns)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
@@ -265,7 +267,7 @@ def plot_steps(cases: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> None
         rows = [row for row in case if "skipped" not in row and row is not base]
         for place, row in enumerate(rows):
             low, middle, high = ratio(row, base)
-            colour, _, hatch = STYLE[row["config"]["method"]]
+            colour, (_, hatch) = COLOURS[row["config"]["method"]], STYLE[row["config"]["method"]]
             axis.barh(place, middle, color=colour, hatch=hatch, edgecolor="white", alpha=0.9)
             axis.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color="black", capsize=2, linewidth=1)
         axis.axvline(1, color="black", linestyle=":", linewidth=1)
@@ -284,13 +286,13 @@ def plot_scaling(cases: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> No
     """Time relative to the frozen base against N, r, T and d, and memory against T."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(SWEEPS) + 1)
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    *axes, memory, key_panel = figure.subplots(2, 3).flatten()
     drawn = {}
     for axis, (group, (key, label)) in zip(axes, SWEEPS.items()):
         for method in ("lora", "loramoe"):
             points = _points(cases.get(group, []), key, method)
-            colour, marker, _ = STYLE[method]
+            colour, (marker, _) = COLOURS[method], STYLE[method]
             middle = [value[1] for _, value, _ in points]
             spread = [[v[1] - v[0] for _, v, _ in points], [v[2] - v[1] for _, v, _ in points]]
             drawn[NAMES[method]] = axis.errorbar(
@@ -303,12 +305,14 @@ def plot_scaling(cases: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> No
         axis.minorticks_off()
     for method in ("base", "lora", "loramoe"):
         points = _points(cases.get("tokens", []), "tokens", method)
-        colour, marker, _ = STYLE[method]
-        drawn[NAMES[method]] = axes[-1].plot(
+        colour, (marker, _) = COLOURS[method], STYLE[method]
+        drawn[NAMES[method]] = memory.plot(
             [x for x, _, _ in points], [row["peak_bytes"] / 2**20 for _, _, row in points], color=colour, marker=marker
         )[0]
-    axes[-1].set(xlabel="tokens T", ylabel="peak memory of a step, MiB", xscale="log", yscale="log")
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=len(drawn), frameon=False)
+    memory.set(xlabel="tokens T", ylabel="peak memory of a step, MiB", xscale="log", yscale="log")
+    key_panel.set_axis_off()
+    title = "time: median of the rounds' ratios,\nbars: 20 and 80 % quantiles"
+    key_panel.legend(drawn.values(), drawn.keys(), loc="center", frameon=False, title=title)
     figure.savefig(path, dpi=150)
 
 

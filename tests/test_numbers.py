@@ -373,7 +373,7 @@ NOT_MEASURED = (
     r"at most 0\.2 of LoRA's and 0\.5 of LoRA's with anchors",
     r"reach above 0\.45",
     r"95 % interval",
-    r"20 and 80 % quantiles",
+    r"20 and 80 % quantile",
     r"compute capability 8\.0",
     r"at 4\.3 TB/s|TFLOP/s: 11 %, or 14 %|would leave 6 %",
 )

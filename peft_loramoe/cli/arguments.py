@@ -284,7 +284,7 @@ def _add_plots(figure: Command) -> None:
         "percent. "
         'It may also have "downstream_low", "downstream_high", "retention_low" and "retention_high" (error bars) and '
         '"series" '
-        "(the models of a series are joined by a line).",
+        '(the models of a series are joined by a line), and "color" and "marker", matplotlib\'s names.',
     )
     _add_files_of_figure(frontier)
 

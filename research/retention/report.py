@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..palette import COLOURS, RECOMMENDED
 from ..toy.intervals import mean_interval, ratio_interval
 from .methods import METHODS
 
@@ -244,22 +245,11 @@ def write_report(rows: Sequence[Row], file: Path, ours: str = "retain") -> None:
     plot(rows, file.with_suffix(".png"))
 
 
-# Okabe and Ito's palette, with the colours of benchmarks/report.py for LoRA and LoRAMoE.
-COLORS = {
-    "lora": "#0072B2",
-    "lora+anchors": "#56B4E9",
-    "lora+kl": "#E69F00",
-    "corda": "#009E73",
-    "osf": "#CC79A7",
-    "full": "#000000",
-    "retain": "#D55E00",
-}
-
-
 def plot(rows: Sequence[Row], file: Path) -> None:
     """Tasks solved against the rise of text loss.
 
-    The mean of each method, a small point for each run, and a small circle for the mean of each other setting.
+    The mean of each method, a small point for each run, and a small circle for the mean of each other setting, with
+    the factor beside it if what was trained was scaled.
     """
     import matplotlib
 
@@ -267,7 +257,6 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
-    colors = {**dict(zip(METHODS, pyplot.get_cmap("tab20").colors)), **COLORS}
     labelled: set[str] = set()
     small: dict[str, dict[str, Any]] = {}
     for name, of_seed in by_method(rows).items():
@@ -277,17 +266,22 @@ def plot(rows: Sequence[Row], file: Path) -> None:
             continue
         bases = [base_row(rows, row["run"]["part"]) for row in chosen]
         x, y = ([measure(row, base) for row, base in zip(chosen, bases)] for measure in (rise, solved))
-        label = method if method not in labelled else None
+        title = f"{method} (recommended)" if method in RECOMMENDED else method
+        label = title if method not in labelled else None
         labelled.add(method)
-        style = {"color": colors[method], "linestyle": "none", "label": label}
+        style = {"color": COLOURS[method], "linestyle": "none", "label": label}
         if name != method:  # another setting of the method
-            axes.plot(sum(x) / len(x), sum(y) / len(y), "o", markersize=5, fillstyle="none", **style)
-            small["another setting"] = {"marker": "o", "markersize": 5, "fillstyle": "none"}
+            middle = sum(x) / len(x), sum(y) / len(y)
+            axes.plot(*middle, "o", markersize=5, fillstyle="none", **style)
+            if name.startswith(f"{method} (scale "):
+                factor = f"\N{MULTIPLICATION SIGN} {chosen[0]['run']['options']['scale']}"
+                axes.annotate(factor, middle, (5, -3), textcoords="offset points", fontsize=8, color=COLOURS[method])
+            small["another setting, mean"] = {"marker": "o", "markersize": 5, "fillstyle": "none"}
             continue
         if len(x) > 1:
             axes.plot(x, y, ".", markersize=6, alpha=0.5, **{**style, "label": None})
             small["one run"] = {"marker": ".", "markersize": 6, "alpha": 0.5}
-        marker, size = ("*", 16) if name == "retain" else ("o", 8)
+        marker, size = ("*", 16) if name in RECOMMENDED else ("o", 8)
         axes.plot(sum(x) / len(x), sum(y) / len(y), marker, markersize=size, **style)
     for label, look in small.items():
         axes.plot([], [], color="grey", linestyle="none", label=label, **look)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from peft_loramoe.analysis import plot_frontier
-from peft_loramoe.analysis.plots.figure import add_legend, figure_file, style
+from peft_loramoe.analysis.plots.figure import add_legend, figure_file
 
+from ..palette import COLOURS, RECOMMENDED
 from .intervals import mean_interval
 from .protocol import METHODS
 from .results import Results, mean
@@ -16,6 +17,12 @@ from .results import Results, mean
 # Methods in the figures, few enough to tell apart; the tables have them all.
 POINTS = ("full", "lora", "lora-attention", "unbalanced", "printed", "null")
 CURVES = ("full", "lora", "lora-attention", "unbalanced", "null")
+MARKERS = {"full": "o", "lora": "s", "lora-attention": "^", "unbalanced": "D", "printed": "v", "null": "*"}
+
+
+def look(method: str) -> dict[str, str]:
+    """Colour and marker of a method."""
+    return {"color": COLOURS[method], "marker": MARKERS[method]}
 
 
 def frontier_records(results: Results) -> list[dict[str, Any]]:
@@ -23,7 +30,7 @@ def frontier_records(results: Results) -> list[dict[str, Any]]:
     records = []
     for method in (name for name in POINTS if name in results.variant.methods):
         runs = results.tested(method)
-        record: dict[str, Any] = {"label": METHODS[method].title}
+        record: dict[str, Any] = {"label": METHODS[method].title, **look(method)}
         for name, values in (
             ("downstream", [results.tasks(run) for run in runs]),
             ("retention", [results.kept(run) for run in runs]),
@@ -39,9 +46,8 @@ def plot_learning_rates(results: Results, path: Path) -> None:
     for method in (name for name in CURVES if name in results.variant.methods):
         for rate, runs in results.selection(method).items():
             kept, solved = mean(map(results.kept, runs)), mean(map(results.tasks, runs))
-            records.append(
-                {"label": f"{rate:g}", "series": METHODS[method].title, "downstream": solved, "retention": kept}
-            )
+            record = {"label": f"{rate:g}", "series": METHODS[method].title, **look(method)}
+            records.append({**record, "downstream": solved, "retention": kept})
     plot_frontier(records, path)
 
 
@@ -65,7 +71,10 @@ def plot_growth(results: Results, path: Path) -> None:
                 )  # so that the bars do not hide each other
                 errors = [[m - low for m, low in zip(means, lows)], [high - m for m, high in zip(means, highs)]]
                 points = [size * shift for size in sizes]
-                panel.errorbar(points, means, errors, label=METHODS[method].title, capsize=2, **style(number))
+                size = 10 if method in RECOMMENDED else 6
+                panel.errorbar(
+                    points, means, errors, label=METHODS[method].title, capsize=2, markersize=size, **look(method)
+                )
             panel.set_xscale("log", base=2)
             panel.set_xticks(sizes, [str(size) for size in sizes])
             panel.set_xlabel("fine-tuning samples")

@@ -405,6 +405,13 @@ def test_frontier_has_a_point_for_each_model(tmp_path):
     assert texts(panel.texts) == [record["label"] for record in MODELS]
 
 
+def test_models_have_the_colour_and_marker_that_they_name(tmp_path):
+    looks = [{"color": "#0072B2", "marker": "s"}, {"color": "#D55E00", "marker": "*"}]
+    models = [{"label": str(n), "downstream": n, "retention": 9 - n, **look} for n, look in enumerate(looks)]
+    points = [container.lines[0] for container in plot_frontier(models, tmp_path / "frontier.png").axes[0].containers]
+    assert [{"color": line.get_color(), "marker": line.get_marker()} for line in points] == looks
+
+
 def test_the_axes_say_what_is_good(tmp_path):
     panel = plot_frontier(MODELS, tmp_path / "frontier.png").axes[0]
     assert "right is better" in panel.get_xlabel() and "up is better" in panel.get_ylabel()
@@ -455,6 +462,10 @@ def test_many_labels_are_placed_at_once(tmp_path):
 BAD = {
     "nothing": ([], "There are no records"),
     "no dictionary": ([["LoRA", 1, 2]], r"records\[0\]=\['LoRA', 1, 2\] must be a dictionary"),
+    "two colours of a series": (
+        [{**MODELS[0], "series": "a", "color": colour} for colour in ("black", "grey")],
+        r"series='a' have several values of color",
+    ),
     "no retention": ([{"label": "LoRA", "downstream": 1}], r"records\[0\] lacks retention"),
     "an unknown field": (
         [model("a", 1, 2), model("b", 1, 2, colour="red")],

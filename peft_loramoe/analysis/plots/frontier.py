@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 MEASURES = ("downstream", "retention")
-TEXTS = ("label", "series")
+LOOKS = ("color", "marker")
+TEXTS = ("label", "series", *LOOKS)
 BOUNDS = {measure: (f"{measure}_low", f"{measure}_high") for measure in MEASURES}
 
 
@@ -30,8 +31,9 @@ def plot_frontier(records: Iterable[Mapping[str, Any]], path: str | os.PathLike[
 
     Args:
         records: one per model: `label` (str), `downstream` and `retention` (in percent), optionally `downstream_low`
-            and `downstream_high`, `retention_low` and `retention_high` (interval, drawn as error bars) and `series`
-            (str; models of a series share a colour and are joined by a line in their order).
+            and `downstream_high`, `retention_low` and `retention_high` (interval, drawn as error bars), `series`
+            (str; models of a series share a colour and are joined by a line in their order), `color` and `marker`
+            (matplotlib's names, the same for all models of a series).
         path: file to write, .png, .svg or .pdf.
 
     Returns:
@@ -54,13 +56,19 @@ def plot_frontier(records: Iterable[Mapping[str, Any]], path: str | os.PathLike[
     series: dict[str | None, list[dict[str, Any]]] = {}
     for record in checked:
         series.setdefault(record.get("series"), []).append(record)
+    for name, members in series.items():
+        for look in LOOKS:
+            if name is not None and len(found := {record.get(look) for record in members}) > 1:
+                raise ValueError(f"The models of series={name!r} have several values of {look}: {found}; give one.")
     with figure_file(path, 6.8, 5) as figure:
         panel = figure.subplots()
         _set_limits(panel, checked)
         frontier = _frontier(checked, panel.get_xlim()[0], panel.get_ylim()[0])
         panel.plot(*zip(*frontier), color="0.88", linewidth=5, zorder=0, label="frontier")
         for number, (name, members) in enumerate(series.items()):
-            _draw_series(panel, name, members, style(number))
+            for models in [members] if name is not None else [[record] for record in members]:
+                own = {look: models[0][look] for look in LOOKS if look in models[0]}
+                _draw_series(panel, name, models, style(number) | own)
         panel.set_xlabel("downstream tasks (%): right is better")
         panel.set_ylabel("knowledge retained (%): up is better")
         add_legend(figure, *panel.get_legend_handles_labels())
@@ -104,7 +112,8 @@ def _draw_series(panel: Axes, name: str | None, members: list[dict[str, Any]], l
         for axis, (measure, (low, high)) in zip("xy", BOUNDS.items())
     }
     line = "" if name is None else "-"
-    panel.errorbar(x, y, **errors, **look, linestyle=line, linewidth=1, elinewidth=0.8, markersize=6, label=name)
+    size = 11 if look["marker"] == "*" else 6  # a star's body is small
+    panel.errorbar(x, y, **errors, **look, linestyle=line, linewidth=1, elinewidth=0.8, markersize=size, label=name)
 
 
 def _set_limits(panel: Axes, records: list[dict[str, Any]]) -> None:

@@ -1,0 +1,41 @@
+"""One colour for each method, in the figures of the studies and of the benchmarks.
+
+Okabe and Ito's palette, which colour-blind readers can tell apart, and darker or paler colours for rarer methods.
+"""
+
+BLUE, SKY, ORANGE, GREEN, VERMILION, PINK, YELLOW = (
+    *("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#F0E442"),
+)
+BLACK, GREY, BROWN, PURPLE, NAVY = "#000000", "#8C8C8C", "#8C510A", "#6A3D9A", "#1B2A6B"
+
+# What is recommended has one colour under its names in the toy study, the SmolLM2 study and the benchmarks.
+COLOURS = {
+    "base": GREY,
+    "full": BLACK,
+    "lora": BLUE,
+    "retain": VERMILION,
+    "null": VERMILION,
+    "loramoe": VERMILION,
+    # the SmolLM2 study
+    "lora+anchors": SKY,
+    "lora+kl": ORANGE,
+    "lora+replay": NAVY,
+    "lora, all linears": BROWN,
+    "corda": GREEN,
+    "osf": PINK,
+    "mica": YELLOW,
+    "null+replay": PURPLE,
+    "paper": "#A6761D",
+    "paper+replay": "#8DBF4F",
+    "retain, balance only": "#A33B54",
+    "retain, kl": "#E7298A",
+    # the toy study
+    "lora-attention": SKY,
+    "unbalanced": ORANGE,
+    "printed": GREEN,
+    # the benchmarks
+    "loop": ORANGE,
+    "moe_peft": GREEN,
+    "mixlora": PINK,
+}
+RECOMMENDED = {"retain", "null"}  # drawn as stars in the studies
