@@ -84,7 +84,7 @@ class NonReentrantCheckpointing:
     def __init__(self, recorder: _HasConfigs) -> None:
         self.recorder = recorder
 
-    def __call__(self, module: nn.Module, args: tuple) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Look for reentrant checkpoints before a training pass of `module`, and replace them."""
         if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
             return

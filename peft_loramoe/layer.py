@@ -279,7 +279,7 @@ class LoRAMoELinear(LoRAMoELayer):
             and not any(_GLOBAL_HOOKS)
         ):
             return {}
-        weight, bias = layer.weight, layer.bias
+        weight, bias = layer.weight, cast("Tensor | None", layer.bias)
         plain = _is_plain(weight) and (bias is None or _is_plain(bias))
         return {"weight": weight, "bias": bias} if plain else {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -79,7 +79,7 @@ def mark_loaded(model: nn.Module, adapter: str, loaded: bool) -> None:
 
 
 @contextmanager
-def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+def unchanged_on_failure(model: nn.Module) -> Generator[None]:
     """Undo what was done to the model for a LoRAMoE adapter if the block fails: no half adapter stays behind."""
     children = [(module, dict(module._modules)) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

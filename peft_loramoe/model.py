@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
@@ -258,7 +258,7 @@ class LoRAMoEModel(BaseTuner):
         return model
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
         """Hand `adapter_names`, one for each sample, to the adapted layers for the duration of one call."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:

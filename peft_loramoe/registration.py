@@ -67,7 +67,7 @@ def _peft_type_member() -> PeftType:
     return member
 
 
-def _reduce(protocol: int) -> tuple:
+def _reduce(protocol: int) -> tuple[Any, ...]:
     return _peft_type_member, ()
 
 

@@ -155,7 +155,7 @@ def _text_among_others(config: PretrainedConfig, types: Mapping[str, str | None]
         return None
     # An encoder-decoder of two models keeps their configurations as `encoder` and `decoder`.
     parts = {name: value for name, value in vars(config).items() if isinstance(value, PretrainedConfig)}
-    others = [part for name, part in parts.items() if part is not text and part.model_type]
+    others = [part for part in parts.values() if part is not text and part.model_type]
     if getattr(config, "is_encoder_decoder", False):
         others = [part for part in others if all(part is not parts.get(name) for name in ("encoder", "decoder"))]
     if not others or (text is config and own == SIGNAL):

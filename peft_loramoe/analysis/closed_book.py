@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -257,7 +257,7 @@ def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_toke
 
 
 @contextmanager
-def _generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+def _generation_config(model: nn.Module, config: GenerationConfig) -> Generator[None]:
     """Temporarily replace the generation config: `generate` would fill unset options from the model's own."""
     having: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
     own = {module: module.generation_config for module in having}

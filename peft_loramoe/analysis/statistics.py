@@ -226,13 +226,13 @@ def group_weights(experts: Iterable[Mapping[str, Any]], per_layer: bool = False)
         >>> len(weights), round(sum(record["weight"] for record in weights), 6)
         (2, 1.0)
     """
-    in_layer: dict[tuple, float] = defaultdict(float)
+    in_layer: dict[tuple[Any, ...], float] = defaultdict(float)
     for record in experts:
         in_layer[record["adapter"], record["layer"], record["task_type"], record["group"]] += record["weight"]
     fields = ("adapter", "layer", "task_type", "group")
     if per_layer:
         return [{**dict(zip(fields, key)), "weight": weight} for key, weight in in_layer.items()]
-    over_layers: dict[tuple, list[float]] = defaultdict(list)
+    over_layers: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for (adapter, _, task_type, group), weight in in_layer.items():
         over_layers[adapter, task_type, group].append(weight)
     return [
@@ -274,7 +274,7 @@ def expert_usage(statistics: RouterStatistics, dead: float = 0.1, dominating: fl
             f"dominating={dominating} must be in (0, 1]; it is a share of the way from the uniform weight 1/N to 1."
         )
     num_experts = {(record["adapter"], record["layer"]): record["num_experts"] for record in statistics.layers}
-    weights: dict[tuple, list[float]] = defaultdict(list)
+    weights: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     fields = ("adapter", "layer", "expert", "group", "null")
     for record in statistics.experts:
         weights[tuple(record[field] for field in fields)].append(record["weight"])

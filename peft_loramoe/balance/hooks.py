@@ -14,7 +14,7 @@ import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -143,7 +143,7 @@ class Recorder:
         if isinstance(below_head, nn.Module) and below_head is not model:
             self._hook(below_head, self._begin_below_head)
 
-    def _hook(self, module: nn.Module, begin: Callable) -> None:
+    def _hook(self, module: nn.Module, begin: Callable[..., Any]) -> None:
         self.handles += [
             module.register_forward_pre_hook(begin, with_kwargs=True),
             module.register_forward_hook(self._end, with_kwargs=True),
@@ -157,7 +157,7 @@ class Recorder:
         self._threads = {}
 
     @contextmanager
-    def collect(self, task_types: Any = None, in_blocks: bool = True, adds_term: bool = False) -> Iterator[None]:
+    def collect(self, task_types: Any = None, in_blocks: bool = True, adds_term: bool = False) -> Generator[None]:
         """See `collect_balance`.
 
         Args:
@@ -263,12 +263,14 @@ class Recorder:
             self._threads[ident] = _Thread()
         return self._threads[ident]
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self._begin_call(module, args, kwargs, None if torch.compiler.is_compiling() else sys._getframe(1))
 
     def _begin_below_head(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         frame = None if torch.compiler.is_compiling() else sys._getframe(1)
         calls = self._calls_of(frame, module)
         if calls and calls[-1].module is not module and not calls[-1].below_head:
@@ -294,8 +296,8 @@ class Recorder:
         return calls
 
     def _begin_call(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], frame: FrameType | None
-    ) -> tuple[tuple, dict[str, Any]]:
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if getattr(module, "_is_replica", False):
             raise ValueError(
                 "The model runs inside nn.DataParallel, whose threads would mix up their batches. Start one process "
@@ -321,7 +323,7 @@ class Recorder:
         calls.append(_Call(module, Recording(batch, module.training), frame))
         return args, kwargs
 
-    def _end(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         thread = self._thread
         calls = thread.calls
         if not calls or calls[-1].module is not module:
@@ -511,7 +513,7 @@ def balance_loss(model: nn.Module) -> Tensor:
 
 
 @contextmanager
-def collect_balance(model: nn.Module, task_types: Any = None) -> Iterator[None]:
+def collect_balance(model: nn.Module, task_types: Any = None) -> Generator[None]:
     """Take all training passes inside for one batch; read its term with `balance_loss` afterwards.
 
     For losses that are computed outside the model, or from several passes (preference and contrastive losses): inside,

@@ -57,7 +57,7 @@ class Recording:
         self.left_out: list[str] = []
         # Shared by layers that see the same tokens. Found by comparing keys: hashing a shape would make torch.compile
         # take it as fixed.
-        self._samples: list[tuple[tuple, Samples]] = []
+        self._samples: list[tuple[tuple[Any, ...], Samples]] = []
 
     @property
     def carries_gradient(self) -> bool:
@@ -90,7 +90,7 @@ class Recording:
             for records in group_by(self.records, lambda record: (record.adapter,)):
                 self._row_types(records[0].groups)
 
-    def key(self, record: Record) -> tuple:
+    def key(self, record: Record) -> tuple[Any, ...]:
         """Equal for records of one adapter that see the same tokens."""
         probabilities = record.probabilities
         return record.adapter, probabilities.shape[:-1], probabilities.device, self.batch.reads(record.layer)
@@ -121,12 +121,12 @@ class Recording:
         return types
 
 
-def group_by(items: Iterable[Item], key: Callable[[Item], tuple]) -> list[list[Item]]:
+def group_by(items: Iterable[Item], key: Callable[[Item], tuple[Any, ...]]) -> list[list[Item]]:
     """Collect items with equal keys, in the order of their first item.
 
     Keys are compared, not hashed (see `Recording`).
     """
-    groups: list[tuple[tuple, list[Item]]] = []
+    groups: list[tuple[tuple[Any, ...], list[Item]]] = []
     for item in items:
         if (group := find(groups, key(item))) is None:
             groups.append((key(item), [item]))
@@ -135,7 +135,7 @@ def group_by(items: Iterable[Item], key: Callable[[Item], tuple]) -> list[list[I
     return [group for _, group in groups]
 
 
-def find(entries: list[tuple[tuple, Any]], key: tuple) -> Any:
+def find(entries: list[tuple[tuple[Any, ...], Any]], key: tuple[Any, ...]) -> Any:
     """The value of a key in a list of pairs, or None."""
     for known, value in entries:  # torch 2.7 cannot compile next(..., None)
         if known == key:

@@ -127,7 +127,7 @@ class Batch:
             ENCODED: _encoded_shape(inputs),
         }
 
-    def reads(self, layer: str) -> tuple:
+    def reads(self, layer: str) -> tuple[Any, ...]:
         """What the layer reads, and whether it is repeated: equal for layers that read the same tokens if their
         inputs have the same shape.
         """

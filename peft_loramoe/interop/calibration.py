@@ -140,7 +140,7 @@ def visit_inputs(
     """
     running: list[CalibrationBatch] = []
 
-    def call_visit(layer: LoRAMoELayer, args: tuple, kwargs: dict[str, Any]) -> None:
+    def call_visit(layer: LoRAMoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs[layer.input_name]
         batch = running[0]
         samples = batch.tokens.samples(tuple(x.shape[:-1]), layer.name, batch.task_types, x.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -99,11 +99,11 @@ def _apply(lora: Factors, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _replaced(adapter: Adapter, loras: Mapping[LoRAMoELayer, Factors | None]) -> Iterator[None]:
+def _replaced(adapter: Adapter, loras: Mapping[LoRAMoELayer, Factors | None]) -> Generator[None]:
     """Temporarily replace the mixtures of these layers by LoRAs, or by nothing where the LoRA is None."""
     scales = {layer: layer.scaling[adapter.name] for layer in loras}
 
-    def add(layer: LoRAMoELayer, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def add(layer: LoRAMoELayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         lora, x = loras[layer], args[0] if args else kwargs["x"]
         assert lora is not None  # or this hook is not there
         return output + _apply(lora, x.to(torch.promote_types(x.dtype, torch.float32))).to(output.dtype)

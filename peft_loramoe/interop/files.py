@@ -8,7 +8,7 @@ import pickle
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 
 @contextmanager
-def new_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
+def new_folder(output: str | os.PathLike[str]) -> Generator[Path]:
     """Create a folder atomically: it appears at `output` when the block succeeds, and nothing remains if it fails.
 
     Args:

@@ -139,7 +139,11 @@ def _forward(
 
 
 def _backward(
-    grad_output: Tensor, grad_probabilities: Tensor | None, saved: Sequence, options: MixtureOptions, needs: list[bool]
+    grad_output: Tensor,
+    grad_probabilities: Tensor | None,
+    saved: Sequence[Any],
+    options: MixtureOptions,
+    needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
     x, A, B, router, keep, *_ = saved
     with _no_autocast(x.device.type):
@@ -147,7 +151,7 @@ def _backward(
         return backend.backward(grad_output, grad_probabilities, *saved, options, needs)
 
 
-def _no_autocast(kind: str) -> AbstractContextManager:
+def _no_autocast(kind: str) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if _is_autocast(kind) else nullcontext()
 
 
@@ -221,12 +225,12 @@ def _(
 @_mixture_backward_op.register_fake
 def _(
     grad_output: Tensor, grad_probabilities: Any, x: Tensor, A: Tensor, B: Tensor, router: Tensor, *rest: Any
-) -> tuple:
+) -> tuple[Any, ...]:
     needs = rest[-1]
     return tuple(t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in zip((x, A, B, router), needs))
 
 
-def _save(ctx: Any, tensors: Sequence, options: MixtureOptions, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, tensors: Sequence[Any], options: MixtureOptions, output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, A, B, router, keep, _, weight, _ = tensors
     _, probabilities, hidden = output
     ctx.set_materialize_grads(False)
@@ -236,8 +240,8 @@ def _save(ctx: Any, tensors: Sequence, options: MixtureOptions, output: tuple[Te
 
 
 def _differentiate(
-    ctx: Any, grad_output: Tensor | None, grad_probabilities: Tensor | None, backward: Callable
-) -> tuple[list, Tensor | None]:
+    ctx: Any, grad_output: Tensor | None, grad_probabilities: Tensor | None, backward: Callable[..., Any]
+) -> tuple[list[Any], Tensor | None]:
     """Gradients of x, A, B and router, and of the base layer's output."""
     x, _, B, *_ = saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
@@ -251,7 +255,11 @@ def _differentiate(
 
 
 def _backward_by_op(
-    grad_output: Tensor, grad_probabilities: Tensor | None, saved: Sequence, options: MixtureOptions, needs: list[bool]
+    grad_output: Tensor,
+    grad_probabilities: Tensor | None,
+    saved: Sequence[Any],
+    options: MixtureOptions,
+    needs: list[bool],
 ) -> tuple[Tensor, ...]:
     return _mixture_backward_op(grad_output, grad_probabilities, *saved, *options, needs)
 
@@ -268,7 +276,7 @@ class _Mixture(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, grad_probabilities: Tensor | None, _: None) -> tuple:
+    def backward(ctx: Any, grad_output: Tensor | None, grad_probabilities: Tensor | None, _: None) -> tuple[Any, ...]:
         # With grad mode on, the gradient is about to be differentiated, which the operator refuses (so does
         # AOTAutograd).
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -278,11 +286,13 @@ class _Mixture(torch.autograd.Function):
         return (*gradients, None, grad_base, None, None, None)
 
 
-def _setup_op_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _save(ctx, inputs[:_NUM_TENSORS], MixtureOptions(*inputs[_NUM_TENSORS:]), output)
 
 
-def _differentiate_op(ctx: Any, grad_output: Tensor | None, grad_probabilities: Tensor | None, _: None) -> tuple:
+def _differentiate_op(
+    ctx: Any, grad_output: Tensor | None, grad_probabilities: Tensor | None, _: None
+) -> tuple[Any, ...]:
     gradients, grad_base = _differentiate(ctx, grad_output, grad_probabilities, _backward_by_op)
     return (*gradients, None, grad_base, *[None] * (2 + len(MixtureOptions._fields)))
 

@@ -6,7 +6,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,7 @@ def sample_anchors(
                 f"{path} holds {found} anchors of kind {kind}, more than the {count} asked for: ask for more, change "
                 "`chat`, or write to another file."
             )
+    size = 0
     if path is not None:
         drop_torn_line(Path(path))
         size = _size(path)
@@ -367,7 +368,12 @@ class _Sampler:
 
 
 def _distinct(
-    sample: Callable[[int], list[str]], kind: str, count: int, known: Sequence[Mapping], batch_size: int, seed: int
+    sample: Callable[[int], list[str]],
+    kind: str,
+    count: int,
+    known: Sequence[Mapping[str, Any]],
+    batch_size: int,
+    seed: int,
 ) -> Iterator[list[dict[str, str]]]:
     """Batches of new anchors of a kind, until there are `count` of it."""
     seen = {comparable(anchor["text"]) for anchor in known}
@@ -434,7 +440,7 @@ def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 @contextmanager
-def base_model(model: nn.Module) -> Iterator[None]:
+def base_model(model: nn.Module) -> Generator[None]:
     """Run the model without its adapters, in evaluation mode and without gradients; afterwards it is as it was."""
     adapted: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
     enabled = [m for m in adapted if not m.disable_adapters]
@@ -452,7 +458,7 @@ def base_model(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _own_random_numbers(model: nn.Module) -> Iterator[None]:
+def _own_random_numbers(model: nn.Module) -> Generator[None]:
     devices = sorted({p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}, key=str)
     kind = devices[0].type if devices else "cuda"
     with torch.random.fork_rng(devices, device_type=kind):

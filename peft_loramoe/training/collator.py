@@ -47,7 +47,7 @@ class TaskTypeCollator:
         tensor([ 1, -1])
     """
 
-    def __init__(self, collator: Callable[[list], Any], config: LoRAMoEConfig) -> None:
+    def __init__(self, collator: Callable[[list[Any]], Any], config: LoRAMoEConfig) -> None:
         self.collator = collator
         self.config = config
         self._warned = False

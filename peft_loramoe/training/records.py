@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +130,7 @@ def check_records(values: Iterable[tuple[str, Any]], source: str, config: LoRAMo
 
 
 @contextmanager
-def refusals_of_template(place: str) -> Iterator[None]:
+def refusals_of_template(place: str) -> Generator[None]:
     """Name the record that a chat template refuses inside.
 
     Args:

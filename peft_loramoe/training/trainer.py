@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -269,7 +269,7 @@ class LoRAMoETrainerMixin(_Trainer):
                     )
 
     @contextmanager
-    def _task_types_collated(self) -> Iterator[None]:
+    def _task_types_collated(self) -> Generator[None]:
         # Only while a loader is made: trainers look at the class of their collator.
         collator, config = self.data_collator, _config_of(self.model)
         if config is not None and not isinstance(collator, TaskTypeCollator):
@@ -413,7 +413,7 @@ def _are_typed_prompts(inputs: Any) -> bool:
     return isinstance(inputs, list) and any(isinstance(example, Mapping) and COLUMN in example for example in inputs)
 
 
-def _refuse_vllm(trainer: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
+def _refuse_vllm(trainer: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Refuse TRL's rollouts by vLLM, which would merge the adapter, before vLLM is started."""
     values = (*args, *kwargs.values())
     arguments = next((value for value in values if isinstance(value, TrainingArguments)), None)

@@ -16,6 +16,7 @@ from .methods import METHODS
 Row = dict[str, Any]
 Measure = Callable[[Row, Row], float]
 MATCHING = 3.0  # points of tasks solved
+OURS = ("retain", "retain, kl")  # the last one is recommended
 
 
 def rise(row: Row, base: Row) -> float:
@@ -153,7 +154,7 @@ def _interval(values: tuple[float, float, float], style: str) -> str:
 
 
 def matching(rows: Sequence[Row], ours: str) -> dict[str, tuple[list[Row], list[Row]]]:
-    """The other methods that solve as many tasks, to within `MATCHING` points, on the seeds that both have.
+    """The rivals that solve as many tasks, to within `MATCHING` points, on the seeds that both have.
 
     Returns:
         For each, its rows and ours, in the order of the seeds.
@@ -161,7 +162,7 @@ def matching(rows: Sequence[Row], ours: str) -> dict[str, tuple[list[Row], list[
     methods, found = by_method(rows), {}
     for name, of_seed in methods.items():
         seeds = sorted(set(of_seed) & set(methods.get(ours, {})))
-        if name in (ours, "base") or not seeds:
+        if not seeds or next(iter(of_seed.values()))["run"]["method"] in ("base", *OURS):
             continue
         theirs, own = ([methods[method][seed] for seed in seeds] for method in (name, ours))
         if mean_of(rows, theirs, solved) >= mean_of(rows, own, solved) - MATCHING:
@@ -174,7 +175,7 @@ def mean_of(rows: Sequence[Row], chosen: Sequence[Row], measure: Measure) -> flo
     return sum(measure(row, base_row(rows, row["run"]["part"])) for row in chosen) / len(chosen)
 
 
-def decision_table(rows: Sequence[Row], ours: str = "retain", plain: str = "lora") -> list[str]:
+def decision_table(rows: Sequence[Row], ours: str, plain: str = "lora") -> list[str]:
     """Markdown: the conditions of the protocol."""
     rivals = matching(rows, ours)
     methods = by_method(rows)
@@ -218,10 +219,9 @@ def kinds_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def write_report(rows: Sequence[Row], file: Path, ours: str = "retain") -> None:
+def write_report(rows: Sequence[Row], file: Path) -> None:
     """Write the tables to a Markdown file, and a figure beside it."""
     trained = [row for row in rows if row["run"]["method"] != "base"]
-    rivals = [name for name in by_method(trained) if name != ours]
     versions = ", ".join(f"{package} {version}" for package, version in trained[0]["versions"].items())
     lines = [
         "# What fine-tuning costs in knowledge: SmolLM2-135M-Instruct",
@@ -231,14 +231,18 @@ def write_report(rows: Sequence[Row], file: Path, ours: str = "retain") -> None:
         *means_table(rows),
         "",
     ]
-    if len({row["run"]["seed"] for row in trained}) > 1:
-        lines += [
-            *decision_table(rows),
-            f"`{ours}` against the others, over the same seeds (mean of the pairs, 95 % interval; of ratios, Fieller's):",
-            "",
-            *pairs_table(rows, ours, rivals),
-            "",
-        ]
+    methods = by_method(rows) if len({row["run"]["seed"] for row in trained}) > 1 else {}
+    for ours, of_seed in methods.items():
+        run = next(iter(of_seed.values()))["run"]
+        if run["method"] in OURS and "scale" not in run["options"]:
+            lines += [
+                *decision_table(rows, ours),
+                f"`{ours}` against the others, over the same seeds (mean of the pairs, 95 % interval; of ratios, "
+                "Fieller's):",
+                "",
+                *pairs_table(rows, ours, [name for name in methods if name not in (ours, "base")]),
+                "",
+            ]
     lines += ["Rise of the loss on each kind of text, nats per token:", "", *kinds_table(rows), ""]
     lines.append(f"![Tasks solved against the rise of text loss]({file.with_suffix('.png').name})")
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -298,7 +298,7 @@ def test_the_conditions_of_the_protocol_are_judged(text, marks, met):
     for seed in (1, 2):
         rows += [row_of("lora", seed, 3.2, "1" * 49 + "0", "10"), row_of("retain", seed, text, solved, marks)]
         rows += [row_of("lora+anchors", seed, 3.1, "1" * 49 + "0", "10")]
-    lines = report.decision_table(rows)[5:-1]
+    lines = report.decision_table(rows, "retain")[5:-1]
     assert len(lines) == 5 and all(line.endswith(f"| {met} |") for line in lines)
 
 
@@ -306,6 +306,12 @@ def test_a_rival_that_solves_fewer_tasks_does_not_match():
     rows = [row_of("base", 1, 3.0, "0000", "11"), row_of("retain", 1, 3.02, "1111", "11")]
     rows += [row_of("lora", 1, 3.2, "1111", "11"), row_of("lora+anchors", 1, 3.0, "1110", "11")]
     assert list(report.matching(rows, "retain")) == ["lora"]
+
+
+def test_another_setting_of_our_own_is_no_rival():
+    rows = [row_of("base", 1, 3.0, "0000", "11")]
+    rows += [row_of(method, 1, 3.02, "1111", "11") for method in ("lora", "retain", "retain, kl")]
+    assert list(report.matching(rows, "retain, kl")) == ["lora"]
 
 
 def test_options_of_all_rows_are_not_part_of_a_methods_name():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ UNDATED = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
 @contextmanager
-def figure_file(path: str | os.PathLike[str], width: float, height: float) -> Iterator[Figure]:
+def figure_file(path: str | os.PathLike[str], width: float, height: float) -> Generator[Figure]:
     """A new figure that is saved when the block ends without an error.
 
     Files are reproducible byte by byte (no dates, no random ids). Text is drawn verbatim, dollar signs included.

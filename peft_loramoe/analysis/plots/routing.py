@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -124,9 +124,7 @@ def plot_load(statistics: RouterStatistics, path: str | os.PathLike[str], adapte
                     [weights.get((task_type, blocks.get(depth), slot), math.nan) for depth in depths] for slot in rows
                 ]
                 edges = (depths[0] - 0.5, depths[-1] + 0.5, len(rows) - 0.5, -0.5)
-                image = panel.imshow(
-                    cells, cmap=COLOUR_MAP, vmin=0, vmax=max(weights.values()), aspect="auto", extent=edges
-                )
+                panel.imshow(cells, cmap=COLOUR_MAP, vmin=0, vmax=max(weights.values()), aspect="auto", extent=edges)
                 panel.set_facecolor("lightgrey")
                 panel.tick_params(axis="y", length=0)
                 for first in range(1, len(rows)):
@@ -138,7 +136,7 @@ def plot_load(statistics: RouterStatistics, path: str | os.PathLike[str], adapte
                             panel.plot(depth, y, markersize=4, **MARKS[status])
             row[0].set_yticks(range(len(rows)), _slot_labels(rows, chosen, room=int(height / 0.13)))
             row[0].set_ylabel(type_name(task_type, chosen.names))
-        add_colour_bar(figure, image, axes, "mean router weight")
+        add_colour_bar(figure, axes[0][0].images[0], axes, "mean router weight")
         found = {status: MARKS[status] for status in MARKS if status in marks.values()}
         if found:
             looks = {f"{status} expert": {**mark, "color": "black", "linestyle": ""} for status, mark in found.items()}
@@ -220,7 +218,7 @@ def _choose(statistics: RouterStatistics, adapter: str | None) -> _Adapter:
 @contextmanager
 def _panels(
     path: str | os.PathLike[str], chosen: _Adapter, rows: int, row_height: float
-) -> Iterator[tuple[Figure, Any]]:
+) -> Generator[tuple[Figure, Any]]:
     """A figure that is saved at the end, and its array of axes (rows, kinds of linear)."""
     with figure_file(path, max(5, 1.3 + 2.6 * len(chosen.kinds)), 0.9 + row_height * rows) as figure:
         axes = figure.subplots(rows, len(chosen.kinds), squeeze=False, sharex="col", sharey=True)

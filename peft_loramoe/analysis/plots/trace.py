@@ -57,7 +57,7 @@ def plot_trace(trace: RouterTrace, path: str | os.PathLike[str], group: int | st
     below = (longest if upright else 0.2) + 0.5
     with figure_file(path, 2.6 + column * len(labels), sum(heights) + 0.15 * len(heights) + below) as figure:
         axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-        _draw_strip(axes[0], "all linears", [mean], heights[0])
+        image = _draw_strip(axes[0], "all linears", [mean], heights[0])
         for panel, height, (kind, blocks) in zip(axes[1:], heights[1:], kinds.items()):
             image = _draw_strip(panel, kind, [weights[layer] for layer in blocks.values()], height, [*blocks])
         axes[-1].set_xticks(range(len(labels)), labels, rotation=90 if upright else 0, fontsize="small")
