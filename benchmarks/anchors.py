@@ -37,13 +37,13 @@ from .measure import Timer, interleave
 TINY = {**SMOLLM2, "vocab_size": 1000, "hidden_size": 18, "intermediate_size": 24, "num_hidden_layers": 2}
 ADAPTED = {"target_modules": list(FEED_FORWARD), "task_type": "CAUSAL_LM"}
 CONFIGS = {"lora": LoraConfig(r=30, **ADAPTED), "loramoe": LoRAMoEConfig.retain(r=4, **ADAPTED)}
-# name -> configuration, weight of the anchors' loss; None for no anchors
+# name -> configuration, weight of the divergence on the anchors; None for no anchors
 VARIANTS = {
     "LoRA": ("lora", None),
-    "LoRA, anchors": ("lora", 0.4),
+    "LoRA, anchors": ("lora", 0.3),
     "LoRAMoE": ("loramoe", None),
     "LoRAMoE, anchors in the term only": ("loramoe", 0.0),
-    "LoRAMoE, anchors": ("loramoe", 0.4),
+    "LoRAMoE, anchors": ("loramoe", 0.3),
 }
 BATCHES = {"20x26": (20, 26), "20x52": (20, 52)}  # samples, tokens of each
 ANCHOR_TOKENS = 34
@@ -70,7 +70,7 @@ def training_step(base: nn.Module, variant: str, samples: int, tokens: int, fold
     anchors = {}
     if weight is not None:
         texts = [" ".join(f"w{(i * 7 + k) % 999 + 1}" for k in range(ANCHOR_TOKENS)) for i in range(50)]
-        anchors = {"anchors": texts, "anchor_loss_weight": weight, "processing_class": tokenizer()}
+        anchors = {"anchors": texts, "anchor_kl_weight": weight, "processing_class": tokenizer()}
     rows = Dataset.from_dict({"input_ids": [[1]]})
     trainer = AnchoredTrainer(model=model, args=args, train_dataset=rows, **anchors)
     trainer.current_gradient_accumulation_steps = 1

@@ -164,13 +164,13 @@ def add_arguments(parser: Parser) -> None:
         "--anchor-loss-weight",
         type=float,
         metavar="N",
-        help="weight of the language-modelling loss on anchors (default: 0.4)",
+        help="weight of the language-modelling loss on anchors (default: 0)",
     )
     anchors.add_argument(
         "--anchor-kl-weight",
         type=float,
         metavar="N",
-        help="weight of the divergence from the base model on anchors (default: 0)",
+        help="weight of the divergence from the base model on anchors (default: 0.3)",
     )
     anchors.add_argument(
         "--anchors-per-batch",

@@ -78,7 +78,7 @@ class LoRAMoETrainerMixin(_Trainer):
             Needs a tokenizer as `processing_class`.
         anchor_loss_weight: weight of the language-modelling loss on the anchors.
         anchor_kl_weight: weight of the divergence from the base model on the anchors, in nats. Costs another forward
-            pass of the anchors, with the adapters disabled.
+            pass of the anchors, with the adapters disabled; a model without an adapter needs 0.
         anchors_per_batch: anchors of each micro-batch; None for a tenth of its samples, at least one.
         anchors_every: draw anchors for every n-th micro-batch only.
         **kwargs: those of the trainer.
@@ -114,8 +114,8 @@ class LoRAMoETrainerMixin(_Trainer):
         self,
         *args: Any,
         anchors: str | Path | Iterable[str | Mapping[str, Any]] | None = None,
-        anchor_loss_weight: float = 0.4,
-        anchor_kl_weight: float = 0.0,
+        anchor_loss_weight: float = 0.0,
+        anchor_kl_weight: float = 0.3,
         anchors_per_batch: int | None = None,
         anchors_every: int = 1,
         **kwargs: Any,

@@ -9,24 +9,28 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftConfig, PeftModelForCausalLM
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from peft_loramoe import LoRAMoEConfig, __version__, balance_loss, collect_balance
 from peft_loramoe.training import optimizer_groups
 from peft_loramoe.training.anchor_pass import AnchorBatches
+from peft_loramoe.training.anchors import base_model
 
 
 # What LoRAMoETrainerMixin does by default with batches of four.
 ANCHORS_PER_STEP = 1
-ANCHOR_LOSS_WEIGHT = 0.4
+ANCHOR_KL_WEIGHT = 0.3
 
 
 class AnchoredModel(PeftModelForCausalLM):
     """A PEFT model that learns from a few anchors beside each training batch.
 
     In a training pass, LoRAMoE layers see the batch as task type 1 and the anchors as type 0. The gradient of
-    `outputs.loss` is that of the batch's loss, plus the anchors' weighted loss, plus the balance term. Its value is
+    `outputs.loss` is that of the batch's loss, plus the weighted
+    divergence KL(base model || model) on the anchors, plus the balance term. Its value is
     the batch's loss alone, so that PEFT's training loss means the same for all methods.
 
     Args:
@@ -50,18 +54,26 @@ class AnchoredModel(PeftModelForCausalLM):
             name: tensor.to(self.device) for name, tensor in self._anchors.draw(ANCHORS_PER_STEP, self._step).items()
         }
         self._step += 1
-        anchors["labels"] = anchors["input_ids"].masked_fill(anchors["attention_mask"] == 0, -100)
+        with base_model(self):
+            expected = _predictions(super().forward(**anchors), anchors)
         is_mixture = isinstance(self.peft_config[self.active_adapter], LoRAMoEConfig)
         if is_mixture:
             batch["task_types"] = batch["input_ids"].new_ones(len(batch["input_ids"]))
             anchors["task_types"] = anchors["input_ids"].new_zeros(ANCHORS_PER_STEP)
         with collect_balance(self) if is_mixture else nullcontext():
             outputs = super().forward(*args, **batch)
-            added = ANCHOR_LOSS_WEIGHT * super().forward(**anchors).loss
+            predicted = _predictions(super().forward(**anchors), anchors)
+            kl = F.kl_div(predicted, expected, reduction="batchmean", log_target=True)
+            added = ANCHOR_KL_WEIGHT * kl
         if is_mixture:
             added = added + balance_loss(self)
         outputs.loss = outputs.loss + (added - added.detach())
         return outputs
+
+
+def _predictions(outputs: Any, anchors: dict[str, Tensor]) -> Tensor:
+    """The log-probabilities from which each token after the first is predicted, shape (tokens, vocabulary)."""
+    return outputs.logits[:, :-1][anchors["attention_mask"][:, 1:] != 0].float().log_softmax(-1)
 
 
 def install(utils: ModuleType, anchors: Path) -> None:
@@ -94,7 +106,7 @@ def install(utils: ModuleType, anchors: Path) -> None:
             "version": __version__,
             "anchors_sha256": hashlib.sha256(anchors.read_bytes()).hexdigest(),
             "anchors_per_step": ANCHORS_PER_STEP,
-            "anchor_loss_weight": ANCHOR_LOSS_WEIGHT,
+            "anchor_kl_weight": ANCHOR_KL_WEIGHT,
         }
         write_log(log_data=log_data, save_dir=save_dir, **options)
         print(f"The log is in {save_dir}")

@@ -16,7 +16,7 @@ from peft_loramoe import LoRAMoEConfig, balance_loss, collect_balance
 from peft_loramoe.training import write_anchors
 from peft_loramoe.training.anchor_pass import AnchorBatches
 from research.method_comparison import __main__ as command
-from research.method_comparison.anchored import ANCHOR_LOSS_WEIGHT, install
+from research.method_comparison.anchored import ANCHOR_KL_WEIGHT, install
 from tiny import labelled, tiny_llama, tiny_tokenizer, token_batch
 
 
@@ -47,6 +47,9 @@ def both(utils, config):
     """The model of the comparison, and the same one without anchors."""
     torch.manual_seed(1)
     anchored = utils.get_peft_model(tiny_llama(), config, autocast_adapter_dtype=True)
+    for parameter in anchored.parameters():  # or the model would be its base model, whose divergence is zero
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
     plain = get_peft_model(tiny_llama(), config)
     plain.load_state_dict(anchored.state_dict())
     return anchored.train(), plain.train()
@@ -54,6 +57,17 @@ def both(utils, config):
 
 def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def divergence(model, anchor, **given):
+    """KL(base model || model), mean over the tokens after the first."""
+    real = anchor["attention_mask"][:, 1:] != 0
+    with torch.no_grad(), model.disable_adapter():
+        base = model(**anchor).logits[:, :-1][real]
+    trained = model(**anchor, **given).logits[:, :-1][real]
+    return torch.distributions.kl_divergence(
+        *(torch.distributions.Categorical(logits=x) for x in (base, trained))
+    ).mean()
 
 
 # --- the training step
@@ -67,8 +81,8 @@ def test_mixture_learns_from_batch_anchors_and_term(utils):
         anchor = labelled(batches.draw(1, step))
         with collect_balance(plain):
             task = plain(**batch, task_types=[1, 1, 1]).loss
-            other = plain(**anchor, task_types=[0]).loss
-        (task + ANCHOR_LOSS_WEIGHT * other + balance_loss(plain)).backward()
+            kl = divergence(plain, anchor, task_types=[0])
+        (task + ANCHOR_KL_WEIGHT * kl + balance_loss(plain)).backward()
         loss = anchored(**batch).loss
         loss.backward()
         torch.testing.assert_close(loss, task)
@@ -78,7 +92,7 @@ def test_mixture_learns_from_batch_anchors_and_term(utils):
 def test_lora_learns_from_batch_and_anchors(utils):
     anchored, plain = both(utils, LORA)
     batch, anchor = labelled(token_batch()), labelled(AnchorBatches(TEXTS, tiny_tokenizer()).draw(1, 0))
-    (plain(**batch).loss + ANCHOR_LOSS_WEIGHT * plain(**anchor).loss).backward()
+    (plain(**batch).loss + ANCHOR_KL_WEIGHT * divergence(plain, anchor)).backward()
     anchored(**batch).loss.backward()
     torch.testing.assert_close(gradients(anchored), gradients(plain))
 

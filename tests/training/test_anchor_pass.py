@@ -59,7 +59,8 @@ def build(tmp_path, columns=COLUMNS, model=None, kind=BalancedTrainer, balance_l
         "callbacks",
         "processing_class",
     )
-    given = {name: options.pop(name) for name in names if name in options}
+    given = {"anchor_loss_weight": 0.4, "anchor_kl_weight": 0.0} if "anchors" in options else {}
+    given |= {name: options.pop(name) for name in names if name in options}
     tokenizer = given.pop("processing_class", tiny_tokenizer())
     return kind(
         model=loramoe(balance_loss_weight=balance_loss_weight, router_lr_multiplier=1.0) if model is None else model,
@@ -149,6 +150,18 @@ def test_divergence_from_the_base_model(tmp_path, loss_weight):
     ids = torch.tensor([[20, 21, 22, 0, 0], [24, 25, 26, 27, 28], [29, 30, 0, 0, 0], [32, 33, 34, 0, 0]])
     anchors = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     assert_close(actual, expected_gradient(expected, [(1, 1, ROWS, [1] * 4)], anchors, loss_weight, 3.0))
+
+
+def test_the_divergence_is_the_default(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), **OPTIONS)
+    rows, tokenizer = Dataset.from_dict(COLUMNS), tiny_tokenizer()
+    model, collator = loramoe(router_lr_multiplier=1.0), DataCollatorForSeq2Seq(tiny_tokenizer())
+    options = {"train_dataset": rows, "data_collator": collator, "processing_class": tokenizer, "anchors": ANCHORS}
+    trainer = BalancedTrainer(model, args, **options)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    added = log["loss"] - log["model_loss"] - log["balance_loss"]
+    assert "anchor_loss" not in log and added == pytest.approx(0.3 * log["anchor_kl"], abs=1e-3)
 
 
 def test_divergence_is_logged_and_no_part_of_the_models_loss(tmp_path):

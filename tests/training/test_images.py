@@ -149,6 +149,7 @@ def test_anchors_beside_images(name, tmp_path):
     trl = pytest.importorskip("trl")
     args = trl.SFTConfig(str(tmp_path), max_length=None, **OPTIONS)
     data, anchors = conversations(typed=False), {"anchors": ANCHORS, "anchors_per_batch": 2}
+    anchors |= {"anchor_loss_weight": 0.4, "anchor_kl_weight": 0.0}
     trainer, found = trained(trl.SFTTrainer, name, data, tmp_path, args=args, **anchors)
     batch = trainer.data_collator([dict(row) for row in data])
     anchors = processor_of(name).tokenizer(ANCHORS, padding=True, padding_side="right", return_tensors="pt")
