@@ -236,6 +236,8 @@ def write_report(rows: Sequence[Row], file: Path) -> None:
         run = next(iter(of_seed.values()))["run"]
         if run["method"] in OURS and "scale" not in run["options"]:
             lines += [
+                f"## {ours}",
+                "",
                 *decision_table(rows, ours),
                 f"`{ours}` against the others, over the same seeds (mean of the pairs, 95 % interval; of ratios, "
                 "Fieller's):",
@@ -243,7 +245,7 @@ def write_report(rows: Sequence[Row], file: Path) -> None:
                 *pairs_table(rows, ours, [name for name in methods if name not in (ours, "base")]),
                 "",
             ]
-    lines += ["Rise of the loss on each kind of text, nats per token:", "", *kinds_table(rows), ""]
+    lines += ["## Kinds of text", "", "Rise of the loss on each kind, nats per token:", "", *kinds_table(rows), ""]
     lines.append(f"![Tasks solved against the rise of text loss]({file.with_suffix('.png').name})")
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     plot(rows, file.with_suffix(".png"))
