@@ -13,7 +13,7 @@ COLOURS = {
     "base": GREY,
     "full": BLACK,
     "lora": BLUE,
-    "retain": VERMILION,
+    "retain, kl": VERMILION,
     "null": VERMILION,
     "loramoe": VERMILION,
     # the SmolLM2 study
@@ -28,7 +28,7 @@ COLOURS = {
     "paper": "#A6761D",
     "paper+replay": "#8DBF4F",
     "retain, balance only": "#A33B54",
-    "retain, kl": "#E7298A",
+    "retain": "#E7298A",
     # the toy study
     "lora-attention": SKY,
     "unbalanced": ORANGE,
@@ -38,4 +38,4 @@ COLOURS = {
     "moe_peft": GREEN,
     "mixlora": PINK,
 }
-RECOMMENDED = {"retain", "null"}  # drawn as stars in the studies
+RECOMMENDED = {"retain, kl (anchor_kl_weight 0.3)", "null"}  # drawn as stars in the studies

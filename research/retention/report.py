@@ -16,7 +16,7 @@ from .methods import METHODS
 Row = dict[str, Any]
 Measure = Callable[[Row, Row], float]
 MATCHING = 3.0  # points of tasks solved
-OURS = ("retain", "retain, kl")  # the last one is recommended
+OURS = ("retain", "retain, kl")
 
 
 def rise(row: Row, base: Row) -> float:
@@ -272,11 +272,12 @@ def plot(rows: Sequence[Row], file: Path) -> None:
             continue
         bases = [base_row(rows, row["run"]["part"]) for row in chosen]
         x, y = ([measure(row, base) for row, base in zip(chosen, bases)] for measure in (rise, solved))
-        title = f"{method} (recommended)" if method in RECOMMENDED else method
-        label = title if method not in labelled else None
-        labelled.add(method)
+        recommended = name in RECOMMENDED
+        title = f"{method} (recommended weight)" if recommended else method
+        label = title if title not in labelled else None
+        labelled.add(title)
         style = {"color": COLOURS[method], "linestyle": "none", "label": label}
-        if name != method:  # another setting of the method
+        if name != method and not recommended:  # another setting of the method
             middle = sum(x) / len(x), sum(y) / len(y)
             axes.plot(*middle, "o", markersize=5, fillstyle="none", **style)
             if name.startswith(f"{method} (scale "):
@@ -287,7 +288,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         if len(x) > 1:
             axes.plot(x, y, ".", markersize=6, alpha=0.5, **{**style, "label": None})
             small["one run"] = {"marker": ".", "markersize": 6, "alpha": 0.5}
-        marker, size = ("*", 16) if name in RECOMMENDED else ("o", 8)
+        marker, size = ("*", 16) if recommended else ("o", 8)
         axes.plot(sum(x) / len(x), sum(y) / len(y), marker, markersize=size, **style)
     for label, look in small.items():
         axes.plot([], [], color="grey", linestyle="none", label=label, **look)
