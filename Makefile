@@ -1,5 +1,5 @@
 # Everything runs in virtual environments inside this folder, with the versions pinned in the constraints files.
-#   make demo          install and run the whole method on SmolLM2-135M-Instruct (about five minutes on two idle cores)
+#   make demo          install and run the whole method on SmolLM2-135M-Instruct (five to six minutes on two cores)
 #   make test          install and run the tests of every change (about seven minutes on two cores)
 #   make test-all      also the slow ones and those that start several processes
 #   make test-oldest   what may depend on versions, with the oldest peft and transformers
