@@ -1,9 +1,10 @@
-"""Temporary evaluation mode."""
+"""Temporary modes of a model: evaluation, and the base model alone."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,3 +30,21 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def base_model(model: nn.Module) -> Generator[None]:
+    """Run the model without its adapters, in evaluation mode and without gradients; afterwards it is as it was."""
+    adapted: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
+    enabled = [m for m in adapted if not m.disable_adapters]
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for module in enabled:
+            module.enable_adapters(False)
+        with evaluation_mode(model):
+            yield
+    finally:
+        for module in enabled:
+            module.enable_adapters(True)
+        for parameter, requires_grad in trained:  # which enable_adapters sets anew
+            parameter.requires_grad_(requires_grad)

@@ -16,16 +16,22 @@ as often as shared memory allows. There is nothing to search again for every num
 between processes.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from . import triton_kernels as kernels
 from .mixture_torch import MixtureOptions, drop_probability
 from .router import select_gates, select_gates_backward, softmax_backward
 
+
+# Triton's annotations are those inside a kernel.
+_cdiv = cast("Callable[[int, int], int]", triton.cdiv)
+_power_of_2 = cast("Callable[[int], int]", triton.next_power_of_2)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_CHANNELS, MAX_ROUTER_OUTPUTS = 128, 64
@@ -356,16 +362,6 @@ def _channels(num_channels: int, options: MixtureOptions) -> dict[str, int]:
     """Which channels belong to which column of the gates."""
     experts = options.experts
     return dict(R=num_channels // len(experts), FIRST=experts[0] if _are_probabilities(options) else 0)
-
-
-def _cdiv(size: int, block: int) -> int:
-    """How many blocks hold `size` elements."""
-    return -(-size // block)
-
-
-def _power_of_2(size: int) -> int:
-    """The smallest power of two that is not below `size`."""
-    return 1 << (size - 1).bit_length()
 
 
 def _padded(**sizes: int) -> dict[str, int]:

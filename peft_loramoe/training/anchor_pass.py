@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 
 from ..balance.samples import number_of_rows
 from ..config import LoRAMoEConfig
-from .anchors import base_model, check_anchor, check_counts, comparable, read_anchors
+from ..modes import base_model
+from .anchors import check_anchor, check_counts, comparable, read_anchors
 
 
 # How special tokens look: <|im_start|>, the same with DeepSeek's wide bars, <start_of_turn>, <bos>; <s> and </s> at
@@ -220,14 +221,13 @@ class AnchorPass:
             anchors: what `draw` returned.
 
         Returns:
-            Log-probabilities of each token after the first that is no padding, at least float32, shape (tokens,
-            vocabulary); None if `kl_weight` is zero.
+            Logits, as `predictions` gives them; None if `kl_weight` is zero.
         """
         if self._kl_weight == 0:
             return None
         with base_model(model):
             logits = model(**anchors)["logits"]
-        return _predictions(logits, anchors)[0].log_softmax(-1)
+        return predictions(logits, anchors)[0]
 
     def loss(self, model: nn.Module, anchors: dict[str, Tensor], expected: Tensor | None) -> Tensor | None:
         """Run the model on anchors.
@@ -256,8 +256,8 @@ class AnchorPass:
             return outputs["logits"].flatten()[0] * 0 if self._needs_gradient else None
         losses = {}
         if expected is not None:
-            predicted, tokens = _predictions(outputs["logits"], anchors)
-            losses["anchor_kl"] = F.kl_div(predicted.log_softmax(-1), expected, reduction="batchmean", log_target=True)
+            predicted, tokens = predictions(outputs["logits"], anchors)
+            losses["anchor_kl"] = divergence(expected, predicted)
             if self._loss_weight > 0:
                 losses["anchor_loss"] = F.cross_entropy(predicted, tokens)
         else:
@@ -274,11 +274,25 @@ class AnchorPass:
         return {name: mean.item() for name, mean in self._trainer.accelerator.reduce(means, reduction="mean").items()}
 
 
-def _predictions(logits: Tensor, anchors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The logits that predict each token after the first, at least float32, shape (tokens, vocabulary); the tokens."""
+def predictions(logits: Tensor, anchors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The logits that predict the tokens after the first of each anchor, and these tokens.
+
+    Args:
+        logits: the model's, shape (B, T, vocabulary).
+        anchors: what the model was given: `input_ids` and `attention_mask`, shape (B, T).
+
+    Returns:
+        Logits, at least float32, shape (N, vocabulary), and token ids, shape (N,), of the N tokens that are no
+        padding.
+    """
     real = anchors["attention_mask"][:, 1:] != 0
     precise = torch.promote_types(logits.dtype, torch.float32)
     return logits[:, :-1][real].to(precise), anchors["input_ids"][:, 1:][real]
+
+
+def divergence(base: Tensor, model: Tensor) -> Tensor:
+    """KL(base || model) in nats, the mean over tokens, from logits of shape (N, vocabulary)."""
+    return F.kl_div(model.log_softmax(-1), base.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
 def _check_base_model(model: nn.Module, kl_weight: float) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..modes import evaluation_mode
+from ..modes import base_model
 from ..reading import read_json_lines
 
 
@@ -437,24 +437,6 @@ def _end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
 def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
     end = next((i for i, token in enumerate(ids) if token in ends), None)
     return ids if end is None else ids[: end + 1]
-
-
-@contextmanager
-def base_model(model: nn.Module) -> Generator[None]:
-    """Run the model without its adapters, in evaluation mode and without gradients; afterwards it is as it was."""
-    adapted: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
-    enabled = [m for m in adapted if not m.disable_adapters]
-    trained = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for module in enabled:
-            module.enable_adapters(False)
-        with evaluation_mode(model):
-            yield
-    finally:
-        for module in enabled:
-            module.enable_adapters(True)
-        for parameter, requires_grad in trained:  # which enable_adapters sets anew
-            parameter.requires_grad_(requires_grad)
 
 
 @contextmanager

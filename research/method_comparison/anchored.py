@@ -9,15 +9,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftConfig, PeftModelForCausalLM
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from peft_loramoe import LoRAMoEConfig, __version__, balance_loss, collect_balance
+from peft_loramoe.modes import base_model
 from peft_loramoe.training import optimizer_groups
-from peft_loramoe.training.anchor_pass import AnchorBatches
-from peft_loramoe.training.anchors import base_model
+from peft_loramoe.training.anchor_pass import AnchorBatches, divergence, predictions
 
 
 # What LoRAMoETrainerMixin does by default with batches of four.
@@ -29,9 +27,8 @@ class AnchoredModel(PeftModelForCausalLM):
     """A PEFT model that learns from a few anchors beside each training batch.
 
     In a training pass, LoRAMoE layers see the batch as task type 1 and the anchors as type 0. The gradient of
-    `outputs.loss` is that of the batch's loss, plus the weighted
-    divergence KL(base model || model) on the anchors, plus the balance term. Its value is
-    the batch's loss alone, so that PEFT's training loss means the same for all methods.
+    `outputs.loss` is that of the batch's loss, plus the weighted divergence KL(base model || model) on the anchors,
+    plus the balance term. Its value is the batch's loss alone, so that PEFT's training loss means the same for all methods.
 
     Args:
         base_model: the base model.
@@ -55,25 +52,19 @@ class AnchoredModel(PeftModelForCausalLM):
         }
         self._step += 1
         with base_model(self):
-            expected = _predictions(super().forward(**anchors), anchors)
+            expected, _ = predictions(super().forward(**anchors).logits, anchors)
         is_mixture = isinstance(self.peft_config[self.active_adapter], LoRAMoEConfig)
         if is_mixture:
             batch["task_types"] = batch["input_ids"].new_ones(len(batch["input_ids"]))
             anchors["task_types"] = anchors["input_ids"].new_zeros(ANCHORS_PER_STEP)
         with collect_balance(self) if is_mixture else nullcontext():
             outputs = super().forward(*args, **batch)
-            predicted = _predictions(super().forward(**anchors), anchors)
-            kl = F.kl_div(predicted, expected, reduction="batchmean", log_target=True)
-            added = ANCHOR_KL_WEIGHT * kl
+            predicted, _ = predictions(super().forward(**anchors).logits, anchors)
+            added = ANCHOR_KL_WEIGHT * divergence(expected, predicted)
         if is_mixture:
             added = added + balance_loss(self)
         outputs.loss = outputs.loss + (added - added.detach())
         return outputs
-
-
-def _predictions(outputs: Any, anchors: dict[str, Tensor]) -> Tensor:
-    """The log-probabilities from which each token after the first is predicted, shape (tokens, vocabulary)."""
-    return outputs.logits[:, :-1][anchors["attention_mask"][:, 1:] != 0].float().log_softmax(-1)
 
 
 def install(utils: ModuleType, anchors: Path) -> None:

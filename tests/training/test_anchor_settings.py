@@ -230,7 +230,8 @@ def test_anchors_and_term_add_their_gradient_to_that_of_the_tasks(setting, backb
         assert {t for layer in layers for t in layer.task_types[layer.token_counts > 0].tolist()} == {0, 1}
 
 
-def test_anchors_leave_the_gradient_of_the_tasks_bit_equal(setting, backbone, tmp_path):
+@pytest.mark.parametrize("weights", [{"weight": 1e-30}, {"weight": 0.0, "kl_weight": 1e-30}], ids=["loss", "kl"])
+def test_anchors_leave_the_gradient_of_the_tasks_bit_equal(setting, backbone, tmp_path, weights):
     """Of a weight so small that it is lost when it is added.
 
     Dropout shows whether they change the random numbers, three steps whether they change the order of samples.
@@ -239,7 +240,7 @@ def test_anchors_leave_the_gradient_of_the_tasks_bit_equal(setting, backbone, tm
     for anchored in (False, True):
         model = {"balance_loss_weight": 0.0, "lora_dropout": setting.dropout}
         options = {"max_steps": 3, "learning_rate": 0.1}
-        trainer = build(setting, backbone, tmp_path, anchored, ANCHORS, weight=1e-30, model=model, **options)
+        trainer = build(setting, backbone, tmp_path, anchored, ANCHORS, **weights, model=model, **options)
         moved = update(trainer)
         results.append((moved, [log["loss"] for log in trainer.state.log_history if "loss" in log]))
     assert any(value.abs().max() > 1e-4 for value in moved.values())
