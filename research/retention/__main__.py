@@ -28,7 +28,9 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
-def run_all(runs: list[Run], output: Path, model: str | None, scales: Sequence[float], device: str) -> None:
+def run_all(
+    runs: list[Run], output: Path, model: str | None, scales: Sequence[float], device: str, adapters: Path | None
+) -> None:
     """Run what has no row yet, in order; each ends as a row for each scale."""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -40,7 +42,7 @@ def run_all(runs: list[Run], output: Path, model: str | None, scales: Sequence[f
         if not missing:
             continue
         print(f"{run.method}, seed {run.seed}, {run.options}", flush=True)
-        for scale, row in run_at_scales(run, missing, model, device):
+        for scale, row in run_at_scales(run, missing, model, device, adapters):
             key = run.at_scale(scale).key
             row = {"key": key, "run": json.loads(key), **row, "date": datetime.date.today().isoformat()}
             row["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
@@ -67,6 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--batch", type=int, default=Run.batch, help="samples in a step (default: %(default)s)")
     command.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
     command.add_argument("--output", type=Path, default=RESULTS / "screening.jsonl")
+    command.add_argument("--adapters", type=Path, metavar="FOLDER", help="save the adapters there")
     command.add_argument("--model", help="name or folder of another base model")
     command = commands.add_parser("report", help="write tables (.md) and a figure (.png) beside the rows")
     command.add_argument("rows", type=Path, nargs="?", default=RESULTS / "test.jsonl")
@@ -90,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in options.seeds
         for method in options.methods
     ]
-    run_all(runs, options.output, options.model, options.scales, options.device)
+    run_all(runs, options.output, options.model, options.scales, options.device, options.adapters)
 
 
 if __name__ == "__main__":

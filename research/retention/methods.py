@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -127,6 +128,12 @@ class Run:
     def key(self) -> str:
         """What tells a row from others."""
         return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def name(self) -> str:
+        """A name for a folder: method, seed and replaced options, such as "retain-kl-121-anchor_kl_weight-0.3"."""
+        parts = [self.method, self.seed, *(f"{option}-{value}" for option, value in self.options.items())]
+        return re.sub(r"[^\w.+]+", "-", "-".join(map(str, parts))).strip("-")
 
     def at_scale(self, scale: float) -> Run:
         """The run whose result is scaled by `scale` after training."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, OSFConfig, get_peft_model
+from peft import LoraConfig, OSFConfig, PeftModel, get_peft_model
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -42,7 +42,11 @@ GRADIENT_STEPS = (0, 8, 24)
 
 
 def run(
-    one: Run, scales: Sequence[float] = (1.0,), model_name: str | None = None, device: str = "cpu"
+    one: Run,
+    scales: Sequence[float] = (1.0,),
+    model_name: str | None = None,
+    device: str = "cpu",
+    adapters: Path | None = None,
 ) -> Iterator[tuple[float, dict[str, Any]]]:
     """Fine-tune once, and score what was trained at each scale.
 
@@ -51,6 +55,7 @@ def run(
         scales: values of the method's `scale`.
         model_name: name or folder of the base model; None for SmolLM2.
         device: where the model is.
+        adapters: folder in which the adapter is saved, in a folder named after the run; None to save none.
 
     Yields:
         The scale, and the row: scores, router weights, log of the training, times.
@@ -66,6 +71,8 @@ def run(
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         training = train(model, method, one, encoder)
     training_time = time.perf_counter() - start
+    if adapters is not None and isinstance(model, PeftModel):
+        model.save_pretrained(str(adapters / one.name))
     for scale in scales:
         start = time.perf_counter()
         with scaled(model, scale, before):
