@@ -32,11 +32,15 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
             module.training = training
 
 
+def switchable(model: nn.Module) -> list[Any]:
+    """The modules with adapters, or with trained copies of a module, that can be disabled."""
+    return [module for module in model.modules() if isinstance(getattr(module, "disable_adapters", None), bool)]
+
+
 @contextmanager
 def base_model(model: nn.Module) -> Generator[None]:
     """Run the model without its adapters, in evaluation mode and without gradients; afterwards it is as it was."""
-    adapted: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
-    enabled = [m for m in adapted if not m.disable_adapters]
+    enabled = [module for module in switchable(model) if not module.disable_adapters]
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for module in enabled:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 
 from ..balance.samples import number_of_rows
 from ..config import LoRAMoEConfig
-from ..modes import base_model
+from ..modes import base_model, switchable
 from .anchors import check_anchor, check_counts, comparable, read_anchors
 
 
@@ -297,7 +297,8 @@ def divergence(base: Tensor, model: Tensor) -> Tensor:
 
 def _check_base_model(model: nn.Module, kl_weight: float) -> None:
     """Refuse a model whose base model cannot be seen by disabling adapters."""
-    if not any(isinstance(getattr(module, "disable_adapters", None), bool) for module in model.modules()):
+    adapted = switchable(model)
+    if not adapted:
         raise ValueError(
             f"anchor_kl_weight={kl_weight} compares the model with its base model, but it has no adapter that can be "
             "disabled: give it one with get_peft_model, or set anchor_kl_weight=0."
@@ -308,6 +309,17 @@ def _check_base_model(model: nn.Module, kl_weight: float) -> None:
                 f"anchor_kl_weight={kl_weight} compares the model with its base model, whose weights "
                 f"init_lora_weights={kind!r} of the adapter '{name}' may have changed: choose "
                 "init_lora_weights=True, or set anchor_kl_weight=0."
+            )
+    parts = [getattr(module, name, None) for module in adapted for name in module.adapter_layer_names]
+    of_adapters = {p for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None)  # PEFT's mark of a tuner's own parameters
+    for name, parameter in model.named_parameters():
+        own = parameter in of_adapters or (prefix is not None and prefix in name)
+        if parameter.requires_grad and not own:
+            raise ValueError(
+                f"anchor_kl_weight={kl_weight} compares the model with its base model, but {name!r} is trained in the "
+                "base model itself: set bias='none' in the adapter's configuration, list modules in modules_to_save "
+                "instead of unfreezing them, or set anchor_kl_weight=0."
             )
 
 

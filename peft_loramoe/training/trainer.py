@@ -78,7 +78,8 @@ class LoRAMoETrainerMixin(_Trainer):
             Needs a tokenizer as `processing_class`.
         anchor_loss_weight: weight of the language-modelling loss on the anchors.
         anchor_kl_weight: weight of the divergence from the base model on the anchors, in nats. Costs another forward
-            pass of the anchors, with the adapters disabled; a model without an adapter needs 0.
+            pass of the anchors, with the adapters disabled; a model without an adapter, or whose base model is trained
+            too (as by `bias="all"`), needs 0.
         anchors_per_batch: anchors of each micro-batch; None for a tenth of its samples, at least one.
         anchors_every: draw anchors for every n-th micro-batch only.
         **kwargs: those of the trainer.

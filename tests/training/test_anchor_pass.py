@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, VBLoRAConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from peft_loramoe import balance_loss, collect_balance, layer_routing
+from peft_loramoe import LoRAMoEConfig, balance_loss, collect_balance, layer_routing
 from peft_loramoe.training import LoRAMoETrainerMixin, RouterCallback
 from peft_loramoe.training.anchor_pass import AnchorBatches
 from tiny import loramoe, tiny_llama, tiny_tokenizer
@@ -195,6 +195,40 @@ def test_divergence_is_refused_where_the_base_weights_were_changed(tmp_path, kin
     model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=kind))
     with pytest.raises(ValueError, match=f"anchor_kl_weight=1.0.*init_lora_weights='{kind}' of the adapter 'default'"):
         build(tmp_path, anchors=ANCHORS, anchor_kl_weight=1.0, model=model)
+
+
+@pytest.mark.parametrize("config_class", [LoraConfig, LoRAMoEConfig])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_divergence_is_refused_where_biases_of_the_base_model_are_trained(tmp_path, config_class, bias):
+    bias = {"lora_only": "loramoe_only"}.get(bias, bias) if config_class is LoRAMoEConfig else bias
+    model = get_peft_model(
+        tiny_llama(mlp_bias=True, attention_bias=True), config_class(task_type="CAUSAL_LM", bias=bias)
+    )
+    with pytest.raises(
+        ValueError, match=r"anchor_kl_weight=1.0 .*_proj\.(base_layer\.)?bias' is trained.*bias='none'"
+    ):
+        build(tmp_path, anchors=ANCHORS, anchor_kl_weight=1.0, model=model)
+
+
+def test_divergence_is_refused_where_a_module_of_the_base_model_is_trained(tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM"))
+    model.get_base_model().model.norm.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"anchor_kl_weight=1.0 .*model\.norm\.weight' is trained.*modules_to_save"):
+        build(tmp_path, anchors=ANCHORS, anchor_kl_weight=1.0, model=model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(use_dora=True, target_modules=["down_proj"], modules_to_save=["norm"]),
+        LoraConfig(trainable_token_indices=[1, 2]),
+        LoRAMoEConfig(modules_to_save=["lm_head"]),
+        VBLoRAConfig(num_vectors=4, vector_length=2, topk=2),  # its vectors belong to no layer
+    ],
+    ids=["dora", "tokens", "loramoe", "vblora"],
+)
+def test_trained_copies_are_no_base_model(tmp_path, config):
+    build(tmp_path, anchors=ANCHORS, anchor_kl_weight=1.0, model=get_peft_model(tiny_llama(), config))
 
 
 def test_divergence_is_refused_without_an_adapter(tmp_path):
