@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import PeftModel
 
 from peft_loramoe.groups import ExpertGroups
-from research.retention import report, routers, tasks, terms, training
+from research.retention import abilities, report, routers, tasks, terms, training
 from research.retention.__main__ import main, read_rows
 from research.retention.knowledge import Encoder, read, read_facts
 from research.retention.methods import METHODS, Run
@@ -249,6 +250,17 @@ def test_runs_end_as_rows_once_and_become_a_report(tiny, tmp_path, capsys):
     assert rows.with_suffix(".png").exists()
 
 
+def test_an_adapter_is_saved_under_the_name_of_its_run(tiny, tmp_path):
+    command = ["run", "--methods", "retain, kl", "--seeds", "3", "--samples", "40", "--part", "0.1"]
+    rows = tmp_path / "rows.jsonl"
+    main([*command, "--set", "anchor_kl_weight=0.3", "--adapters", str(tmp_path / "saved"), "--output", str(rows)])
+    (saved,) = (tmp_path / "saved").iterdir()
+    assert saved.name == "retain-kl-3-anchor_kl_weight-0.3"
+    loaded = PeftModel.from_pretrained(tiny_llama(), saved).eval()
+    one = Run("retain, kl", 3, samples=40, part=0.1)
+    assert training.evaluate(loaded, TinyEncoder(tiny_tokenizer()), one)["scores"] == read_rows(rows)[0]["scores"]
+
+
 def test_each_scale_of_a_run_is_a_row_but_the_base_model_has_none(tiny, tmp_path):
     rows = tmp_path / "rows.jsonl"
     command = ["run", "--methods", "base", "lora", "--seeds", "1", "--samples", "40", "--part", "0.1"]
@@ -266,6 +278,18 @@ def test_routers_learn_from_the_term_alone(tiny, tmp_path):
     main(["routers", "--names", "retain", "cross-entropy, x30", "--output", str(output)])
     for row in map(json.loads, output.read_text().splitlines()):
         assert row["anchor"]["mean"] > row["task"]["mean"]
+
+
+# --- abilities
+
+
+def test_items_of_abilities_are_distinct_and_have_one_right_answer(tmp_path):
+    abilities.write_tasks(tmp_path)
+    for name in abilities.ABILITIES:
+        items = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert len({json.dumps(item) for item in items}) == abilities.ITEMS
+        for item in items:
+            assert len(set(item["choices"])) == len(item["choices"]) and 0 <= item["right"] < len(item["choices"])
 
 
 # --- report
