@@ -13,6 +13,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,13 +30,14 @@ CHAT_TEMPLATE = (
 
 
 def load(
-    model: str | None = None, dtype: torch.dtype = torch.float32
+    model: str | None = None, dtype: torch.dtype = torch.float32, load_in_4bit: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base model.
 
     Args:
         model: name or folder of another causal language model; None for SmolLM2 out of its package.
-        dtype: dtype of the weights.
+        dtype: dtype of the weights, and of the computation with quantised ones.
+        load_in_4bit: quantise the linears to NF4.
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
@@ -44,7 +46,10 @@ def load(
         ValueError: pip could not download the package.
     """
     source = model or str(prepare(ROOT / "model"))
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    quantization = None
+    if load_in_4bit:
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=quantization).eval()
     return loaded, AutoTokenizer.from_pretrained(source)
 
 

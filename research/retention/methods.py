@@ -49,6 +49,7 @@ class Method:
         anchor_schedule: "every_step" for as many in each step, "shuffled" for a random number.
         term: "package", or a term of `terms.py`.
         normalised_router: the routers read x divided by its root mean square.
+        load_in_4bit: the base model is quantised to 4 bits (NF4, computing in float32).
         scale: factor of what was trained, applied before scoring: of the adapter, or of the change of all weights.
     """
 
@@ -66,6 +67,7 @@ class Method:
     anchor_schedule: str = "every_step"
     term: str = "package"
     normalised_router: bool = False
+    load_in_4bit: bool = False
     scale: float = 1.0
 
     @property

@@ -98,16 +98,22 @@ def by_method(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
     return dict(found)
 
 
-def base_row(rows: Sequence[Row], part: float) -> Row:
-    """The scores of the base model on the same share of the items.
+def base_row(rows: Sequence[Row], trained: Row) -> Row:
+    """The scores of the base model that a row's model was made from, on the same share of the items.
 
     Raises:
         ValueError: there is no such row.
     """
+    part, quantised = trained["run"]["part"], trained["run"]["options"].get("load_in_4bit", False)
     for row in rows:
-        if row["run"]["method"] == "base" and row["run"]["part"] == part:
+        run = row["run"]
+        same = run["part"] == part and run["options"].get("load_in_4bit", False) == quantised
+        if run["method"] == "base" and same:
             return row
-    raise ValueError(f"There is no row of the method 'base' with part={part}; run it first (--methods base).")
+    raise ValueError(
+        f"There is no row of the method 'base' with part={part}, load_in_4bit={quantised}; run it first "
+        "(--methods base)."
+    )
 
 
 def means_table(rows: Sequence[Row]) -> list[str]:
@@ -135,7 +141,7 @@ def pairs_table(rows: Sequence[Row], ours: str, rivals: Sequence[str]) -> list[s
         if not seeds:
             continue
         pairs = [(methods[ours][seed], methods[rival][seed]) for seed in seeds]
-        bases = [base_row(rows, row["run"]["part"]) for row, _ in pairs]
+        bases = [base_row(rows, row) for row, _ in pairs]
         cells = []
         for measure in (rise, divergence):
             ours_and_theirs = ([measure(row, base) for row, base in zip(column, bases)] for column in zip(*pairs))
@@ -172,7 +178,7 @@ def matching(rows: Sequence[Row], ours: str) -> dict[str, tuple[list[Row], list[
 
 def mean_of(rows: Sequence[Row], chosen: Sequence[Row], measure: Measure) -> float:
     """Mean of a measure over rows."""
-    return sum(measure(row, base_row(rows, row["run"]["part"])) for row in chosen) / len(chosen)
+    return sum(measure(row, base_row(rows, row)) for row in chosen) / len(chosen)
 
 
 def decision_table(rows: Sequence[Row], ours: str, plain: str = "lora") -> list[str]:
@@ -183,7 +189,7 @@ def decision_table(rows: Sequence[Row], ours: str, plain: str = "lora") -> list[
     if not seeds or not rivals:
         return []
     own, lora = ([methods[name][seed] for seed in seeds] for name in (ours, plain))
-    rises = [[rise(row, base_row(rows, row["run"]["part"])) for row in column] for column in (own, lora)]
+    rises = [[rise(row, base_row(rows, row)) for row in column] for column in (own, lora)]
     ratio, _, highest = ratio_interval(*rises)
     best = min(rivals, key=lambda name: mean_of(rows, rivals[name][0], rise))
     best_rise, own_rise = (mean_of(rows, chosen, rise) for chosen in rivals[best])
@@ -211,7 +217,7 @@ def decision_table(rows: Sequence[Row], ours: str, plain: str = "lora") -> list[
 
 def kinds_table(rows: Sequence[Row]) -> list[str]:
     """Markdown: the rise of the loss on each kind of text, mean over the seeds, for each method."""
-    kinds = sorted(base_row(rows, rows[0]["run"]["part"])["scores"]["text"].get("loss_by_kind", ()))
+    kinds = sorted(base_row(rows, rows[0])["scores"]["text"].get("loss_by_kind", ()))
     lines = ["| method | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
     for name, of_seed in by_method(rows).items():
         means = [mean_of(rows, list(of_seed.values()), rise_of_kind(kind)) for kind in kinds]
@@ -270,7 +276,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         method = chosen[0]["run"]["method"]
         if method == "base":
             continue
-        bases = [base_row(rows, row["run"]["part"]) for row in chosen]
+        bases = [base_row(rows, row) for row in chosen]
         x, y = ([measure(row, base) for row, base in zip(chosen, bases)] for measure in (rise, solved))
         recommended = name in RECOMMENDED
         title = f"{method} (recommended weight)" if recommended else method

@@ -61,9 +61,9 @@ def run(
         The scale, and the row: scores, router weights, log of the training, times.
     """
     start = time.perf_counter()
-    base, tokenizer = load(model_name)
-    base = base.to(device)
-    method, encoder = one.settings, Encoder(tokenizer)
+    method = one.settings
+    base, tokenizer = load(model_name, load_in_4bit=method.load_in_4bit)
+    base, encoder = base.to(device), Encoder(tokenizer)
     model, training, trainable = base, {}, 0
     before = copy.deepcopy(base.state_dict()) if method.tuner == "full" else None
     if method.tuner:

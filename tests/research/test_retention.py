@@ -26,7 +26,7 @@ class TinyEncoder(Encoder):
 @pytest.fixture
 def tiny(monkeypatch):
     """The study with a tiny model instead of SmolLM2."""
-    monkeypatch.setattr(training, "load", lambda name=None: (tiny_llama().eval(), tiny_tokenizer()))
+    monkeypatch.setattr(training, "load", lambda name=None, **options: (tiny_llama().eval(), tiny_tokenizer()))
     monkeypatch.setattr(routers, "load", lambda name=None: (tiny_llama().eval(), tiny_tokenizer()))
     monkeypatch.setattr(training, "Encoder", TinyEncoder)
     monkeypatch.setattr(routers, "Encoder", TinyEncoder)
