@@ -1,4 +1,4 @@
-"""`python -m research.retention run` trains and scores, `report` writes the tables: see README.md."""
+"""`python -m research.retention variant` and `run` train and score, `report` writes the tables: see README.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from . import routers
-from .methods import METHODS, Run
+from .methods import METHODS, VARIANTS, Run
 from .report import write_report
 from .training import run as run_at_scales
 
@@ -55,7 +55,17 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m research.retention", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("run", help="train and score what has no row yet")
+    how = argparse.ArgumentParser(add_help=False)
+    how.add_argument("--output", type=Path, default=RESULTS / "screening.jsonl")
+    how.add_argument(
+        "--scales", nargs="+", type=float, default=[1.0], help="score what was trained also scaled by these factors"
+    )
+    how.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
+    how.add_argument("--adapters", type=Path, metavar="FOLDER", help="save the adapters there")
+    how.add_argument("--model", help="name or folder of another base model")
+    command = commands.add_parser("variant", parents=[how], help="all runs of a test, those that have no row yet")
+    command.add_argument("name", choices=VARIANTS)
+    command = commands.add_parser("run", parents=[how], help="train and score what has no row yet")
     command.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     command.add_argument("--seeds", nargs="+", type=int, required=True)
     command.add_argument("--samples", type=int, default=Run.samples, help="of the tasks (default: %(default)s)")
@@ -63,14 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--part", type=float, default=Run.part, help="share of the items that is scored (default: all)"
     )
     command.add_argument("--set", nargs="+", default=[], metavar="NAME=JSON", help="options of the method to replace")
-    command.add_argument(
-        "--scales", nargs="+", type=float, default=[1.0], help="score what was trained also scaled by these factors"
-    )
     command.add_argument("--batch", type=int, default=Run.batch, help="samples in a step (default: %(default)s)")
-    command.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
-    command.add_argument("--output", type=Path, default=RESULTS / "screening.jsonl")
-    command.add_argument("--adapters", type=Path, metavar="FOLDER", help="save the adapters there")
-    command.add_argument("--model", help="name or folder of another base model")
     command = commands.add_parser("report", help="write tables (.md) and a figure (.png) beside the rows")
     command.add_argument("rows", type=Path, nargs="?", default=RESULTS / "test.jsonl")
     command = commands.add_parser("routers", help="screen terms and routers on the base model's activations")
@@ -87,6 +90,9 @@ def main(arguments: list[str] | None = None) -> None:
             for row in routers.screen(options.seed, options.model, options.names):
                 file.write(json.dumps(row) + "\n")
         return
+    if options.command == "variant":
+        runs = VARIANTS[options.name]
+        return run_all(runs, options.output, options.model, options.scales, options.device, options.adapters)
     replaced = {name: json.loads(value) for name, value in (entry.split("=", 1) for entry in options.set)}
     runs = [
         Run(method, seed, options.samples, options.batch, part=options.part, options=replaced)

@@ -145,3 +145,30 @@ class Run:
     def settings(self) -> Method:
         """The method with the run's options."""
         return METHODS[self.method].with_options(self.options)
+
+
+# The methods that matter, at the recommended weight of the divergence.
+MAIN = {"lora": {}, "lora+kl": {"anchor_kl_weight": 0.3}, "retain, kl": {"anchor_kl_weight": 0.3}}
+
+
+def at_scale_of_data(samples: int, seed: int, **options: Any) -> list[Run]:
+    """The main methods on many samples, with anchors of their own."""
+    return [
+        Run(method, seed, samples, 100, options={**own, "anchor_file": "build/retention/anchors.jsonl", **options})
+        for method, own in MAIN.items()
+    ]
+
+
+# What `--variant` runs, in this order.
+VARIANTS: dict[str, list[Run]] = {
+    "cpu": [
+        Run("base", 121),
+        *(Run(name, seed, options=own) for seed in range(121, 126) for name, own in MAIN.items()),
+    ],
+    "gpu": [
+        Run("base", 131),
+        *(run for seed in range(131, 136) for run in at_scale_of_data(100_000, seed)),
+        *(run for seed in range(131, 136) for run in at_scale_of_data(10_000, seed)),
+        *(run for lr in (3e-4, 3e-3) for run in at_scale_of_data(100_000, 131, lr=lr)),
+    ],
+}

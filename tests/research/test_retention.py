@@ -10,7 +10,7 @@ from peft_loramoe.groups import ExpertGroups
 from research.retention import abilities, report, routers, tasks, terms, training
 from research.retention.__main__ import main, read_rows
 from research.retention.knowledge import Encoder, read, read_facts
-from research.retention.methods import METHODS, Run
+from research.retention.methods import METHODS, VARIANTS, Run
 from research.retention.scoring import Item, answer_logits, packed_answer_logits, score
 from tiny import VOCAB, tiny_llama, tiny_tokenizer
 
@@ -248,6 +248,22 @@ def test_runs_end_as_rows_once_and_become_a_report(tiny, tmp_path, capsys):
     text = rows.with_suffix(".md").read_text()
     assert "| retain | 2 |" in text and "| lora | 2 |" in text
     assert rows.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_names_each_run_once_and_the_base_model_first(name):
+    runs = VARIANTS[name]
+    assert len({run.key for run in runs}) == len(runs)
+    assert runs[0].method == "base" and all(run.settings.tuner for run in runs[1:])
+
+
+def test_a_variant_goes_on_after_its_rows(tiny, tmp_path, monkeypatch):
+    runs = [Run("base", 1, 40, part=0.1), Run("lora", 1, 40, part=0.1)]
+    rows = tmp_path / "rows.jsonl"
+    for number in (1, 2, 2):
+        monkeypatch.setitem(VARIANTS, "cpu", runs[:number])
+        main(["variant", "cpu", "--output", str(rows)])
+        assert [row["run"]["method"] for row in read_rows(rows)] == ["base", "lora"][:number]
 
 
 def test_an_adapter_is_saved_under_the_name_of_its_run(tiny, tmp_path):
