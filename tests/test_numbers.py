@@ -81,7 +81,7 @@ TABLES = [
     ("docs/evidence.md", "found (95 % interval)", slice(1, 2), lambda: entries(*RETENTION)),
     ("docs/evidence.md", "divergence, weight 0.3", slice(1, None), lambda: entries(RESULTS / "rivals.md")),
     ("docs/choosing.md", "tasks solved", slice(1, None), lambda: entries(*RETENTION)),
-    ("docs/evidence.md", "questions lost", slice(1, None), lambda: entries(TOY / "report.md", TOY / "moe/report.md")),
+    ("research/toy/README.md", "questions lost", slice(1, None), lambda: entries(TOY / "report.md", TOY / "moe/report.md")),
     ("docs/balance.md", "tasks solved", slice(1, None), lambda: entries(*RETENTION)),
     ("docs/balance.md", "importance", slice(3, None), lambda: of_json("balance_minimum.json", dispersion)),
     ("docs/balance.md", "ordinary text", slice(1, None), of_routers),
@@ -245,7 +245,7 @@ CLAIMS = [
         [against(LIGHT, "requests, ratio", "full (scale 0.75)")],
     ),
     (
-        "docs/evidence.md",
+        "research/toy/README.md",
         "learns far more ({} % on the validation seeds) and loses {} and {} points.",
         [
             toy("Learning rates", column, "full fine-tuning", "0.001")
@@ -253,12 +253,12 @@ CLAIMS = [
         ],
     ),
     (
-        "docs/evidence.md",
+        "research/toy/README.md",
         "(validation seeds) it lost {} points of the questions",
         [toy("Balancing", "questions lost", "LoRA experts in both groups", "0.9", "0.3")],
     ),
     (
-        "docs/evidence.md",
+        "research/toy/README.md",
         "weight is {} on questions, {} on statements, which the routers never saw, and {} on tasks.",
         [
             toy("Where the routers", column, "null experts, delta 0.7")
@@ -266,13 +266,13 @@ CLAIMS = [
         ],
     ),
     (
-        "docs/evidence.md",
+        "research/toy/README.md",
         "they lost {} points of the questions. The cause",
         [lambda: toy("Methods", "questions lost", "null experts, delta 0.7, attention too")()[:1]],
     ),
-    ("docs/evidence.md", "tasks ({} before)", [sparse("Methods", "tasks", "before fine-tuning")]),
+    ("research/toy/README.md", "tasks ({} before)", [sparse("Methods", "tasks", "before fine-tuning")]),
     (
-        "docs/evidence.md",
+        "research/toy/README.md",
         "the mixture lost {} [{}, {}] and {} [{}, {}] times as much, and solved {} points more [{}, +{}].",
         [
             sparse("Methods", column, "null experts, delta 0.7")
@@ -280,7 +280,7 @@ CLAIMS = [
         ],
     ),
     (
-        "docs/evidence.md",
+        "research/toy/README.md",
         "{} % of the tasks for {} / {} points (rate 0.002) against LoRA's {} % for {} / {} (0.016).",
         [
             sparse("Learning rates", column, *key)
@@ -289,7 +289,7 @@ CLAIMS = [
         ],
     ),
     (
-        "docs/evidence.md",
+        "research/toy/README.md",
         "with any rate that was tried, the mixture up to {} %",
         [sparse("Learning rates", "tasks", "null experts, delta 0.7", "0.008")],
     ),
@@ -387,14 +387,14 @@ PAGES = [
         for name in ("evidence", "choosing", "performance", "serving", "anchors", "quantization", "compatibility")
     ),
     *(f"docs/{name}.md" for name in ("reliability", "training", "qlora", "distributed", "evaluation", "trainers")),
-    *(f"research/{name}/README.md" for name in ("retention", "method_comparison")),
+    *(f"research/{name}/README.md" for name in ("retention", "toy", "method_comparison")),
 ]
 MARKUP = (r"^```.*?^```", r"^    .*?$", r"^ *\|.*?$", r"`[^`\n]+`", r"\]\([^)]*\)", r"https?://\S+")
 # What has a decimal point or a per cent sign and is not measured: versions, settings, statistics, estimates.
 NOT_MEASURED = (
     r"\d+\.\d+\.\d+(?: to 5\.x)?",
     r"(?:Python|torch|[Pp]eft|PEFT|transformers|TRL|Llama-|Apache-)[ <]?\d+\.\d+(?:(?:, | and | to |; )\d+\.\d+)?",
-    r"^### Protocol\n.*?^### ",
+    r"^## Protocol\n.*?^## ",
     r"(?:delta|beta) 0\.\d",
     r"with 10 %, each of the three methods",
     r"scaled by 0\.\d+",
