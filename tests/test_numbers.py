@@ -81,7 +81,12 @@ TABLES = [
     ("docs/evidence.md", "found (95 % interval)", slice(1, 2), lambda: entries(*RETENTION)),
     ("docs/evidence.md", "divergence, weight 0.3", slice(1, None), lambda: entries(RESULTS / "rivals.md")),
     ("docs/choosing.md", "tasks solved", slice(1, None), lambda: entries(*RETENTION)),
-    ("research/toy/README.md", "questions lost", slice(1, None), lambda: entries(TOY / "report.md", TOY / "moe/report.md")),
+    (
+        "research/toy/README.md",
+        "questions lost",
+        slice(1, None),
+        lambda: entries(TOY / "report.md", TOY / "moe/report.md"),
+    ),
     ("docs/balance.md", "tasks solved", slice(1, None), lambda: entries(*RETENTION)),
     ("docs/balance.md", "importance", slice(3, None), lambda: of_json("balance_minimum.json", dispersion)),
     ("docs/balance.md", "ordinary text", slice(1, None), of_routers),

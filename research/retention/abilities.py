@@ -19,7 +19,7 @@ from typing import Any
 from .tasks import NAMES, TOWNS, listed
 
 
-ITEMS = 160  # of each ability
+ITEMS = 100  # of each ability
 SHOWN = 4  # examples before a question
 TASK = """\
 task: retention_{name}
@@ -91,7 +91,7 @@ def in_context(draw: random.Random) -> dict[str, Any]:
     """A relation, shown by examples, and a word to apply it to."""
     relation = RELATIONS[draw.choice(list(RELATIONS))]
     *shown, asked = draw.sample(relation, SHOWN + 1)
-    wrong = draw.sample([answer for _, answer in relation if answer != asked[1]], 4) + [asked[0]]
+    wrong = draw.sample([answer for _, answer in relation if answer != asked[1]], 2) + [asked[0]]
     lines = [f"{word} -> {answer}" for word, answer in shown] + [f"{asked[0]} ->"]
     return {"text": "\n".join(lines), "choices": [f" {answer}" for answer in (asked[1], *wrong)], "right": 0}
 
