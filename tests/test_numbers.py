@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import hypot
 from pathlib import Path
 from statistics import mean
 
@@ -178,6 +179,36 @@ def spread_of_anchors() -> list[float]:
     """How far a round was from its variant's median, in per cent."""
     spread = of_json("anchors.json", lambda row: {abs(s / row["cpu_seconds"] - 1) for s in row["rounds"]})
     return [100 * max(set().union(*spread))]
+
+
+def screened(**options: float) -> dict:
+    """The row of `retain`, with these options, of the first screening."""
+    rows = [json.loads(line) for line in (RESULTS / "screening.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["run"]["method"] == "retain" and row["run"]["options"] == options]
+    return row
+
+
+def null_replay() -> dict:
+    rows = [json.loads(line) for line in (RESULTS / "screening.jsonl").read_text().splitlines()]
+    return {row["run"]["method"]: row for row in rows}["null+replay"]
+
+
+def middle_gradients() -> list[float]:
+    """Norms in the middle third of the blocks after 24 steps: of A, the term's and the tasks', and of B."""
+    (found,) = [step for step in null_replay()["log"]["gradients"] if step["step"] == 24]
+    blocks = [found[loss][role] for role in ("A", "B") for loss in ("term", "loss")]
+    return [hypot(*norms[len(norms) // 3 : 2 * len(norms) // 3]) for norms in blocks]
+
+
+def null_weights_at_24(**options: float) -> list[float]:
+    """Of the tasks and the anchors, in training."""
+    (step,) = [step for step in screened(**options)["log"]["steps"] if step["step"] == 24]
+    return [step["null_1"], step["null_0"]]
+
+
+def of_router(name: str, *kinds: str) -> Callable[[], list[float]]:
+    rows = [json.loads(line) for line in (RESULTS / "routers.jsonl").read_text().splitlines()]
+    return lambda: [{row["name"]: row for row in rows}[name][kind]["mean"] for kind in kinds]
 
 
 def million_parameters() -> list[float]:
@@ -355,6 +386,54 @@ CLAIMS = [
         ],
     ),
     (
+        "docs/balance.md",
+        "deep model: {} at the start, where the task loss is {} and",
+        [lambda: [null_replay()["log"]["steps"][0][name] for name in ("term", "task")]],
+    ),
+    ("docs/balance.md", "has the norm {}, the task loss's {}; with respect to B, {} and {}.", [middle_gradients]),
+    (
+        "docs/balance.md",
+        "That fine-tuning raised the loss on ordinary text by {},",
+        [retention("screening", "text loss, rise", "null+replay")],
+    ),
+    (
+        "docs/balance.md",
+        "the term that is not detached did as well ({}).",
+        [retention("screening", "text loss, rise", "retain (balance_detach False)")],
+    ),
+    (
+        "docs/balance.md",
+        "as many anchors scattered at random, the loss rose by {} instead of {}.",
+        [
+            retention("screening", "text loss, rise", "retain (anchor_schedule shuffled)"),
+            retention("screening", "text loss, rise", "retain"),
+        ],
+    ),
+    (
+        "docs/balance.md",
+        "after 24 of 33 steps is {} on tasks and {} on anchors; with ten times the rate, {} and {}.",
+        [lambda: null_weights_at_24(router_lr_multiplier=1), null_weights_at_24],
+    ),
+    (
+        "docs/balance.md",
+        "hardly changed these weights: {} on tasks and {} on ordinary",
+        [of_router("delta .9", "task", "text")],
+    ),
+    ("docs/balance.md", "experts' rate ({} on text, {} on tasks)", [of_router("normalised x, x1", "text", "task")]),
+    (
+        "docs/balance.md",
+        "separate the types further ({} and {} on text)",
+        [
+            retention("screening", "text", f"retain ({options})")
+            for options in ("term class_equal", "router_lr_multiplier 30, term cross_entropy")
+        ],
+    ),
+    (
+        "docs/upstream.md",
+        "a log-probability that is {} off",
+        [lambda: numbers(re.search(r"and by (\S+) in a batch with a plain LoRA only", VLLM.read_text())[1])],
+    ),
+    (
         "docs/compatibility.md",
         "{} % of the tasks instead of {} %",
         [
@@ -387,11 +466,7 @@ def test_numbers_of_sentences_are_those_of_the_results(page, words, sources):
 # Pages whose sentences have no other measurements than those in CLAIMS.
 PAGES = [
     "README.md",
-    *(
-        f"docs/{name}.md"
-        for name in ("evidence", "choosing", "performance", "serving", "anchors", "quantization", "compatibility")
-    ),
-    *(f"docs/{name}.md" for name in ("reliability", "training", "qlora", "distributed", "evaluation", "trainers")),
+    *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
     *(f"research/{name}/README.md" for name in ("retention", "toy", "method_comparison")),
 ]
 MARKUP = (r"^```.*?^```", r"^    .*?$", r"^ *\|.*?$", r"`[^`\n]+`", r"\]\([^)]*\)", r"https?://\S+")
@@ -401,6 +476,7 @@ NOT_MEASURED = (
     r"(?:Python|torch|[Pp]eft|PEFT|transformers|TRL|Llama-|Apache-)[ <]?\d+\.\d+(?:(?:, | and | to |; )\d+\.\d+)?",
     r"^## Protocol\n.*?^## ",
     r"(?:delta|beta) 0\.\d",
+    r"A delta of 0\.9 instead of 0\.7",
     r"with 10 %, each of the three methods",
     r"scaled by 0\.\d+",
     r"0\.3\)? times",
@@ -410,6 +486,14 @@ NOT_MEASURED = (
     r"reach above 0\.45",
     r"95 % interval",
     r"20 and 80 % quantile",
+    r"\[Dou et al\., ACL 2024, section 3\.3",
+    r"\(arXiv 2410\.07348\)",
+    r"(?:With|and) 2 % (?:of type 0|replay)",
+    r"between 0\.1 and 0\.4, and 1 costs tasks",
+    r"more than  \(0\.1\) of the effect",
+    r"has 0\.6 billion parameters",
+    r"(?:Before 1|What 0)\.\d",
+    r"0\.4 removes",
     r"compute capability 8\.0",
     r"at 4\.3 TB/s|TFLOP/s: 11 %, or 14 %|would leave 6 %",
 )
