@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--batch", type=int, default=Run.batch, help="samples in a step (default: %(default)s)")
     command = commands.add_parser("report", help="write tables (.md) and a figure (.png) beside the rows")
     command.add_argument("rows", type=Path, nargs="?", default=RESULTS / "test.jsonl")
+    command.add_argument("--abilities", type=Path, help="what `peft-loramoe evaluate` wrote about the adapters")
     command = commands.add_parser("routers", help="screen terms and routers on the base model's activations")
     command.add_argument("--seed", type=int, default=21)
     command.add_argument("--names", nargs="+", help="variants (default: all)")
@@ -83,7 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--model", help="name or folder of another base model")
     options = parser.parse_args(arguments)
     if options.command == "report":
-        return write_report(read_rows(options.rows), options.rows.with_suffix(".md"))
+        evaluated = json.loads(options.abilities.read_text(encoding="utf-8")) if options.abilities else None
+        return write_report(read_rows(options.rows), options.rows.with_suffix(".md"), evaluated)
     if options.command == "routers":
         torch.set_num_threads(1)
         with options.output.open("a", encoding="utf-8") as file:

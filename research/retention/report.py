@@ -10,7 +10,7 @@ from typing import Any
 
 from ..palette import COLOURS, RECOMMENDED
 from ..toy.intervals import mean_interval, ratio_interval
-from .methods import METHODS
+from .methods import METHODS, Run
 
 
 Row = dict[str, Any]
@@ -41,6 +41,11 @@ def solved(row: Row, base: Row) -> float:
     return percent(row["scores"]["task"]["greedy"])
 
 
+def task_loss(row: Row, base: Row) -> float:
+    """The loss on the tasks' new items, nats per token."""
+    return row["scores"]["task"]["loss"]
+
+
 def kept(form: str, how: str) -> Measure:
     """Percent of the facts that the base model got right which the fine-tuned model still gets right."""
 
@@ -68,7 +73,7 @@ def percent(marks: str) -> float:
 
 MEASURES: dict[str, tuple[Measure, str]] = {
     "tasks solved, %": (solved, ".1f"),
-    "task loss": (lambda row, base: row["scores"]["task"]["loss"], ".3f"),
+    "task loss": (task_loss, ".3f"),
     "text loss, rise": (rise, ".3f"),
     "requests, KL to the base model": (divergence, ".3f"),
     "statements ranked right, %": (kept("statement", "ranked"), ".1f"),
@@ -79,6 +84,15 @@ MEASURES: dict[str, tuple[Measure, str]] = {
     "anchors": (null("anchor"), ".2f"),
     "text": (null("text"), ".2f"),
     "questions": (null("question"), ".2f"),
+}
+
+RATIOS: dict[str, Measure] = {"rise of text loss, ratio": rise, "requests, ratio": divergence}
+DIFFERENCES: dict[str, tuple[Measure, str]] = {
+    "rise of text loss, difference": (rise, "+.3f"),
+    "requests, difference": (divergence, "+.3f"),
+    "tasks solved, difference": (solved, "+.1f"),
+    "task loss, difference": (task_loss, "+.3f"),
+    "facts ranked right, difference": (facts_ranked, "+.1f"),
 }
 
 
@@ -130,11 +144,8 @@ def means_table(rows: Sequence[Row]) -> list[str]:
 
 def pairs_table(rows: Sequence[Row], ours: str, rivals: Sequence[str]) -> list[str]:
     """Markdown: one method against others on the seeds that both have, with 95 % intervals."""
-    lines = [
-        "| against | seeds | rise of text loss, ratio | requests, ratio | tasks solved, difference "
-        "| facts ranked right, difference |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = [f"| against | seeds | {' | '.join((*RATIOS, *DIFFERENCES))} |"]
+    lines.append("|---" * (2 + len(RATIOS) + len(DIFFERENCES)) + "|")
     methods = by_method(rows)
     for rival in rivals:
         seeds = sorted(set(methods.get(ours, {})) & set(methods.get(rival, {})))
@@ -143,12 +154,12 @@ def pairs_table(rows: Sequence[Row], ours: str, rivals: Sequence[str]) -> list[s
         pairs = [(methods[ours][seed], methods[rival][seed]) for seed in seeds]
         bases = [base_row(rows, row) for row, _ in pairs]
         cells = []
-        for measure in (rise, divergence):
+        for measure in RATIOS.values():
             ours_and_theirs = ([measure(row, base) for row, base in zip(column, bases)] for column in zip(*pairs))
             cells.append(_interval(ratio_interval(*ours_and_theirs), ".2f"))
-        for measure in (solved, facts_ranked):
+        for measure, style in DIFFERENCES.values():
             differences = [measure(a, base) - measure(b, base) for (a, b), base in zip(pairs, bases)]
-            cells.append(_interval(mean_interval(differences), "+.1f"))
+            cells.append(_interval(mean_interval(differences), style))
         lines.append(f"| {rival} | {len(seeds)} | " + " | ".join(cells) + " |")
     return lines
 
@@ -225,8 +236,34 @@ def kinds_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def write_report(rows: Sequence[Row], file: Path) -> None:
-    """Write the tables to a Markdown file, and a figure beside it."""
+def abilities_table(rows: Sequence[Row], evaluated: dict[str, Any]) -> list[str]:
+    """Markdown: the accuracy on lm-eval's tasks, of the base model and of each method's saved adapters.
+
+    Args:
+        rows: of the study.
+        evaluated: what `peft-loramoe evaluate --output` wrote about the adapters.
+    """
+    base, *others = [
+        {name: 100 * found["acc,none"] for name, found in measured["results"].items()}
+        for measured in evaluated["lm_eval"]
+    ]
+    of_adapter = {Path(adapter).name: found for adapter, found in zip(evaluated["adapter"], others, strict=True)}
+    lines = ["| method | seeds | " + " | ".join(base) + " | mean, difference to the base model |"]
+    lines.append("|---" * (len(base) + 3) + "|")
+    lines.append("| base | | " + " | ".join(f"{value:.1f}" for value in base.values()) + " | |")
+    for name, of_seed in by_method(rows).items():
+        found = [of_adapter[run] for row in of_seed.values() if (run := Run(**row["run"]).name) in of_adapter]
+        if not found:
+            continue
+        means = [sum(of_run[task] for of_run in found) / len(found) for task in base]
+        changes = [(sum(of_run.values()) - sum(base.values())) / len(base) for of_run in found]
+        cells = [*(f"{value:.1f}" for value in means), _interval(mean_interval(changes), "+.1f")]
+        lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def write_report(rows: Sequence[Row], file: Path, evaluated: dict[str, Any] | None = None) -> None:
+    """Write the tables to a Markdown file, and a figure beside it; `evaluated` is what `abilities_table` takes."""
     trained = [row for row in rows if row["run"]["method"] != "base"]
     versions = ", ".join(f"{package} {version}" for package, version in trained[0]["versions"].items())
     lines = [
@@ -251,6 +288,9 @@ def write_report(rows: Sequence[Row], file: Path) -> None:
                 *pairs_table(rows, ours, [name for name in methods if name not in (ours, "base")]),
                 "",
             ]
+    if evaluated:
+        lines += ["## Abilities", "", "Accuracy on lm-eval's tasks of `abilities.py`, %:", ""]
+        lines += [*abilities_table(rows, evaluated), ""]
     lines += ["## Kinds of text", "", "Rise of the loss on each kind, nats per token:", "", *kinds_table(rows), ""]
     lines.append(f"![Tasks solved against the rise of text loss]({file.with_suffix('.png').name})")
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")

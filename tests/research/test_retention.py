@@ -328,7 +328,17 @@ def test_pairs_are_compared_on_the_seeds_that_both_have():
     rows += [row_of("lora", seed, 3.2, "10", "10") for seed in (1, 2, 3)]
     rows += [row_of("retain", seed, 3.05, "11", "11") for seed in (1, 2)]
     line = report.pairs_table(rows, "retain", ["lora"])[-1]
-    assert line == "| lora | 2 | 0.25 (0.25 to 0.25) |  | +50.0 (+50.0 to +50.0) | +50.0 (+50.0 to +50.0) |"
+    fifty = "+50.0 (+50.0 to +50.0)"
+    rise = "0.25 (0.25 to 0.25) |  | -0.150 (-0.150 to -0.150)"
+    assert line == f"| lora | 2 | {rise} |  | {fifty} | +0.000 (+0.000 to +0.000) | {fifty} |"
+
+
+def test_abilities_are_compared_to_the_base_models():
+    rows = [row_of("base", 1, 3.0, "0", "1"), *(row_of("lora", seed, 3.0, "1", "1") for seed in (1, 2, 3))]
+    accuracies = [(0.5, 0.7), (0.4, 0.6), (0.5, 0.9)]
+    results = [{"results": {"a": {"acc,none": a}, "b": {"acc,none": b}}} for a, b in accuracies]
+    table = report.abilities_table(rows, {"adapter": ["x/lora-1", "lora-2"], "lm_eval": results})
+    assert table[2:] == ["| base | | 50.0 | 70.0 | |", "| lora | 2 | 45.0 | 75.0 | +0.0 (-127.1 to +127.1) |"]
 
 
 @pytest.mark.parametrize(("text", "marks", "met"), [(3.02, "11", "yes"), (3.15, "00", "no")])
