@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .balance.hooks import find_recorder
+from .balance.results import find_recorder
 from .experts import LoRAExperts
 from .names import CONTAINER, adapter_of, is_of_experts
 

@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from .balance.hooks import Recorder, find_recorder
+from .balance.hooks import Recorder
+from .balance.results import find_recorder
 from .config import LoRAMoEConfig
 from .gradients import NonReentrantCheckpointing, UnpackedWeights
 from .layer import CANNOT_MERGE, LoRAMoEBlock, LoRAMoELayer, LoRAMoELinear

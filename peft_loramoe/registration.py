@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from .balance.hooks import find_recorder
+from .balance.results import find_recorder
 from .card import write_card
 from .config import LoRAMoEConfig
 from .loading import check_load_result, mark_loaded, unchanged_on_failure

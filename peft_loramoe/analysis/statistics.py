@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..balance import LayerRouting, layer_routing
-from ..balance.hooks import configs_of
+from ..balance.results import configs_of
 from ..experts import LoRAExperts
 from ..modes import evaluation_mode
 from .adapted import (

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..balance import LayerRouting, layer_routing
-from ..balance.hooks import configs_of
+from ..balance.results import configs_of
 from ..groups import ExpertGroups
 from ..modes import evaluation_mode
 from .adapted import adds_special_tokens, on_device_of, require_finite

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from ..balance.hooks import configs_of, find_recorder
+from ..balance.results import configs_of, find_recorder
 from ..balance.samples import Batch, label_tokens
 from ..balance.task_types import task_type_tensor
 from ..config import LoRAMoEConfig

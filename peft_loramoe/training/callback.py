@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..balance import balance_loss, balance_terms, layer_routing
-from ..balance.hooks import configs_of
+from ..balance.results import configs_of
 from ..balance.task_types import task_type_tensor
 from ..config import LoRAMoEConfig
 from ..layer import LoRAMoELayer

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import nn
 from torch.optim import Optimizer
 
-from ..balance.hooks import configs_of
+from ..balance.results import configs_of
 from ..experts import LoRAExperts
 from ..layer import LoRAMoELayer
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from ..balance.hooks import configs_of, find_recorder
+from ..balance.results import configs_of, find_recorder
 from ..balance.samples import label_tokens
 from ..config import LoRAMoEConfig
 from ..layer import LoRAMoELayer
