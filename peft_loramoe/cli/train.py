@@ -319,12 +319,20 @@ def training_config(options: Namespace, **more: Any) -> SFTConfig:
 
 def _check_integrations(names: str | list[str]) -> None:
     """The trainer looks them up when the model has been loaded."""
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
 
+    installed = [*get_available_reporting_integrations(), "flyte"]  # transformers does not look for Flyte's package
     for name in [names] if isinstance(names, str) else names:
         if name not in INTEGRATION_TO_CALLBACK:
             choices = ", ".join(["none", "all", *sorted(INTEGRATION_TO_CALLBACK)])
             raise ValueError(f"--report-to {name}: transformers has no such integration; choose from {choices}.")
+        if name not in installed:
+            raise ValueError(
+                f"--report-to {name}: its package is not installed here; install it (pip install {name})."
+            )
 
 
 def _checked(trainer_args: Any, known: Iterable[str]) -> dict[str, Any]:

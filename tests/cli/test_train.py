@@ -313,6 +313,10 @@ def test_data_of_one_type_without_anchors_are_warned_about(trainer):
         (["--anchors-every", "2", "--anchors", "missing.jsonl"], "missing.jsonl cannot be read: No such file"),
         (["--train-file", "missing.json"], "error: missing.json cannot be read"),
         (["--report-to", "nothing", "--train-file", "missing.json"], "--report-to nothing: transformers has no such"),
+        (
+            ["--report-to", "clearml", "--train-file", "missing.json"],
+            "--report-to clearml: its package is not installed",
+        ),
         (["--model", "no/such-model"], "error: --model no/such-model: there is no such folder"),
         (["--chat-template", "missing.jinja"], "error: --chat-template missing.jinja cannot be read"),
         (["--target-modules", '["nothing"]'], "nothing"),
