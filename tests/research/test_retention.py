@@ -266,6 +266,20 @@ def test_a_variant_goes_on_after_its_rows(tiny, tmp_path, monkeypatch):
         assert [row["run"]["method"] for row in read_rows(rows)] == ["base", "lora"][:number]
 
 
+@pytest.mark.slow
+def test_runs_in_processes_of_their_own_give_the_same_rows(tmp_path):
+    model = tmp_path / "model"
+    tiny_llama().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    scores = []
+    for processes in ("1", "2"):
+        rows = tmp_path / f"{processes}.jsonl"
+        command = ["run", "--methods", "base", "lora", "--seeds", "1", "--samples", "40", "--part", "0.1"]
+        main([*command, "--model", str(model), "--processes", processes, "--output", str(rows)])
+        scores.append({row["key"]: row["scores"] for row in read_rows(rows)})
+    assert scores[0] == scores[1] and len(scores[0]) == 2
+
+
 def test_an_adapter_is_saved_under_the_name_of_its_run(tiny, tmp_path):
     command = ["run", "--methods", "retain, kl", "--seeds", "3", "--samples", "40", "--part", "0.1"]
     rows = tmp_path / "rows.jsonl"
