@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -58,6 +59,9 @@ ROUTERS = ("gate", "router")
 FEED_FORWARD_NAMES = {"gate_up_proj", "w1", "w2", "w3"} | {
     target.rpartition(".")[2] for targets in FEED_FORWARD.values() for target in targets
 }
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+# Feed-forward blocks of these linears, which no other kind of block has, need no entry in the table.
+UNMISTAKABLE = (_GATED, ("gate_up_proj", "down_proj"))
 # Linears whose weights the fused kernels of a Mamba mixer read without calling them (dt_proj: on every path).
 FUSED_IN_MAMBA = ("conv1d", "dt_proj", "out_proj", "x_proj")
 
@@ -88,17 +92,29 @@ def routed_experts(model: nn.Module) -> str:
 
 
 def is_sparse_block(module: nn.Module) -> bool:
-    """Whether the module is a backbone's own mixture of experts: a router and the experts that it sends tokens to."""
+    """Whether the module is a backbone's own mixture of experts: a router and the experts that it sends tokens to.
+
+    A whole layer, attention included, is none, also where its router and experts are its own children (Gemma 4).
+    """
     children = dict(module.named_children())
+    if any(ATTENTION.search(name) for name in children):
+        return False
     return any(router in children for router in ROUTERS) and any(
         name == "experts" or type(child).__name__.endswith("Experts") for name, child in children.items()
     )
 
 
 def sparse_blocks(model: nn.Module) -> list[str]:
-    """Names of the sparse feed-forward blocks of a model, in its order."""
+    """Names of the sparse feed-forward blocks of a model, in its order.
+
+    Where a module divides its tokens among several, as Ernie 4.5 VL does among those for text and for images, it is
+    the block: each of the others sees some of the tokens.
+    """
     names = [name.removesuffix(".base_layer") for name, module in model.named_modules() if is_sparse_block(module)]
-    return [name for name in names if name.rpartition(".")[2] != "experts"]  # JetMoE's attention
+    names = [name for name in names if name.rpartition(".")[2] != "experts"]  # JetMoE's attention
+    parents = Counter(name.rpartition(".")[0] for name in names)
+    around = [(name, name.rpartition(".")[0]) for name in names]
+    return list(dict.fromkeys(parent if parents[parent] > 1 else name for name, parent in around))
 
 
 def is_block(module: nn.Module) -> bool:
@@ -182,8 +198,10 @@ def default_targets(
 ) -> tuple[set[str] | str, set[str] | str | None]:
     """Feed-forward linears of a known architecture, or the sparse blocks of a mixture-of-experts backbone.
 
-    Beside sparse blocks, the linears of the dense blocks in other layers are adapted. Those inside of a sparse block,
-    as of a shared expert, are not: the mixture beside the block covers them.
+    Beside sparse blocks, the linears of dense feed-forward blocks are adapted. Those inside of a sparse block, as of a
+    shared expert, are not: the mixture beside the block covers them. Of other architectures, the feed-forward linears
+    are adapted if every layer of the text has `gate_proj`, `up_proj` and `down_proj`, or `gate_up_proj` and
+    `down_proj`.
 
     Args:
         model: the base model.
@@ -197,7 +215,7 @@ def default_targets(
         of another modality's encoder.
 
     Raises:
-        ValueError: the architecture is not in the table; the message lists the model's linear layers.
+        ValueError: there is no default for the architecture; the message lists the model's linear layers.
     """
     text_config = model_config.get("text_config")
     types = [model_config.get("model_type"), text_config.get("model_type") if isinstance(text_config, dict) else None]
@@ -207,6 +225,8 @@ def default_targets(
         return targets, exclude_modules
     if targets is None and (sparse := _sparse_targets(model)):
         return sparse, exclude_modules
+    if targets is None:
+        targets = _unmistakable_targets(model)
     if targets is None:
         raise ValueError(
             "Please specify `target_modules` in `peft_config`: there is no default for model_type "
@@ -220,6 +240,9 @@ def default_targets(
         name for name, _ in model.named_modules() if f".{name}".endswith(tuple(f".{target}" for target in targets))
     ]
     also = [pattern for pattern in also if any(re.fullmatch(pattern, name) for name in names)]
+    if targets in UNMISTAKABLE:  # attention may have a gate_proj, too
+        ends = sorted({".".join(name.split(".")[-2:]) for name in names})
+        also += [rf"(.*\.)?{re.escape(end)}" for end in ends if ATTENTION.search(end)]
     if not also:
         return set(targets), exclude_modules
     if isinstance(exclude_modules, str):
@@ -230,27 +253,58 @@ def default_targets(
 
 
 def _sparse_targets(model: nn.Module) -> set[str]:
-    """The sparse blocks of a model's text, and the linears of the dense blocks in their place in other layers."""
+    """The sparse blocks of a model's text, and the feed-forward linears beside them and in other layers."""
     streams = streams_of(model)
     sparse = [name for name in sparse_blocks(model) if streams.kind(name) != MEDIA]
-    places = {_without_indices(name) for name in sparse}
-    names = [name.removesuffix(".base_layer") for name, _ in model.named_modules()]
-    dense = [name for name in names if _without_indices(name) in places and name not in sparse]
-    linears = {
-        f"{name}.{child}".removesuffix(".base_layer")
-        for name in dense
-        for child, module in model.get_submodule(name).named_modules()
-        if is_linear(module)
-    }
+    places = {_layer_and_path(model, name) for name in sparse}
+    lists, blocks = {layer.rpartition(".")[0] for layer, _ in places}, {path for _, path in places}
+    linears = set()
+    for layer, path, name in _feed_forward_linears(model):
+        block = path.rpartition(".")[0]
+        # In a block like the sparse one or directly in the layer: not a shared expert, nor a part of a norm.
+        in_block = block in blocks or "." not in block
+        if in_block and layer.rpartition(".")[0] in lists and (layer, block) not in places:
+            linears.add(name)
     last = {name.rpartition(".")[2] for name in sparse}
-    if all(name in sparse for name in names if name.rpartition(".")[2] in last):
+    names = [name.removesuffix(".base_layer") for name, _ in model.named_modules()]
+    if not linears and all(name in sparse for name in names if name.rpartition(".")[2] in last):
         return last
     prefix = f"{getattr(model, 'base_model_prefix', '')}."  # the model may be loaded without its head
     return {name.removeprefix(prefix) for name in (*sparse, *linears)}
 
 
-def _without_indices(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+def _unmistakable_targets(model: nn.Module) -> tuple[str, ...] | None:
+    """Names of the feed-forward linears of an architecture outside the table, if every layer of its text has them."""
+    found, layers = defaultdict(set), defaultdict(set)
+    for layer, path, name in _feed_forward_linears(model):
+        if path.count(".") != 1:
+            return None
+        layers[layer.rpartition(".")[0]].add(layer)
+        found[layer].add(name.rpartition(".")[2])
+    if any(len(cast("nn.ModuleList", model.get_submodule(name))) != len(of_list) for name, of_list in layers.items()):
+        return None
+    return next((names for names in UNMISTAKABLE if found and all(of == set(names) for of in found.values())), None)
+
+
+def _feed_forward_linears(model: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """Linears of a model's text that have a feed-forward linear's name: their layer, path inside it, whole name."""
+    streams = streams_of(model)
+    for key, module in model.named_modules():
+        name = key.removesuffix(".base_layer")
+        if not is_linear(module) or streams.kind(name) == MEDIA or name.rpartition(".")[2] not in FEED_FORWARD_NAMES:
+            continue
+        layer, path = _layer_and_path(model, name)
+        if layer and not ATTENTION.search(path):
+            yield layer, path, name
+
+
+def _layer_and_path(model: nn.Module, name: str) -> tuple[str, str]:
+    """The layer that a module is in, an item of the outermost list, and its path there without further indices."""
+    parts = name.split(".")
+    for end in range(1, len(parts) - 1):
+        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return ".".join(parts[: end + 1]), ".".join(part for part in parts[end + 1 :] if not part.isdigit())
+    return "", name
 
 
 def _parts_for_media(model: nn.Module) -> list[str]:

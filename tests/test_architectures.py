@@ -1,14 +1,19 @@
 """Every architecture of the table: which linears are adapted, a training step, saving and loading, causality."""
 
+import importlib.util
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from peft_loramoe import LoRAMoEConfig, balance_loss, balance_terms, layer_routing
 from peft_loramoe.layer import LoRAMoELayer
@@ -202,6 +207,14 @@ CASES = {
         {**MOE, "intermediate_size_mlp": 24, "interleave_moe_layer_step": 2, "attention_chunk_size": 32},
         {"model.layers.0.feed_forward": GATED, "model.layers.1": ("feed_forward",)},
     ),
+    "longcat_flash": Case(
+        "CausalLM",
+        {**DEEPSEEK, "num_layers": 2, "num_hidden_layers": 4, "ffn_hidden_size": 24, "expert_ffn_hidden_size": 12, "moe_topk": 2,
+         "zero_expert_num": 1, "head_dim": 4},
+        {"model.layers.{}": ("mlp",), "model.layers.{}.mlps.0": GATED, "model.layers.{}.mlps.1": GATED},
+    ),
+    # Not in the table, but there is no doubt what their linears are.
+    "cohere2": decoder(LLAMA, "model.layers.{}.mlp", GATED),
     # No defaults: what can be adapted is named.
     "mamba": decoder(MAMBA, "backbone.layers.{}.mixer", ("in_proj",), target_modules=("in_proj",)),
     "mixtral, attention": moe_attention("mixtral"),
@@ -223,6 +236,24 @@ CASES = {
         model_type="deepseek_v3",
     ),
 }  # fmt: skip
+if V5:
+    MIXERS = ["mamba", "moe", "attention", "mlp"]
+    CASES |= {
+        "nemotron_h": Case(
+            "CausalLM",
+            {**MOE, "layers_block_type": MIXERS, "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 12,
+             "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 4, "topk_group": 1, "n_group": 1},
+            {"model.layers.1": ("mixer",), "model.layers.3.mixer": ("up_proj", "down_proj")},
+        ),
+        # Router and experts are children of the layer, beside a dense block that reads every token.
+        "gemma4_text": decoder(
+            {**MOE, "enable_moe_block": True, "top_k_experts": 2, "global_head_dim": 8, "num_kv_shared_layers": 0,
+             "hidden_size_per_layer_input": 0},
+            "model.layers.{}.mlp",
+            GATED,
+        ),
+        "afmoe": Case("CausalLM", {**MOE, "num_dense_layers": 1}, DENSE_THEN_SPARSE),  # its attention has a gate_proj
+    }  # fmt: skip
 SEQ2SEQ_CASES = [name for name, case in CASES.items() if case.auto_class in ("Seq2SeqLM", "SpeechSeq2Seq")]
 DECODERS = [name for name, case in CASES.items() if case.auto_class in ("CausalLM", "ImageTextToText")] + SEQ2SEQ_CASES
 
@@ -443,6 +474,49 @@ def test_a_mixture_without_a_router_is_no_routed_one():
     block.experts = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
     model = adapt(block, target_modules=["0", "1"])
     assert adapted(model) == {"experts.0", "experts.1"}
+
+
+def sparse_architectures():
+    """Model types of the installed transformers with a causal language model whose layers have experts."""
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        module = f"transformers.models.{model_type_to_module_name(model_type)}"
+        spec = importlib.util.find_spec(module)
+        sources = Path(spec.origin).parent.glob("modeling_*.py") if spec else ()
+        if any(re.search(r"^class \w+Experts\(", source.read_text(), re.MULTILINE) for source in sources):
+            yield model_type
+
+
+def with_few_layers(config):
+    for name in ("num_hidden_layers", "encoder_layers", "decoder_layers", "depth"):
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, 4)
+    for part in vars(config).values():
+        if isinstance(part, PretrainedConfig):
+            with_few_layers(part)
+    return config
+
+
+@pytest.mark.parametrize("model_type", list(sparse_architectures()))
+def test_the_defaults_of_every_sparse_architecture(model_type):
+    try:
+        config = with_few_layers(CONFIG_MAPPING[model_type]())
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        pytest.skip(f"its default configuration makes no model: {error}")
+    experts = {name for name, module in model.named_modules() if type(module).__name__.endswith("Experts")}
+    if not experts:
+        pytest.skip("its default configuration is dense")
+    model = get_peft_model(model, LoRAMoEConfig(r=2, num_experts=2), low_cpu_mem_usage=True)
+    names = adapted(model)
+    assert not [name for name in names if re.search("attn|attention|router|mamba|norm|vision", name)]
+    assert not [
+        name for name in names if re.search(r"\.(gate|experts?|shared_experts?|text_moe|vision_moe)(\.|$)", name)
+    ]
+    outside = [name for name in experts if not any(name.startswith(f"{block}.") for block in names)]
+    assert not [name for name in outside if "attention" not in name], (
+        "a layer whose experts have no mixture beside them"
+    )
 
 
 # Mamba: kernels take the weights of some linears and never call them

@@ -91,6 +91,39 @@ def test_an_unknown_architecture_gets_a_list_of_candidates():
         get_peft_model(model, LoRAMoEConfig())
 
 
+@pytest.fixture
+def unlisted(monkeypatch):
+    """Makes a Llama, which the table does not have, with further modules in its second layer."""
+    monkeypatch.delitem(FEED_FORWARD, "llama")
+
+    def build(**modules):
+        model = tiny_llama()
+        for name, module in modules.items():
+            parent, _, last = name.rpartition("__")
+            setattr(model.model.layers[1].get_submodule(parent), last, module)
+        return model
+
+    return build
+
+
+def test_an_architecture_outside_the_table_with_gated_blocks_in_every_layer(unlisted):
+    base = unlisted(self_attn__gate_proj=nn.Linear(32, 32))
+    model = get_peft_model(base, LoRAMoEConfig(r=1, num_experts=2, exclude_modules=["layers.0.mlp.up_proj"]))
+    names = {module.name for module in model.modules() if isinstance(module, LoRAMoELinear)}
+    expected = {f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("gate", "up", "down")}
+    assert names == expected - {"model.layers.0.mlp.up_proj"}
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [{"mlp__fc1": nn.Linear(32, 48)}, {"mlp": nn.Identity()}, {"norm": nn.Sequential(nn.ModuleDict({"w1": nn.Linear(4, 4)}))}],
+    ids=["further linears", "a layer without", "elsewhere"],
+)  # fmt: skip
+def test_an_architecture_outside_the_table_that_leaves_room_for_doubt(modules, unlisted):
+    with pytest.raises(ValueError, match="no default for model_type 'llama'"):
+        get_peft_model(unlisted(**modules), LoRAMoEConfig())
+
+
 def test_no_match_is_an_error():
     with pytest.raises(ValueError, match="Target modules {'fc9'} not found in the base model"):
         get_peft_model(tiny_llama(), LoRAMoEConfig(target_modules=["fc9"]))
