@@ -12,6 +12,8 @@ from statistics import mean
 import pytest
 
 
+pytestmark = pytest.mark.version_independent
+
 ROOT = Path(__file__).parents[1]
 NUMBER = r"(?:(?<![\w.)])-)?\d+(?:\.\d+)?(?:e-\d+)?"
 RESULTS = ROOT / "research" / "retention" / "results"

@@ -6,6 +6,8 @@ import pytest
 from peft_loramoe.analysis import Question, read_questions
 
 
+pytestmark = pytest.mark.version_independent
+
 PLAIN = [
     {"question": "Capital of France?", "answer": "Paris"},
     {"question": "Two times two?", "answer": ["4", "four"]},

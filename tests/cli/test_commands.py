@@ -822,18 +822,29 @@ def test_an_archive_without_a_main_is_refused(tmp_path, capsys):
     assert "the archive has no __main__.py" in capsys.readouterr().err
 
 
+# Each command runs in a fork of a process that has imported what all of them need.
 INTERRUPTED = """
-import os, signal, sys, time, torch
+import json, os, sys, time, torch
 from peft_loramoe.cli import main
 from peft_loramoe.interop import files
 
 def stop(tensors, path, *_):
     path.write_bytes(b"half of the ")
-    os.kill(os.getpid(), int(sys.argv[1]))
+    os.kill(os.getpid(), kind)
     time.sleep(30)
 
 torch.save = files.save_file = stop
-sys.exit(main(sys.argv[2:]))
+codes = []
+for kind, words in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        try:
+            code = main(words)
+        except SystemExit as stopped:
+            code = stopped.code
+        os._exit(code)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
 """
 WRITERS = {
     "convert": "convert {adapter} -o {out} --to authors",
@@ -843,19 +854,33 @@ WRITERS = {
 }
 
 
+STOPS = {f"{command}-{kind.name}": (command, kind) for command in WRITERS for kind in (signal.SIGTERM, signal.SIGKILL)}
+
+
+@pytest.fixture(scope="module")
+def stopped(adapter, loras, tmp_path_factory):
+    """The exit code, the folder and the error output of each command that was stopped while it wrote."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in STOPS}
+    calls = []
+    for name, (command, kind) in STOPS.items():
+        words = WRITERS[command].format(adapter=adapter, lora=loras[0], out=folders[name] / "output").split()
+        calls.append((int(kind), words))
+    command = [sys.executable, "-c", INTERRUPTED, json.dumps(calls)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout.splitlines()[-1])
+    return {name: (code, folders[name], done.stderr) for name, code in zip(STOPS, codes, strict=True)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-@pytest.mark.parametrize("command", WRITERS.values(), ids=WRITERS)
-def test_a_command_that_is_stopped_leaves_no_output(command, kind, adapter, loras, tmp_path):
-    words = command.format(adapter=adapter, lora=loras[0], out=tmp_path / "output").split()
-    result = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, str(int(kind)), *words], capture_output=True, text=True, timeout=120
-    )
-    hidden = [path.name.startswith(".output") for path in tmp_path.iterdir()]
+@pytest.mark.parametrize("name", STOPS)
+def test_a_command_that_is_stopped_leaves_no_output(name, stopped):
+    (_, kind), (code, folder, errors) = STOPS[name], stopped[name]
+    hidden = [path.name.startswith(".output") for path in folder.iterdir()]
     if kind == signal.SIGTERM:
-        assert (result.returncode, hidden) == (128 + kind, []), result.stderr
+        assert (code, hidden) == (128 + kind, []), errors
     else:  # nothing can be cleaned up
-        assert (result.returncode, hidden) == (-kind, [True]), result.stderr
+        assert (code, hidden) == (-kind, [True]), errors
 
 
 def test_a_child_of_another_environment_is_told(tmp_path):
