@@ -300,8 +300,9 @@ def write_report(rows: Sequence[Row], file: Path, evaluated: dict[str, Any] | No
 def plot(rows: Sequence[Row], file: Path) -> None:
     """Tasks solved against the rise of text loss.
 
-    The mean of each method, a small point for each run, and a small circle for the mean of each other setting, with
-    the factor beside it if what was trained was scaled.
+    The mean of each method, or of its settings where it was not run as it is in the table of methods; a small point
+    for each run; and a small circle for the mean of each other setting, with the factor beside it if what was trained
+    was scaled.
     """
     import matplotlib
 
@@ -311,9 +312,10 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
     labelled: set[str] = set()
     small: dict[str, dict[str, Any]] = {}
-    for name, of_seed in by_method(rows).items():
+    methods = by_method(rows)
+    for name, of_seed in methods.items():
         chosen = list(of_seed.values())
-        method = chosen[0]["run"]["method"]
+        method, options = chosen[0]["run"]["method"], chosen[0]["run"]["options"]
         if method == "base":
             continue
         bases = [base_row(rows, row) for row in chosen]
@@ -323,11 +325,12 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         label = title if title not in labelled else None
         labelled.add(title)
         style = {"color": COLOURS[method], "linestyle": "none", "label": label}
-        if name != method and not recommended:  # another setting of the method
+        as_in_table = name == method or (method not in methods and "scale" not in options)
+        if not (as_in_table or recommended):  # another setting of the method
             middle = sum(x) / len(x), sum(y) / len(y)
             axes.plot(*middle, "o", markersize=5, fillstyle="none", **style)
-            if name.startswith(f"{method} (scale "):
-                factor = f"\N{MULTIPLICATION SIGN} {chosen[0]['run']['options']['scale']}"
+            if "scale" in options:
+                factor = f"\N{MULTIPLICATION SIGN} {options['scale']}"
                 axes.annotate(factor, middle, (5, -3), textcoords="offset points", fontsize=8, color=COLOURS[method])
             small["another setting, mean"] = {"marker": "o", "markersize": 5, "fillstyle": "none"}
             continue
