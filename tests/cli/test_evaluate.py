@@ -1,6 +1,7 @@
 """The command `evaluate`, as `main` runs it."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -314,6 +315,10 @@ def test_tasks_of_lm_eval(base, adapters, tmp_path, capsys, monkeypatch):
 @pytest.fixture
 def task_of_lm_eval(tmp_path, monkeypatch):
     """The options for a task whose one text is scored."""
+    from lm_eval import tasks
+
+    # without the 14,000 files of its own tasks, which take longer to read than the rest of a test
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = write_task(tmp_path / "tasks", TEXTS)
     return ["--lm-eval", NAME, "--include-path", folder, "--limit", 1, "--device", "cpu"]
