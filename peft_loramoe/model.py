@@ -37,6 +37,7 @@ from .targets import (
     is_bypassed,
     is_linear,
     is_routed_expert,
+    is_router,
 )
 
 
@@ -137,6 +138,12 @@ class LoRAMoEModel(BaseTuner):
                 f"Target module '{current_key}' is one of the backbone's routed experts, which "
                 f"{around_routed_experts(self.model)} Where a name fits both, set "
                 r"exclude_modules=r'.*\.experts\..*'."
+            )
+        if is_router(target):
+            raise ValueError(
+                f"Target module '{current_key}' is the backbone's router: it returns which experts a token goes to, "
+                "so nothing can be added to its output. Leave it out with exclude_modules. Linear layers that can be "
+                f"adapted: {candidates(self.model)}."
             )
         if is_linear(target):
             layer = LoRAMoELinear(target, current_key, self._shared_recorder())

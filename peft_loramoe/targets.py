@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -61,24 +61,32 @@ FEED_FORWARD_NAMES = {"gate_up_proj", "w1", "w2", "w3"} | {
 }
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 # Feed-forward blocks of these linears, which no other kind of block has, need no entry in the table.
-UNMISTAKABLE = (_GATED, ("gate_up_proj", "down_proj"))
+UNMISTAKABLE = (_GATED, ("gate_up_proj", "down_proj"), ("w1", "w2", "w3"))
 # Linears whose weights the fused kernels of a Mamba mixer read without calling them (dt_proj: on every path).
 FUSED_IN_MAMBA = ("conv1d", "dt_proj", "out_proj", "x_proj")
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a linear layer, dense or quantised, whose output an adapter can add to."""
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or is_router(module):
         return False  # nn.MultiheadAttention reads its weight and never calls it
     if isinstance(module, (nn.Linear, Conv1D)):
         return True
     return any(hasattr(module, name) for name in QUANTIZED_WEIGHTS)
 
 
+def is_router(module: nn.Module) -> bool:
+    """Whether the module is a backbone's router that is made of a linear layer, but returns its choice of experts."""
+    return isinstance(module, nn.Linear) and type(module).__name__.endswith("Router")
+
+
 def is_routed_expert(model: nn.Module, name: str) -> bool:
     """Whether the module of that name is, or belongs to, the routed experts of the backbone's own mixture."""
     match = ROUTED_EXPERTS.fullmatch(name)
-    return match is not None and any(hasattr(model.get_submodule(match["block"][:-1]), router) for router in ROUTERS)
+    if match is not None and any(hasattr(model.get_submodule(match["block"][:-1]), router) for router in ROUTERS):
+        return True
+    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    return is_sparse_block(module) and _is_divided(parent)
 
 
 def routed_experts(model: nn.Module) -> str:
@@ -105,16 +113,20 @@ def is_sparse_block(module: nn.Module) -> bool:
 
 
 def sparse_blocks(model: nn.Module) -> list[str]:
-    """Names of the sparse feed-forward blocks of a model, in its order.
-
-    Where a module divides its tokens among several, as Ernie 4.5 VL does among those for text and for images, it is
-    the block: each of the others sees some of the tokens.
-    """
+    """Names of the sparse feed-forward blocks of a model that read every token, in its order."""
     names = [name.removesuffix(".base_layer") for name, module in model.named_modules() if is_sparse_block(module)]
-    names = [name for name in names if name.rpartition(".")[2] != "experts"]  # JetMoE's attention
-    parents = Counter(name.rpartition(".")[0] for name in names)
-    around = [(name, name.rpartition(".")[0]) for name in names]
-    return list(dict.fromkeys(parent if parents[parent] > 1 else name for name, parent in around))
+    attention = {name for name in names if name.rpartition(".")[2] == "experts"}  # JetMoE's
+    divided = set(divided_blocks(model))
+    return [name for name in names if name not in attention and name.rpartition(".")[0] not in divided]
+
+
+def divided_blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks that divide their tokens among several sparse ones, as Ernie 4.5 VL does by modality."""
+    return [name for name, module in model.named_modules() if _is_divided(module)]
+
+
+def _is_divided(module: nn.Module) -> bool:
+    return sum(map(is_sparse_block, module.children())) > 1
 
 
 def is_block(module: nn.Module) -> bool:
@@ -123,6 +135,8 @@ def is_block(module: nn.Module) -> bool:
         return False  # a container
     parameters = inspect.signature(module.forward).parameters.values()
     required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if _is_divided(module):
+        return False  # it also reads which tokens go where
     return len(required) == 1 and (is_sparse_block(module) or any(map(is_linear, module.modules())))
 
 
@@ -256,15 +270,20 @@ def _sparse_targets(model: nn.Module) -> set[str]:
     """The sparse blocks of a model's text, and the feed-forward linears beside them and in other layers."""
     streams = streams_of(model)
     sparse = [name for name in sparse_blocks(model) if streams.kind(name) != MEDIA]
-    places = {_layer_and_path(model, name) for name in sparse}
+    divided = [name for name in divided_blocks(model) if streams.kind(name) != MEDIA]
+    places = {_layer_and_path(model, name) for name in (*sparse, *divided)}
     lists, blocks = {layer.rpartition(".")[0] for layer, _ in places}, {path for _, path in places}
+    # Beside the blocks among which it divides its tokens, such a block has shared experts that read them all.
+    shared = {_layer_and_path(model, name) for name in divided}
     linears = set()
     for layer, path, name in _feed_forward_linears(model):
         block = path.rpartition(".")[0]
-        # In a block like the sparse one or directly in the layer: not a shared expert, nor a part of a norm.
-        in_block = block in blocks or "." not in block
+        # In a block like the sparse one or directly in the layer: not in a shared expert, nor in a part of a norm.
+        in_block = block in blocks or "." not in block or (layer, block.rpartition(".")[0]) in shared
         if in_block and layer.rpartition(".")[0] in lists and (layer, block) not in places:
             linears.add(name)
+    if any(not any(name.startswith(f"{block}.") for name in linears) for block in divided):
+        return set()
     last = {name.rpartition(".")[2] for name in sparse}
     names = [name.removesuffix(".base_layer") for name, _ in model.named_modules()]
     if not linears and all(name in sparse for name in names if name.rpartition(".")[2] in last):

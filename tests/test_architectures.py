@@ -469,6 +469,15 @@ def test_all_linear_says_how_to_leave_routed_experts_out(model_type, balance_los
         adapt(moe(model_type), target_modules="all-linear", balance_loss_weight=balance_loss_weight)
 
 
+def test_a_router_that_chooses_experts_is_refused():
+    with pytest.raises(
+        ValueError, match=r"1\.feed_forward\.router' is the backbone's router.*exclude_modules.*can be adapted:"
+    ):
+        adapt(base_model("llama4_text"), target_modules="all-linear")
+    model = adapt(base_model("llama4_text"), target_modules="all-linear", exclude_modules=["router"])
+    assert "model.layers.1.self_attn.q_proj" in adapted(model)
+
+
 def test_a_mixture_without_a_router_is_no_routed_one():
     block = torch.nn.Module()
     block.experts = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
@@ -572,6 +581,7 @@ REFUSED = {
     "inside": ("llama", ["mlp", "up_proj"]),
     "Mamba": ("mamba", ["in_proj", "out_proj"]),
     "routed experts": ("qwen3_moe", ["q_proj", "experts"]),
+    "router": ("llama4_text", ["q_proj", "router"]),
 }
 
 

@@ -1,6 +1,8 @@
 """Vision-language models: whose the tokens are when images are spread unevenly over the rows of a batch."""
 
+import copy
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from peft_loramoe import LoRAMoEConfig, LoRAMoELinear, balance_loss, balance_terms, layer_routing
+from peft_loramoe.layer import LoRAMoELayer
 from tiny import VOCAB, capture
 
 
@@ -59,11 +62,121 @@ MODELS = {
 GATED = ("gate_proj", "up_proj", "down_proj")
 
 
+class Other(NamedTuple):
+    """A further model: its configuration, and what is adapted by default in its two layers.
+
+    Attributes:
+        options: of its configuration.
+        adapted: names of linears and blocks, by the name of the module in both layers, or in layer 0 and in layer 1.
+        per_image: placeholder tokens of an image.
+    """
+
+    options: dict
+    adapted: tuple[dict[str, tuple[str, ...]], ...] = ({"mlp": GATED},)
+    per_image: int = PER_IMAGE
+
+
+MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)
+BLOCK = ({"": ("mlp",)},)
+CLIP = {"model_type": "clip_vision_model", **VISION}
+SIGLIP = {"model_type": "siglip_vision_model", **VISION, "vision_use_head": False}
+PLACEHOLDER = dict(image_token_id=IMAGE, image_token_index=IMAGE)
+BOUNDS = dict(image_start_token_id=START, image_end_token_id=END)
+GLM_VISION = {**QWEN_VISION, "hidden_size": 16, "out_hidden_size": 16, "intermediate_size": 24, "image_size": 16}
+GLM_MOE = {
+    **MOE,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+OTHERS = {
+    "llava_next": Other(
+        dict(text_config=LLAMA, vision_config=CLIP, image_grid_pinpoints=[[16, 16]], **PLACEHOLDER), per_image=10
+    ),
+    "llava_onevision": Other(
+        dict(text_config={"model_type": "qwen2", **TEXT}, vision_config=SIGLIP, image_grid_pinpoints=[[16, 16]], **PLACEHOLDER),
+        per_image=10,
+    ),
+    "paligemma": Other(
+        dict(text_config={"model_type": "gemma", **TEXT}, vision_config={**SIGLIP, "projection_dim": 16},
+             projection_dim=16, **PLACEHOLDER)
+    ),
+    "idefics2": Other(
+        dict(text_config={"model_type": "mistral", **TEXT}, vision_config={**VISION, "patch_size": 4}, image_token_id=IMAGE,
+             perceiver_config=dict(hidden_size=16, resampler_n_latents=PER_IMAGE, resampler_depth=1, resampler_n_heads=2,
+                                   resampler_head_dim=8, num_key_value_heads=1))
+    ),
+    "llama4": Other(
+        dict(text_config={**TEXT, **MOE, "intermediate_size_mlp": 24, "interleave_moe_layer_step": 2,
+                          "attention_chunk_size": 64},
+             vision_config={**VISION, "vision_output_dim": 16, "intermediate_size": 16, "projector_input_dim": 16,
+                            "projector_output_dim": 16, "pixel_shuffle_ratio": 1.0, "rope_theta": 10000}, **PLACEHOLDER),
+        ({"feed_forward": GATED}, {"": ("feed_forward",)}),
+    ),
+    "cohere2_vision": Other(
+        dict(text_config={"model_type": "cohere2", **TEXT}, vision_config={**SIGLIP, "patch_size": 4},
+             downsample_factor=2, alignment_intermediate_size=16, **PLACEHOLDER)
+    ),
+    "qwen3_vl_moe": Other({**QWEN, "text_config": {**QWEN["text_config"], **MOE}, "vision_config": QWEN_3_VISION}, BLOCK),
+    "glm4v": Other({**QWEN, **BOUNDS, "vision_config": GLM_VISION}, ({"mlp": ("gate_up_proj", "down_proj")},)),
+    "glm4v_moe": Other(
+        {**QWEN, **BOUNDS, "text_config": {**QWEN["text_config"], **GLM_MOE, "head_dim": 16}, "vision_config": GLM_VISION},
+        ({"mlp": GATED}, {"": ("mlp",)}),
+    ),
+    "lfm2_vl": Other(
+        dict(text_config={"model_type": "lfm2", **TEXT, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+             vision_config={"model_type": "siglip2_vision_model", **VISION, "patch_size": 4, "num_patches": 16,
+                            "vision_use_head": False},
+             downsample_factor=2, projector_hidden_size=16, **PLACEHOLDER),
+        ({"feed_forward": ("w1", "w2", "w3")},),
+    ),
+}  # fmt: skip
+if V5:
+    LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+                  layer_types=["linear_attention", "full_attention"],
+                  rope_parameters={**MROPE, "partial_rotary_factor": 1.0})  # fmt: skip
+    OTHERS |= {
+        "qwen3_5": Other({**QWEN, "text_config": {**TEXT, **LINEAR}, "vision_config": {
+            key: value for key, value in QWEN_3_VISION.items() if key != "deepstack_visual_indexes"}}),
+        "gemma4": Other(  # experts beside the dense block of each layer
+            dict(text_config={**TEXT, "global_head_dim": 8, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0,
+                              "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 12},
+                 vision_config={**VISION, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2,
+                                "position_embedding_size": 64},
+                 image_token_id=IMAGE, audio_config=None, boi_token_id=START, eoi_token_id=END, video_token_id=VIDEO)
+        ),
+        "aria": Other(
+            dict(text_config={**TEXT, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+                 vision_config={"model_type": "idefics3_vision", **VISION}, projector_patch_to_query_dict={4: PER_IMAGE},
+                 **PLACEHOLDER),
+            BLOCK,
+        ),
+        "qwen2_5_omni_thinker": Other(
+            {**QWEN, "vision_config": QWEN_25_VISION, "image_token_index": IMAGE, "audio_token_index": END - 1,
+             "audio_token_id": END - 1, "video_token_index": VIDEO,
+             "audio_config": dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16, num_mel_bins=8,
+                                  output_dim=16, max_source_positions=20)}
+        ),
+        "ernie4_5_vl_moe": Other(  # divides its tokens among experts for text and for images
+            {**QWEN, **BOUNDS,
+             "text_config": {**TEXT, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [12, 12],
+                             "moe_num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"], "rope_parameters": MROPE},
+             "vision_config": dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, hidden_size=16,
+                                   intermediate_size=24)},
+            ({"mlp": GATED}, {"mlp.shared_experts": GATED}),
+        ),
+    }  # fmt: skip
+
+
 def build(name):
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[name](**MODELS[name]))
+    config = CONFIG_MAPPING[name](**copy.deepcopy(MODELS[name] if name in MODELS else OTHERS[name].options))
+    model = AutoModelForImageTextToText.from_config(config)
     for key, parameter in model.named_parameters():
-        if key.endswith("mm_input_projection_weight"):  # Gemma 3's is zero: images would have no effect
+        # Gemma 3's projection is zero, so that images would have no effect; others keep what was in the memory.
+        if key.endswith("mm_input_projection_weight") or not parameter.isfinite().all():
             nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -81,13 +194,13 @@ def in_text(names):
     return {name for name in names if "language_model" in name or "text_model" in name}
 
 
-def image_batch(name, images, pad="right", extra=0):
+def image_batch(name, images, pad="right", extra=0, per_image=PER_IMAGE):
     """Row i has images[i] images and 3 + i further tokens; `extra` more columns of padding."""
     generator = torch.Generator().manual_seed(3)
     rows = []
     for i, number in enumerate(images):
         words = torch.randint(3, 40, (3 + i,), generator=generator).tolist()
-        rows.append(words[:1] + number * [START, *PER_IMAGE * [IMAGE], END] + words[1:])
+        rows.append(words[:1] + number * [START, *per_image * [IMAGE], END] + words[1:])
     width = max(map(len, rows)) + extra
     ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
@@ -97,14 +210,14 @@ def image_batch(name, images, pad="right", extra=0):
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if not sum(images):
         return batch
-    if name.startswith("qwen"):
+    if name.startswith(("qwen", "glm")):
         batch["pixel_values"] = torch.randn(sum(images) * 16, 3 * 2 * 4 * 4, generator=generator)
         batch["image_grid_thw"] = torch.tensor([[1, 4, 4]] * sum(images))
-        if V5:
+        if V5 and name != "qwen2_5_omni_thinker":
             batch["mm_token_type_ids"] = (ids == IMAGE).int()
         return batch
     pixels = torch.randn(sum(images), 3, 16, 16, generator=generator)
-    if name == "smolvlm":  # (rows, images, ...), images of zeros where a row has fewer
+    if name in ("smolvlm", "idefics2"):  # (rows, images, ...), images of zeros where a row has fewer
         batch["pixel_values"] = torch.zeros(len(images), max(images), 3, 16, 16)
         for i, of_row in enumerate(pixels.split(images)):
             batch["pixel_values"][i, : len(of_row)] = of_row
@@ -113,6 +226,38 @@ def image_batch(name, images, pad="right", extra=0):
         batch["token_type_ids"] = (ids == IMAGE).long()
     if name == "mistral3":
         batch["image_sizes"] = torch.tensor([[16, 16]] * sum(images))
+    if name == "paligemma":
+        batch["token_type_ids"] = (labels != -100).long()
+    if name.startswith("llava_"):  # a small copy and one tile
+        return {
+            **batch,
+            "pixel_values": pixels[:, None].repeat(1, 2, 1, 1, 1),
+            "image_sizes": torch.tensor([[16, 16]] * sum(images)),
+        }
+    if name == "ernie4_5_vl_moe":
+        patches = torch.randn(sum(images) * 16, 3 * 4 * 4, generator=generator)
+        grid = torch.tensor([[1, 4, 4]] * sum(images))
+        return {**batch, "pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": (ids == IMAGE).int()}
+    if name == "gemma4":
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(sum(images), -1, -1)
+        patches = torch.rand(sum(images), 16, 3 * 4 * 4, generator=generator)
+        return {
+            **batch,
+            "pixel_values": patches,
+            "image_position_ids": places,
+            "mm_token_type_ids": (ids == IMAGE).long(),
+        }
+    if name == "lfm2_vl":
+        patches, sizes = (
+            torch.rand(sum(images), 16, 3 * 4 * 4, generator=generator),
+            torch.tensor([[4, 4]] * sum(images)),
+        )
+        return {
+            **batch,
+            "pixel_values": patches,
+            "spatial_shapes": sizes,
+            "pixel_attention_mask": torch.ones(sum(images), 16).long(),
+        }
     return {**batch, "pixel_values": pixels}
 
 
@@ -208,6 +353,38 @@ def test_the_defaults_are_the_feed_forward_linears_of_the_text_model(name):
         warnings.filterwarnings("error", message="The balance term leaves out")
         model.train()(**image_batch(name, [2, 0]), task_types=[0, 1]).loss.backward()
     assert all(p.grad.any() for key, p in model.named_parameters() if "loramoe_experts" in key)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_defaults_of_other_models_train_with_images(name):
+    other = OTHERS[name]
+    model = adapt(build(name)).train()
+    names = {
+        f"layers.{layer}.{f'{module}.{last}'.removeprefix('.')}"
+        for layer in (0, 1)
+        for module, lasts in other.adapted[layer % len(other.adapted)].items()
+        for last in lasts
+    }
+    found = {module.name for module in model.modules() if isinstance(module, LoRAMoELayer)}
+    assert {name[name.rindex("layers.") :] for name in found} == names and found == in_text(found)
+    batch = image_batch(name, [2, 1, 0], per_image=other.per_image)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The balance term leaves out")
+        model(**batch, task_types=TYPES).loss.backward()
+    assert balance_terms(model)["default"].keys() == found
+    for record in layer_routing(model):
+        assert record.token_counts.tolist() == batch["attention_mask"].sum(1).tolist()
+    assert all(p.grad.any() for key, p in model.named_parameters() if "loramoe_experts" in key)
+
+
+@pytest.mark.skipif(not V5, reason="transformers 4 has no such model")
+def test_blocks_that_divide_their_tokens_are_refused():
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp' is no linear layer .* nor a block of them with one input"):
+        adapt(build("ernie4_5_vl_moe"), target_modules=["mlp"])
+    with pytest.raises(
+        ValueError, match=r"text_moe' is one of the backbone's routed experts, which cannot be adapted"
+    ):
+        adapt(build("ernie4_5_vl_moe"), target_modules=["text_moe"])
 
 
 def test_a_tower_whose_patches_are_as_many_as_the_texts_tokens_counts_for_no_row():
