@@ -28,6 +28,7 @@ FORMATS = {
     "instruction": ("instruction", "output"),
     "text": ("text",),
 }
+IMAGES = ("images", "image")  # columns that TRL's trainers read
 PLAIN_PROMPT = "### Instruction:\n{}\n\n### Response:\n"  # for tokenizers without a chat template
 IGNORED = -100  # label of tokens that are not learned
 
@@ -75,7 +76,7 @@ class Tokenized:
 def read_records(path: str | Path, config: LoRAMoEConfig) -> list[Record]:
     r"""Read records from a JSON file (a list) or a JSON lines file (one record a line), and check each.
 
-    A record is in one of four formats; other columns are ignored::
+    A record is in one of four formats; other columns are ignored, but images are refused::
 
         {"messages": [{"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": "Paris"}]}
         {"instruction": "What is the capital of France?", "input": "", "output": "Paris"}
@@ -197,6 +198,11 @@ def _check_record(place: str, value: Any, typed: str | None, config: LoRAMoEConf
         raise ValueError(f"{place}: {value!r} is not an object; write one with {_formats()}.")
     # A data set's row has all columns, with None where the record had none.
     given = {name: content for name, content in value.items() if content is not None}
+    if column := next((name for name in IMAGES if given.get(name)), None):
+        raise ValueError(
+            f"{place}: the column '{column}' has images, which these records cannot have: only texts are read. Train "
+            "with LoRAMoETrainerMixin and the model's processor instead (docs/trainers.md#images), or drop the column."
+        )
     kind = next(
         (name for name in ("messages", "prompt", "instruction", "output", "text") if name in given), "instruction"
     )

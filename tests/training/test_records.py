@@ -55,6 +55,10 @@ def chat(*turns):
         ("[]", "there are no records"),
         (json.dumps(RECORD) + '\n\n{"instruction": }', r"line 3: no valid JSON \(Expecting value, column 17\)"),
         ('[\n{"instruction": "x"},\n]', r"line \d: no valid JSON"),
+        (
+            json.dumps({**RECORD, "images": ["cat.png"]}),
+            "line 1: the column 'images' has images, which .* cannot have",
+        ),
         (json.dumps(RECORD) + "\n" + json.dumps(without("output")), "line 2: the column 'output' is missing"),
         (
             json.dumps([RECORD, without("task_type")]),
