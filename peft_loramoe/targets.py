@@ -25,7 +25,7 @@ _4H = ("dense_h_to_4h", "dense_4h_to_h")
 _T5 = ("wi", "wi_0", "wi_1", "wo")
 # The attention's output projection is called output.dense as well, hence EXCLUDED.
 _BERT = ("intermediate.dense", "output.dense")
-EXCLUDED = {_BERT: "attention.output.dense"}
+EXCLUDED: dict[tuple[str, ...], str] = {_BERT: "attention.output.dense"}
 
 # Feed-forward linears (what the paper adapts) by transformers' `model_type`.
 FEED_FORWARD = {

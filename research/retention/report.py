@@ -243,22 +243,22 @@ def abilities_table(rows: Sequence[Row], evaluated: dict[str, Any]) -> list[str]
         rows: of the study.
         evaluated: what `peft-loramoe evaluate --output` wrote about the adapters.
     """
-    base, *others = [
-        {name: 100 * found["acc,none"] for name, found in measured["results"].items()}
+    found = {
+        Path(measured["adapter"] or "").name: {name: 100 * of["acc,none"] for name, of in measured["results"].items()}
         for measured in evaluated["lm_eval"]
-    ]
-    of_adapter = {Path(adapter).name: found for adapter, found in zip(evaluated["adapter"], others, strict=True)}
+    }
+    base = found[""]  # without an adapter
     lines = ["| method | seeds | " + " | ".join(base) + " | mean, difference to the base model |"]
     lines.append("|---" * (len(base) + 3) + "|")
     lines.append("| base | | " + " | ".join(f"{value:.1f}" for value in base.values()) + " | |")
     for name, of_seed in by_method(rows).items():
-        found = [of_adapter[run] for row in of_seed.values() if (run := Run(**row["run"]).name) in of_adapter]
-        if not found:
+        runs = [found[run] for row in of_seed.values() if (run := Run(**row["run"]).name) in found]
+        if not runs:
             continue
-        means = [sum(of_run[task] for of_run in found) / len(found) for task in base]
-        changes = [(sum(of_run.values()) - sum(base.values())) / len(base) for of_run in found]
+        means = [sum(run[task] for run in runs) / len(runs) for task in base]
+        changes = [(sum(run.values()) - sum(base.values())) / len(base) for run in runs]
         cells = [*(f"{value:.1f}" for value in means), _interval(mean_interval(changes), "+.1f")]
-        lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {len(runs)} | " + " | ".join(cells) + " |")
     return lines
 
 

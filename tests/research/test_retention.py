@@ -350,8 +350,11 @@ def test_pairs_are_compared_on_the_seeds_that_both_have():
 def test_abilities_are_compared_to_the_base_models():
     rows = [row_of("base", 1, 3.0, "0", "1"), *(row_of("lora", seed, 3.0, "1", "1") for seed in (1, 2, 3))]
     accuracies = [(0.5, 0.7), (0.4, 0.6), (0.5, 0.9)]
-    results = [{"results": {"a": {"acc,none": a}, "b": {"acc,none": b}}} for a, b in accuracies]
-    table = report.abilities_table(rows, {"adapter": ["x/lora-1", "lora-2"], "lm_eval": results})
+    measured = [
+        {"adapter": adapter, "results": {"a": {"acc,none": a}, "b": {"acc,none": b}}}
+        for adapter, (a, b) in zip((None, "x/lora-1", "lora-2"), accuracies)
+    ]
+    table = report.abilities_table(rows, {"lm_eval": measured})
     assert table[2:] == ["| base | | 50.0 | 70.0 | |", "| lora | 2 | 45.0 | 75.0 | +0.0 (-127.1 to +127.1) |"]
 
 
