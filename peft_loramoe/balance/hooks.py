@@ -51,6 +51,7 @@ class LayerRouting:
 
     Example:
         >>> import torch
+        >>> from peft_loramoe import layer_routing
         >>> model = tiny_model()
         >>> output = model(input_ids=torch.tensor([[5, 6, 7]]), task_types=[1])
         >>> routing = layer_routing(model)[0]
