@@ -83,6 +83,7 @@ TABLES = [
     ("README.md", "tasks solved", slice(1, None), lambda: entries(*RETENTION)),
     ("docs/evidence.md", "tasks solved", slice(1, None), lambda: entries(*RETENTION)),
     ("docs/evidence.md", "found (95 % interval)", slice(1, 2), lambda: entries(*RETENTION)),
+    ("docs/evidence.md", "grammar", slice(1, None), lambda: entries(RESULTS / "confirmed.md")),
     ("docs/evidence.md", "found in the third test", slice(1, 2), lambda: entries(RESULTS / "confirmed.md")),
     ("docs/evidence.md", "divergence, weight 0.3", slice(1, None), lambda: entries(RESULTS / "rivals.md")),
     ("docs/choosing.md", "tasks solved", slice(1, None), lambda: entries(*RETENTION)),

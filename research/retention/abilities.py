@@ -2,7 +2,7 @@
 
     python -m research.retention.abilities build/retention/abilities
     peft-loramoe evaluate --model build/retention/model --adapter ADAPTER ... --include-path build/retention/abilities \
-        --lm-eval retention_grammar retention_in_context retention_reading
+        --lm-eval retention_grammar retention_in_context
 
 Nothing here is asked as the tasks of the study are, and no item is in them or among the anchors.
 """
