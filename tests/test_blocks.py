@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from peft_loramoe import LoRAMoEConfig, LoRAMoELinear, balance_loss, layer_routing
 from peft_loramoe.analysis import router_statistics
-from peft_loramoe.interop import export_lora
+from peft_loramoe.interop import add_experts, export_lora
 from peft_loramoe.layer import LoRAMoEBlock
 from peft_loramoe.ops import reference
 from tiny import VOCAB, labelled, loramoe, tiny_llama, token_batch
@@ -50,6 +50,27 @@ class Two(nn.Module):
 
     def forward(self, x, y):
         return self.linear(x) + y
+
+
+# --- options
+
+
+def test_patterns_and_layers_choose_the_experts_of_a_block():
+    patterns = dict(
+        rank_pattern={r"layers\.1\.mlp": 6}, alpha_pattern={r"layers\.1\.mlp": 3}, layers_to_transform=[1, 2]
+    )
+    model = loramoe(moe(num_hidden_layers=3), r=2, lora_alpha=2, **patterns)
+    experts = [block.loramoe_experts["default"] for block in blocks(model)]
+    assert [found.r for found in experts] == [6, 2] and [found.scaling for found in experts] == [0.5, 1.0]
+
+
+def test_experts_are_added_beside_a_block_without_a_change():
+    model = loramoe(moe()).eval()
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    before = model(input_ids=ids).logits
+    add_experts(model)
+    assert all(block.loramoe_experts["default"].num_experts == 12 for block in blocks(model))
+    torch.testing.assert_close(model(input_ids=ids).logits, before)
 
 
 # --- arithmetic
