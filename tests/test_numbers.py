@@ -310,7 +310,7 @@ CLAIMS = [
     ),
     (
         "docs/evidence.md",
-        "solves as many tasks ({} points, {} to +{}); the mixture's drift on requests is {} ({} to {}) of its, and",
+        "solves as many tasks ({} points, {} to +{}); the mixture's drift in chat is {} ({} to {}) of its, and",
         [against("retain, kl", column, "lora+kl") for column in ("tasks solved, difference", "requests, ratio")],
     ),
     (
@@ -325,7 +325,7 @@ CLAIMS = [
     ),
     (
         "docs/evidence.md",
-        "drifts five times as far on requests (ratio {}, {} to {}).",
+        "drifts five times as far in chat (ratio {}, {} to {}).",
         [against(LIGHT, "requests, ratio", "full (scale 0.75)")],
     ),
     (
