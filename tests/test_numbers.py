@@ -83,8 +83,8 @@ TABLES = [
     ("README.md", "tasks solved", slice(1, None), lambda: entries(*RETENTION)),
     ("docs/evidence.md", "tasks solved", slice(1, None), lambda: entries(*RETENTION)),
     ("docs/evidence.md", "found (95 % interval)", slice(1, 2), lambda: entries(*RETENTION)),
-    ("docs/evidence.md", "grammar", slice(1, None), lambda: entries(RESULTS / "confirmed.md")),
-    ("docs/evidence.md", "found in the third test", slice(1, 2), lambda: entries(RESULTS / "confirmed.md")),
+    ("docs/evidence.md", "grammar", slice(1, None), lambda: entries(RESULTS / "third.md")),
+    ("docs/evidence.md", "found in the third test", slice(1, 2), lambda: entries(RESULTS / "third.md")),
     ("docs/evidence.md", "divergence, weight 0.3", slice(1, None), lambda: entries(RESULTS / "rivals.md")),
     ("docs/choosing.md", "tasks solved", slice(1, None), lambda: entries(*RETENTION)),
     (
@@ -158,9 +158,9 @@ def against(ours: str, column: str, rival: str, study: str = "rivals") -> Cell:
     return Cell(RESULTS / f"{study}.md", column, (rival,), re.escape(ours))
 
 
-def confirmed(column: str, rival: str) -> Cell:
+def third_test(column: str, rival: str) -> Cell:
     """Of the default against a rival in the third test."""
-    return against(LIGHT, column, rival, "confirmed")
+    return against(LIGHT, column, rival, "third")
 
 
 def without_sign(cell: Cell) -> Callable[[], list[float]]:
@@ -254,17 +254,17 @@ CLAIMS = [
     (
         "docs/evidence.md",
         "its loss rose by {} with LoRA, by {} with LoRA and the same anchors, and by {} with `retain`",
-        [retention("confirmed", "text loss, rise", method) for method in ("lora", KL, LIGHT)],
+        [retention("third", "text loss, rise", method) for method in ("lora", KL, LIGHT)],
     ),
     (
         "docs/evidence.md",
         "{} % are solved instead of {} % ({} points, {} to +{})",
         [
-            *(retention("confirmed", "tasks solved, %", method) for method in (LIGHT, "lora")),
-            confirmed("tasks solved, difference", "lora"),
+            *(retention("third", "tasks solved, %", method) for method in (LIGHT, "lora")),
+            third_test("tasks solved, difference", "lora"),
         ],
     ),
-    ("docs/evidence.md", "in chat, `retain` drifts {} ({} to {}) as far", [confirmed("requests, ratio", KL)]),
+    ("docs/evidence.md", "in chat, `retain` drifts {} ({} to {}) as far", [third_test("requests, ratio", KL)]),
     (
         "docs/evidence.md",
         "with tasks at +{} points ({} to +{})",
@@ -273,35 +273,38 @@ CLAIMS = [
     (
         "docs/evidence.md",
         "tasks is lower by {} ({} to {}), and the loss on ordinary text by {} ({} to {})",
-        [without_sign(confirmed(column, KL)) for column in ("task loss, difference", "rise of text loss, difference")],
+        [
+            without_sign(third_test(column, KL))
+            for column in ("task loss, difference", "rise of text loss, difference")
+        ],
     ),
     (
         "docs/evidence.md",
         "+{} points ({} to +{}), and drift in chat, {} ({} to {}), do not",
-        [confirmed(column, KL) for column in ("tasks solved, difference", "requests, ratio")],
+        [third_test(column, KL) for column in ("tasks solved, difference", "requests, ratio")],
     ),
     (
         "docs/evidence.md",
         "(`balance_loss_weight=0`; {} % of the tasks, text +{}, drift {})",
         [
-            retention("confirmed", column, WITHOUT_TERM)
+            retention("third", column, WITHOUT_TERM)
             for column in ("tasks solved, %", "text loss, rise", "requests, KL to the base model")
         ],
     ),
     (
         "docs/evidence.md",
         "With the term, the loss on ordinary text is lower by {} ({} to {})",
-        [without_sign(confirmed("rise of text loss, difference", WITHOUT_TERM))],
+        [without_sign(third_test("rise of text loss, difference", WITHOUT_TERM))],
     ),
     (
         "docs/evidence.md",
         "solved, {} points ({} to +{}), their loss, +{} ({} to +{}), and drift in chat, {} ({} to +{})",
-        [confirmed(f"{measure}, difference", WITHOUT_TERM) for measure in ("tasks solved", "task loss", "requests")],
+        [third_test(f"{measure}, difference", WITHOUT_TERM) for measure in ("tasks solved", "task loss", "requests")],
     ),
     (
         "docs/evidence.md",
         "weight on ordinary text is {} with it and {} without",
-        [retention("confirmed", "text", method) for method in (LIGHT, WITHOUT_TERM)],
+        [retention("third", "text", method) for method in (LIGHT, WITHOUT_TERM)],
     ),
     (
         "docs/evidence.md",
@@ -389,7 +392,7 @@ CLAIMS = [
         "docs/choosing.md",
         "loss on ordinary text by {} instead of {}, at {} instead of {} % of the tasks",
         [
-            retention("confirmed", column, method)
+            retention("third", column, method)
             for column in ("text loss, rise", "tasks solved, %")
             for method in (KL, "lora")
         ],
@@ -398,7 +401,7 @@ CLAIMS = [
         "docs/choosing.md",
         "on tasks is {} instead of LoRA's {}, {} instead of {} % are solved, and the drift in chat is {} instead of {};",
         [
-            retention("confirmed", column, method)
+            retention("third", column, method)
             for column in ("task loss", "tasks solved, %", "requests, KL to the base model")
             for method in (LIGHT, KL)
         ],
@@ -408,7 +411,7 @@ CLAIMS = [
         "then solved {} instead of {} % of the tasks in one test, and {} instead of {} % in another",
         [
             retention(study, "tasks solved, %", name)
-            for study in ("confirmed", "rivals")
+            for study in ("third", "rivals")
             for name in ("lora (scale 0.75)", "lora")
         ],
     ),

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -19,12 +18,11 @@ import transformers
 from . import routers
 from .base_model import ROOT, prepare
 from .methods import METHODS, VARIANTS, Run
-from .report import write_report
+from .report import Row, write_report
 from .training import run as run_at_scales
 
 
 RESULTS = Path(__file__).with_name("results")
-Row = dict[str, Any]
 PACKAGES = ("peft_loramoe", "peft", "transformers", "torch")
 
 

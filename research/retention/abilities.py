@@ -4,7 +4,7 @@
     peft-loramoe evaluate --model build/retention/model --adapter ADAPTER ... --include-path build/retention/abilities \
         --lm-eval retention_grammar retention_in_context
 
-Nothing here is asked as the tasks of the study are, and no item is in them or among the anchors.
+Nothing here is asked as the tasks of the study are.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ NOUNS = listed("boy girl doctor farmer neighbor student painter singer driver te
 PLACES = listed("near behind beside with")
 VERBS = listed("sleep smile laugh wait swim dance arrive agree work cook sing read")
 THINGS = listed("book chair window letter ticket bottle garden picture lamp coin shirt spoon")
-PARTICIPLES = {
-    "eat": ("ate", "eaten"), "write": ("wrote", "written"), "break": ("broke", "broken"), "see": ("saw", "seen"),
-    "take": ("took", "taken"), "drive": ("drove", "driven"), "choose": ("chose", "chosen"), "steal": ("stole", "stolen"),
-    "forget": ("forgot", "forgotten"), "draw": ("drew", "drawn"), "hide": ("hid", "hidden"), "throw": ("threw", "thrown"),
-}  # fmt: skip
+PAST_AND_PARTICIPLE = [
+    ("ate", "eaten"), ("wrote", "written"), ("broke", "broken"), ("saw", "seen"), ("took", "taken"),
+    ("drove", "driven"), ("chose", "chosen"), ("stole", "stolen"), ("forgot", "forgotten"), ("drew", "drawn"),
+    ("hid", "hidden"), ("threw", "thrown"),
+]  # fmt: skip
 WOMEN, MEN = listed("woman queen actress girl aunt mother"), listed("man king actor boy uncle father")
 RELATIONS = {
     "plural": [("cat", "cats"), ("box", "boxes"), ("city", "cities"), ("child", "children"), ("foot", "feet"),
@@ -80,7 +80,7 @@ def grammar(draw: random.Random) -> dict[str, Any]:
         forms = (f"{thing}s", thing) if this in ("these", "those") else (thing, f"{thing}s")
         pair = [f"The {first} bought {this} {form} yesterday." for form in forms]
     else:
-        past, participle = PARTICIPLES[draw.choice(list(PARTICIPLES))]
+        past, participle = draw.choice(PAST_AND_PARTICIPLE)
         forms = (participle, past) if draw.random() < 0.5 else (past, participle)
         auxiliary = " has" if forms[0] == participle else ""
         pair = [f"The {first}{auxiliary} {form} it." for form in forms]
@@ -89,7 +89,7 @@ def grammar(draw: random.Random) -> dict[str, Any]:
 
 def in_context(draw: random.Random) -> dict[str, Any]:
     """A relation, shown by examples, and a word to apply it to."""
-    relation = RELATIONS[draw.choice(list(RELATIONS))]
+    relation = draw.choice(list(RELATIONS.values()))
     *shown, asked = draw.sample(relation, SHOWN + 1)
     wrong = draw.sample([answer for _, answer in relation if answer != asked[1]], 2) + [asked[0]]
     lines = [f"{word} -> {answer}" for word, answer in shown] + [f"{asked[0]} ->"]

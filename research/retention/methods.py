@@ -151,7 +151,7 @@ class Run:
 MAIN = {"lora": {}, "lora+kl": {"anchor_kl_weight": 0.3}, "retain, kl": {"anchor_kl_weight": 0.3}}
 
 
-def at_scale_of_data(samples: int, seed: int, **options: Any) -> list[Run]:
+def on_many_samples(samples: int, seed: int, **options: Any) -> list[Run]:
     """The main methods on many samples, with anchors of their own."""
     return [
         Run(method, seed, samples, 100, options={**own, "anchor_file": "build/retention/anchors.jsonl", **options})
@@ -159,7 +159,7 @@ def at_scale_of_data(samples: int, seed: int, **options: Any) -> list[Run]:
     ]
 
 
-# What `--variant` runs, in this order.
+# What the command `variant` runs, in this order.
 VARIANTS: dict[str, list[Run]] = {
     "cpu": [
         Run("base", 121),
@@ -167,8 +167,8 @@ VARIANTS: dict[str, list[Run]] = {
     ],
     "gpu": [
         Run("base", 131),
-        *(run for seed in range(131, 136) for run in at_scale_of_data(100_000, seed)),
-        *(run for seed in range(131, 136) for run in at_scale_of_data(10_000, seed)),
-        *(run for lr in (3e-4, 3e-3) for run in at_scale_of_data(100_000, 131, lr=lr)),
+        *(run for seed in range(131, 136) for run in on_many_samples(100_000, seed)),
+        *(run for seed in range(131, 136) for run in on_many_samples(10_000, seed)),
+        *(run for lr in (3e-4, 3e-3) for run in on_many_samples(100_000, 131, lr=lr)),
     ],
 }
