@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from .cases import KINDS, SETS, Case, distinct, shrink
 from .measure import Timer, interleave, peak_bytes, quantiles, saved_bytes
-from .methods import PEERS, Unavailable
+from .methods import IMPLEMENTATIONS, PEERS, Unavailable, computed_by
 
 
 ROOT = Path(__file__).parent.parent
@@ -55,11 +55,11 @@ def run_case(case: Case, device: torch.device, timer: Timer, repeat: bool = True
         rows.append(row)
         try:
             module, inputs = kind.setup(config, base)
-            step = kind.step(module, inputs, config)
+            step = computed_by(method, kind.step(module, inputs, config))
             for _ in range(WARM_UP[device.type]):
                 seconds, _ = timer(step)
             row["peak_bytes"] = peak_bytes(lambda step=step: step(fresh=True), device)
-            if kind.forward is not None and not config.get("compile"):
+            if kind.forward is not None and method not in IMPLEMENTATIONS and not config.get("compile"):
                 tensors = [*module.parameters(), *module.buffers()]
                 row["saved_bytes"] = saved_bytes(lambda m=module, i=inputs: kind.forward(m, i), tensors)
         except (Unavailable, torch.OutOfMemoryError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from peft_loramoe import LoRAMoEConfig
+from peft_loramoe.ops import mixture as mixture_module
 
 from .expert_loop import ExpertLoop
 
@@ -58,6 +60,15 @@ def loramoe(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
         "num_experts": config["experts"],
     }
     return get_peft_model(model, LoRAMoEConfig(**options, target_modules=targets, task_type=_task_type(model)))
+
+
+def compiled_loramoe(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
+    """This package in torch, each layer compiled by inductor."""
+    adapted = loramoe(model, config, targets)
+    for layer in adapted.modules():
+        if hasattr(layer, "loramoe_experts"):
+            layer.compile(dynamic=False)
+    return adapted
 
 
 def loop(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
@@ -158,10 +169,39 @@ METHODS: dict[str, Callable[[nn.Module, Config, list[str]], nn.Module]] = {
     "lora": lora,
     "loop": loop,
     "loramoe": loramoe,
+    "loramoe-torch": loramoe,
+    "loramoe-triton": loramoe,
+    "loramoe-compiled": compiled_loramoe,
     "moe_peft": moe_peft,
     "mixlora": mixlora,
 }
+# Which of the two implementations of the mixture a method uses; "loramoe" leaves the choice to the package.
+IMPLEMENTATIONS = {"loramoe-torch": "torch", "loramoe-compiled": "torch", "loramoe-triton": "triton"}
 PEERS = ("moe_peft", "mixlora")
+
+
+def computed_by(method: str, step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step, with the implementation of the mixture that the method names.
+
+    Raises:
+        Unavailable: the Triton kernels do not run here.
+    """
+    if method not in IMPLEMENTATIONS:
+        return step
+    kernels = None
+    if IMPLEMENTATIONS[method] == "triton":
+        if not torch.cuda.is_available():
+            raise Unavailable("the Triton kernels need a CUDA device")
+        kernels = importlib.import_module("peft_loramoe.ops.mixture_triton")
+
+    def with_implementation(**options: Any) -> None:
+        chosen, mixture_module.KERNELS = mixture_module.KERNELS, kernels
+        try:
+            step(**options)
+        finally:
+            mixture_module.KERNELS = chosen
+
+    return with_implementation
 
 
 def _replace(model: nn.Module, targets: list[str], wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:

@@ -1,5 +1,7 @@
 import copy
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,9 +10,10 @@ from peft import PeftModel
 
 from peft_loramoe.groups import ExpertGroups
 from research.retention import abilities, report, routers, tasks, terms, training
-from research.retention.__main__ import main, read_rows
+from research.retention.__main__ import main
 from research.retention.knowledge import Encoder, read, read_facts
 from research.retention.methods import METHODS, VARIANTS, Run
+from research.retention.runs import read_rows
 from research.retention.scoring import Item, answer_logits, packed_answer_logits, score
 from tiny import VOCAB, tiny_llama, tiny_tokenizer
 
@@ -274,8 +277,10 @@ def test_runs_in_processes_of_their_own_give_the_same_rows(tmp_path):
     scores = []
     for processes in ("1", "2"):
         rows = tmp_path / f"{processes}.jsonl"
-        command = ["run", "--methods", "base", "lora", "--seeds", "1", "--samples", "40", "--part", "0.1"]
-        main([*command, "--model", str(model), "--processes", processes, "--output", str(rows)])
+        # a command of its own: processes do not import the module that was started as a command
+        command = [sys.executable, "-m", "research.retention", "run", "--methods", "base", "lora"]
+        command += ["--seeds", "1", "--samples", "40", "--part", "0.1"]
+        subprocess.run([*command, "--model", model, "--processes", processes, "--output", rows], check=True)
         scores.append({row["key"]: row["scores"] for row in read_rows(rows)})
     assert scores[0] == scores[1] and len(scores[0]) == 2
 
