@@ -97,14 +97,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
     parser.add_argument("--adapter-dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.exit(1, "This profiles kernels on a CUDA device, and torch sees none.\n")
     device = torch.device("cuda")
     limits, rows = ceilings(device), []
     print(torch.cuda.get_device_name(), {name: f"{value:.4g}" for name, value in limits.items()})
-    for shape, changes in SHAPES.items():
-        config = {**GPU_LAYER, **changes, "adapter_dtype": options.adapter_dtype}
+    for shape in options.shapes:
+        config = {**GPU_LAYER, **SHAPES[shape], "adapter_dtype": options.adapter_dtype}
         base = KINDS["layer"].base(config, device)
         floor = floors(config)
         for method in ("base", "lora", *IMPLEMENTATIONS):
@@ -112,7 +113,9 @@ def main(arguments: list[str] | None = None) -> None:
             module, inputs = KINDS["layer"].setup({**config, "method": method}, base)
             step = computed_by(method, KINDS["layer"].step(module, inputs, config))
             times = device_times(step)
-            print(f"\n{shape}, {method}: {sum(times.values()):.0f} us on the device, {1e6 * _seconds(step):.0f} in all")
+            print(
+                f"\n{shape}, {method}: {sum(times.values()):.0f} us on the device, {1e6 * _seconds(step):.0f} in all"
+            )
             for kernel, time in sorted(times.items(), key=lambda pair: -pair[1]):
                 bound = 1e6 * floor.get(kernel, 0) / limits["bytes_per_second"]
                 print(f"  {time:8.1f} us  {f'floor {bound:.0f}' if bound else '':12} {kernel}")
