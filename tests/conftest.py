@@ -8,12 +8,13 @@ from accelerate.state import AcceleratorState
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
 torch.set_num_threads(1)  # the models are tiny; the workers share the cores
+DEVICE = os.environ.get("PEFT_LORAMOE_TEST_DEVICE", "cuda")  # cpu: tests that take `device` run there, as a rehearsal
 
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if "gpu" in item.keywords and not (DEVICE == "cpu" and "device" in item.fixturenames):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
@@ -25,6 +26,11 @@ def pytest_collection_finish():
 
 def pytest_unconfigure():
     gc.unfreeze()  # or libraries report at the end that they leak
+
+
+@pytest.fixture(scope="session")
+def device():
+    return DEVICE
 
 
 @pytest.fixture(autouse=True)
