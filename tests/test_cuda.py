@@ -319,11 +319,14 @@ def test_qlora_trains_saves_and_loads(optim, implementation, device, tmp_path):
     assert sum(losses[-4:]) < sum(losses[:4]) - 1.0
     assert_all_finite(trainer.state.log_history)
     trainer.save_model(str(tmp_path / "adapter"))
-    trained = logits(trainer.model)
-    assert trained.device.type == device
     base = prepare_model_for_kbit_training(in_4_bit(tmp_path / "base", device))
-    assert not torch.equal(logits(base), trained)
-    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "adapter")), trained)
+    with torch.autocast(device, dtype=torch.bfloat16):  # as the trainer calls its model
+        trained = logits(trainer.model).float()
+        assert trained.device.type == device
+        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+        assert torch.equal(logits(loaded).float(), trained)
+        with loaded.disable_adapter():
+            assert not torch.allclose(logits(loaded).float(), trained, atol=1e-2)
 
 
 # saving and loading
@@ -484,7 +487,7 @@ def test_a_compiled_training_step_is_one_graph_for_all_lengths(options, implemen
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     for width in range(5, 9):
         batch = token_batch(width=width)
-        expected = loss_and_gradients(loramoe(**options).to(device), batch=batch)
+        expected = loss_and_gradients(model, batch=batch)
         assert_close(loss_and_gradients(model, compiled, batch), expected, FLOAT32)
     assert backend.frame_count == 1
 
