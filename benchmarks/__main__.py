@@ -2,10 +2,8 @@
 H100).
 
 Writes benchmarks/results/<set>.json, one row for each variant of each case; `python -m benchmarks.report` reads it.
-The released peers moe_peft and mixlora take part if they are importable, from build/peers for example:
-
-    pip install --no-deps --target build/peers moe_peft mixlora evaluate scikit-learn scipy joblib threadpoolctl
-    tiktoken sentencepiece
+The released peers moe_peft, mixlora, unsloth and lorafusion take part if they are importable, from build/peers for
+example; docs/performance.md, "Released packages", says how they are installed.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from .methods import PEERS, Config, Unavailable, adapt
+from .methods import MIXTURE_PEERS, Config, Unavailable, adapt
 
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -225,8 +225,9 @@ def both(*methods: str) -> list[Variant]:
 BASE: Variant = ("base", None)
 FLOAT32 = [BASE, ("lora", "float32"), ("loop", "float32"), ("loramoe", "float32")]
 LAYER = [BASE, *both("lora", "loop", "loramoe")]
+FUSED = [*both("unsloth"), ("lorafusion", "bfloat16")]
 SCALING = [BASE, ("lora", "bfloat16"), ("loramoe", "bfloat16")]
-MODEL = [BASE, *both("lora"), ("loop", "bfloat16"), *both("loramoe"), *((peer, "float32") for peer in PEERS)]
+MODEL = [BASE, *both("lora"), ("loop", "bfloat16"), *both("loramoe"), *((peer, "float32") for peer in MIXTURE_PEERS)]
 ACCELERATED = [BASE, *both("lora", "loramoe")]
 
 
@@ -286,10 +287,11 @@ SETS: dict[str, list[Case]] = {
           for cache in ("dynamic", "static")],
     ],
     "gpu": [
-        *layers("layer", LAYER, 30, GPU_LAYER, DROPOUT),
-        *layers("layer", LAYER, 30, {**GPU_LAYER, "in_features": 11008, "out_features": 4096}, DROPOUT),
-        *layers("layer", LAYER, 30, {**GPU_LAYER, "tokens": 4096}, DROPOUT),
-        *layers("layer", FLOAT32, 10, {**GPU_LAYER, "dtype": "float32", "tokens": 4096}, DROPOUT[1:]),
+        *layers("layer", [*LAYER, *FUSED], 30, GPU_LAYER, DROPOUT),
+        *layers("layer", [*LAYER, *FUSED], 30, {**GPU_LAYER, "in_features": 11008, "out_features": 4096}, DROPOUT),
+        *layers("layer", [*LAYER, *FUSED], 30, {**GPU_LAYER, "tokens": 4096}, DROPOUT),
+        *layers("layer", [*FLOAT32, ("unsloth", "float32")], 10, {**GPU_LAYER, "dtype": "float32", "tokens": 4096}, DROPOUT[1:]),
+        *layers("layer of rank 32", [*LAYER, *FUSED], 30, {**GPU_LAYER, "experts": 8}, DROPOUT[1:]),
         *layers("4-bit layer", LAYER, 20, {**GPU_LAYER, "quantization": "nf4"}, DROPOUT[1:]),
         *layers("experts", SCALING, 20, GPU_LAYER, EXPERTS),
         *layers("rank", SCALING, 20, GPU_LAYER, RANKS),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -164,6 +166,65 @@ def mixlora(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
     return model
 
 
+def unsloth(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
+    """Unsloth's fused LoRA of one linear, as it calls it for a model's output projection, around PEFT's LoRA layers.
+
+    `import unsloth` needs many other packages and changes others at import, which all methods would be measured with,
+    so only the modules of its kernels are run.
+    """
+    for package in ("unsloth", "unsloth_zoo"):
+        _need(package)
+    for package in ("unsloth", "unsloth.kernels", "unsloth_zoo", "unsloth_zoo.temporary_patches"):
+        _import_without_init(package)
+    from unsloth.kernels.fast_lora import apply_lora_o
+
+    class Layer(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.o_proj = layer  # the name that the function looks for
+
+        def forward(self, x: Tensor) -> Tensor:
+            return apply_lora_o(self, x.unsqueeze(0)).squeeze(0)
+
+    return _replace(lora(model, config, targets), targets, Layer)
+
+
+def lorafusion(model: nn.Module, config: Config, targets: list[str]) -> nn.Module:
+    """LoRAFusion's fused linear and LoRA, around PEFT's LoRA layers.
+
+    It takes adapters of the dtype of the activations only.
+    """
+    _need("lorafusion")
+    rank, width = config["experts"] * config["r"], config["in_features"]
+    if not config["dropout"]:
+        raise Unavailable("lorafusion's backward pass reads the dropout mask, which it does not have without dropout")
+    if rank < 16 or rank & (rank - 1):
+        raise Unavailable(f"lorafusion's kernels need a rank that is a power of two and at least 16, not {rank}")
+    if width % 256:
+        raise Unavailable(f"lorafusion reads past its tensors if the input size, {width}, is no multiple of 256")
+    _leave_out_removed_tma()
+    from lorafusion.ops.lora_v1 import fused_linear_lora
+
+    class Layer(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            layer = self.layer
+            return fused_linear_lora(
+                x.unsqueeze(0),
+                layer.base_layer.weight,
+                layer.lora_A["default"].weight,
+                layer.lora_B["default"].weight,
+                alpha=layer.scaling["default"],
+                dropout_p=layer.lora_dropout["default"].p,
+                linear_bias=layer.base_layer.bias,
+            ).squeeze(0)
+
+    return _replace(lora(model, config, targets), targets, Layer)
+
+
 METHODS: dict[str, Callable[[nn.Module, Config, list[str]], nn.Module]] = {
     "base": no_adapter,
     "lora": lora,
@@ -174,10 +235,14 @@ METHODS: dict[str, Callable[[nn.Module, Config, list[str]], nn.Module]] = {
     "loramoe-compiled": compiled_loramoe,
     "moe_peft": moe_peft,
     "mixlora": mixlora,
+    "unsloth": unsloth,
+    "lorafusion": lorafusion,
 }
 # Which of the two implementations of the mixture a method uses; "loramoe" leaves the choice to the package.
 IMPLEMENTATIONS = {"loramoe-torch": "torch", "loramoe-compiled": "torch", "loramoe-triton": "triton"}
-PEERS = ("moe_peft", "mixlora")
+MIXTURE_PEERS = ("moe_peft", "mixlora")
+LORA_PEERS = ("unsloth", "lorafusion")
+PEERS = (*MIXTURE_PEERS, *LORA_PEERS)
 
 
 def computed_by(method: str, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,3 +285,30 @@ def _task_type(model: nn.Module) -> str | None:
 def _need(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise Unavailable(f"{package} is not installed")
+
+
+def _import_without_init(package: str) -> None:
+    """Import a package so that its modules can be imported, without running its __init__."""
+    if package not in sys.modules:
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            raise Unavailable(f"{package} is not installed")
+        sys.modules[package] = importlib.util.module_from_spec(spec)
+
+
+def _leave_out_removed_tma() -> None:
+    """Let lorafusion be imported by a Triton without the experimental TMA functions.
+
+    It imports its TMA kernels in any case, and uses others where the hardware has no TMA. Its own check for TMA is
+    answered with no.
+    """
+    import triton.language as tl
+
+    if hasattr(tl, "_experimental_descriptor_load"):
+        return
+    modules = {"tma_utils": {"HAS_TMA_DESC": False}}
+    modules |= {name: {name: None} for name in ("fused_lora_xw_sb_tma", "fused_lora_dyw_dsa_tma")}
+    for name, contents in modules.items():
+        module = ModuleType(f"lorafusion.ops.triton_ops.{name}")
+        vars(module).update(contents)
+        sys.modules.setdefault(module.__name__, module)

@@ -239,6 +239,8 @@ STYLE = {
     "loramoe": ("D", ""),
     "moe_peft": ("v", "xx"),
     "mixlora": ("P", "\\\\"),
+    "unsloth": ("<", "--"),
+    "lorafusion": (">", "++"),
 }
 SWEEPS = {
     "experts": ("experts", "experts N"),

@@ -37,5 +37,7 @@ COLOURS = {
     "loop": ORANGE,
     "moe_peft": GREEN,
     "mixlora": PINK,
+    "unsloth": SKY,
+    "lorafusion": BROWN,
 }
 RECOMMENDED = {"retain, kl (anchor_kl_weight 0.3)", "null"}  # drawn as stars in the studies

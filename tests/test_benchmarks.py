@@ -1,10 +1,12 @@
+import importlib.util
 import json
+import sys
 
 import pytest
 import torch
 
 from benchmarks import anchors, measure, methods, moe, report
-from benchmarks.__main__ import main
+from benchmarks.__main__ import ROOT, main
 from benchmarks.cases import CPU_LAYER, KINDS, SETS
 
 
@@ -147,6 +149,73 @@ def test_adapters_have_the_dtype_of_the_config(method, dtype):
     layer, _ = KINDS["layer"].setup(config, KINDS["layer"].base(config, CPU))
     trained = [p for p in layer.parameters() if p.requires_grad]
     assert trained and {p.dtype for p in trained} == {getattr(torch, dtype)}
+
+
+FUSED_RANKS = {"unsloth": 24, "lorafusion": 16}  # a scaling other than 1
+
+
+def assert_fused_lora_is_the_formula(method, adapter_dtype, dropout, device):
+    """Output and gradients of a fused LoRA, against base and LoRA in float64.
+
+    A, B and the output's gradient are positive, so that LoRA's part of the input's gradient is zero only where x was
+    dropped: that tells the mask, however it was drawn.
+    """
+    sizes = {"in_features": 256, "out_features": 512, "tokens": 128, "experts": FUSED_RANKS[method] // 4}
+    config = {**CPU_LAYER, **sizes, "dropout": dropout, "method": method, "adapter_dtype": adapter_dtype}
+    layer, inputs = KINDS["layer"].setup(config, KINDS["layer"].base(config, device))
+    A, B = sorted((p for p in layer.parameters() if p.requires_grad), key=len)  # (rank, in), (out, rank)
+    W = next(p for p in layer.parameters() if not p.requires_grad)
+    with torch.no_grad():
+        for adapter in (A, B):
+            adapter.uniform_(0.02, 0.06)
+    x = inputs["x"]
+    output = layer(x)
+    function = output.grad_fn.next_functions[0][0].name()
+    assert function == {"unsloth": "LoRA_WBackward", "lorafusion": "FusedLinearLoRABackward"}[method]
+    gradient = torch.rand_like(output) + 0.5
+    got = torch.autograd.grad(output, [x, A, B], gradient)
+
+    scaling = methods.LORA_ALPHA / FUSED_RANKS[method]
+    x, W, A, B, gradient = (tensor.detach().double() for tensor in (x, W, A, B, gradient))
+    through_base, through_lora = gradient @ W, scaling * gradient @ B @ A
+    mask = (got[0].double() - through_base) > through_lora / 2
+    assert abs((~mask).double().mean().item() - dropout) < 0.02
+    keep = mask / (1 - dropout)
+    dropped = x * keep
+    wanted = {
+        "output": x @ W.T + scaling * dropped @ A.T @ B.T,
+        "input": through_base + through_lora * keep,
+        "A": scaling * (gradient @ B).T @ dropped,
+        "B": scaling * gradient.T @ (dropped @ A.T),
+    }
+    for (name, want), tensor in zip(wanted.items(), (output, *got)):
+        assert (tensor.double() - want).norm() / want.norm() < 0.01, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("method", "adapter_dtype", "dropout"),
+    [
+        ("unsloth", "float32", 0.0),
+        ("unsloth", "bfloat16", 0.0),
+        ("unsloth", "float32", 0.25),
+        ("unsloth", "bfloat16", 0.25),
+        ("lorafusion", "bfloat16", 0.25),
+    ],
+)
+def test_fused_lora_is_the_formula(method, adapter_dtype, dropout, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "build" / "peers")])
+    if importlib.util.find_spec(method) is None:
+        pytest.skip(f"{method} is not in build/peers")
+    assert_fused_lora_is_the_formula(method, adapter_dtype, dropout, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("changes", [{"dropout": 0.0}, {"experts": 6}, {"in_features": 64}], ids=str)
+def test_lorafusion_says_what_it_cannot_adapt(changes, monkeypatch):
+    monkeypatch.setattr(methods, "_need", lambda package: None)
+    config = {**CPU_LAYER, "experts": 8, **changes, "method": "lorafusion", "adapter_dtype": "bfloat16"}
+    with pytest.raises(methods.Unavailable, match="without dropout|power of two|no multiple of 256"):
+        KINDS["layer"].setup(config, KINDS["layer"].base(config, CPU))
 
 
 # --- bars

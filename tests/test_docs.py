@@ -215,6 +215,8 @@ CHECKS = {
     "swift": lambda words: None,
     "curl": lambda words: None,
     "cd": lambda words: None,
+    "git": lambda words: None,  # LoRAFusion is not on PyPI
+    "cp": lambda words: None,
 }
 
 
