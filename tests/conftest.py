@@ -14,7 +14,7 @@ DEVICE = os.environ.get("PEFT_LORAMOE_TEST_DEVICE", "cuda")  # of test_cuda.py; 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords and not (DEVICE == "cpu" and item.path.name == "test_cuda.py"):
+            if item.get_closest_marker("gpu") and not (DEVICE == "cpu" and item.path.name == "test_cuda.py"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -234,7 +235,8 @@ def allow_packing(model: nn.Module) -> list[nn.Module]:
 def gradients(model):
     model.zero_grad()
     batch = on(next(model.parameters()).device, labelled(token_batch()))
-    model.train()(**batch, task_types=[0, 1, 1]).loss.backward()
+    with sdpa_kernel(SDPBackend.MATH):  # other backward passes on CUDA add in an order of their own each time
+        model.train()(**batch, task_types=[0, 1, 1]).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 

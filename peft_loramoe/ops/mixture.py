@@ -6,8 +6,8 @@ Saved for the backward pass: x, the dropout mask, the rank channels and the prob
 torch.compile traces the torch backend and fuses it with its surroundings. The Triton kernels, and any backend under
 torch 2.5, are compiled as one custom operator, `peft_loramoe::mixture`; so is a graph exported for training.
 
-PEFT_LORAMOE_TRITON=1 (read at import) enables the Triton kernels on CUDA devices where they apply. They have not run
-on a GPU yet, so they are off by default.
+On an H100 or H200 the Triton kernels compute what they support. PEFT_LORAMOE_TRITON=1 turns them on for other CUDA
+devices too, where they have not been measured, and 0 turns them off.
 """
 
 import os
@@ -24,18 +24,26 @@ from .mixture_torch import MixtureOptions
 
 
 def find_kernels() -> ModuleType | None:
-    """Return the module of the Triton kernels if PEFT_LORAMOE_TRITON turns them on and torch has CUDA, or None.
+    """Return the module of the Triton kernels, or None: turned off, torch without CUDA, or no Triton that runs them.
 
     Raises:
         ValueError: PEFT_LORAMOE_TRITON is neither 0 nor 1.
-        ImportError: the kernels are turned on, and Triton is missing or too old.
+        ImportError: the kernels are asked for, and Triton is missing or too old.
     """
-    if (choice := os.environ.get("PEFT_LORAMOE_TRITON", "0")) not in ("0", "1"):
-        raise ValueError(f"PEFT_LORAMOE_TRITON={choice!r} must be 1, for the Triton kernels on CUDA devices, or 0.")
+    choice = os.environ.get("PEFT_LORAMOE_TRITON")
+    if choice not in ("0", "1", None):
+        raise ValueError(
+            f"PEFT_LORAMOE_TRITON={choice!r} must be 1, for the Triton kernels on all CUDA devices that can run them, "
+            "or 0, for none; unset, they run where they were measured."
+        )
     if choice == "0" or torch.version.cuda is None:
         return None
-    from . import mixture_triton  # Triton is optional
-
+    try:
+        from . import mixture_triton  # Triton is optional
+    except ImportError:
+        if choice == "1":
+            raise
+        return None
     return mixture_triton
 
 

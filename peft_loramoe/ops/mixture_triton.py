@@ -1,47 +1,49 @@
 """The mixture's arithmetic in Triton, for CUDA devices: the same three functions as `mixture_torch`, with the same
 meaning.
 
-Forward, two launches: `project` reads x once, `expand` writes the output. Backward, four: `gate_backward` reads the
-gradient of the output, `input_gradient` writes that of x, `input_weight_gradients` and `output_weight_gradient` read x
-and the gradient of the output once more; partial sums over tokens are added in a fixed order, so results do not change
-from run to run. A base weight is multiplied by cuBLAS on top of what `expand` and `input_gradient` wrote (beta = 1):
-an output is written once.
+Forward, two launches: `project` reads x once, `expand` writes the output. Backward, three: `gate_backward` reads the
+gradient of the output, `input_gradient` writes that of x, and `input_weight_gradients` reads x once more; partial sums
+over tokens are added in a fixed order, so results do not change from run to run. The gradient of B is a product of
+cuBLAS, which takes an eighth of the time that a kernel here took. So is the base layer's, on top of what `expand` and
+`input_gradient` wrote (beta = 1): an output is written once.
 
 Dropout's mask is an int32 tensor of shape (T, ceil(in_features / 32)): bit b of word w tells whether column 32 * w + b
 is kept.
 
-Block sizes are rules, not searches. Every kernel is bound by the one large tensor that it reads or writes, so a block
-is a 128-byte line wide wherever it is reduced over, as tall as leaves a program for each multiprocessor, and in flight
-as often as shared memory allows. There is nothing to search again for every number of tokens, and nothing that differs
-between processes.
+Block sizes are rules, not searches, found on an H200. Every kernel is bound by the one large tensor that it reads or
+writes, so a block is as tall as leaves a program for each multiprocessor, and in flight as often as shared memory
+allows. There is nothing to search again for every number of tokens, and nothing that differs between processes.
+
+With few tokens the time goes into launches. So nothing is launched that a kernel can do on the way, and the launching
+code does without Triton's own helpers: `triton.cdiv` takes as long as a small operation of torch.
 """
 
-from collections.abc import Callable
-from typing import Any, cast
+import functools
+import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from . import triton_kernels as kernels
 from .mixture_torch import MixtureOptions, drop_probability
-from .router import select_gates, select_gates_backward, softmax_backward
+from .router import mm_has_out_dtype, select_gates, select_gates_backward, softmax_backward
 
-
-# Triton's annotations are those inside a kernel.
-_cdiv = cast("Callable[[int, int], int]", triton.cdiv)
-_power_of_2 = cast("Callable[[int], int]", triton.next_power_of_2)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_CHANNELS, MAX_ROUTER_OUTPUTS = 128, 64
+# Where they were found faster than torch: H100 and H200. Elsewhere they run only if they are asked for.
+MEASURED_CAPABILITY = (9, 0)
 # Up to here, blocks of tokens are so few that the columns of x are split among programs too; `expand_partials` adds
 # the sums.
 FEW_TOKENS = 64
 # Programs that keep the large GPUs busy (132 multiprocessors in an H100 or H200).
 PROGRAMS = 128
-# Of 227 KiB in an H100, so that two programs fit.
-SHARED_MEMORY = 100 * 1024
+# Up to here one program sums over all tokens, and writes a gradient without partial sums.
+TOKENS_AT_A_TIME = 1024
+# Bytes of shared memory that are left to the compiler; 227 KiB are there in an H100 or H200.
+RESERVED_SHARED_MEMORY = 27 * 1024
 
 
 def supports(x: Tensor, A: Tensor, B: Tensor, router: Tensor, options: MixtureOptions) -> bool:
@@ -63,13 +65,20 @@ def supports(x: Tensor, A: Tensor, B: Tensor, router: Tensor, options: MixtureOp
 def _can_run(device: torch.device) -> bool:
     if kernels.INTERPRETED.value:
         return device.type == "cpu"
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # bfloat16 and TF32
+    if device.type != "cuda":
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    if os.environ.get("PEFT_LORAMOE_TRITON") == "1":
+        return capability >= (8, 0)  # bfloat16 and TF32
+    return capability == MEASURED_CAPABILITY
 
 
 def dropout_mask(x: Tensor, dropout: float) -> Tensor:
     """What dropout keeps of x, as bits (see above), drawn with a seed from the device's generator."""
     seed = torch.randint(2**63 - 1, (1,), device=x.device)
-    return _dropout_bits(seed, x.shape[0], x.shape[1], dropout)
+    # The operator is for the compiler: its dispatch takes as long as ten kernels to launch.
+    draw = _dropout_bits if torch.compiler.is_compiling() else _draw_bits
+    return draw(seed, x.shape[0], x.shape[1], dropout)
 
 
 def _draw_bits(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
@@ -117,7 +126,10 @@ def forward(
     plain, factor = _are_probabilities(options), options.factor(keep)
     channels = _channels(C, options)
     shape = _padded(C=C, N=N)
-    rows, columns = _reading_block(tokens, x)
+    rows = _reading_rows(tokens)
+    of_a_column = rows * x.itemsize + shape["BLOCK_C"] * A.itemsize + shape["BLOCK_N"] * router.itemsize
+    widest = 128 if x.dtype == torch.bfloat16 else 64  # others are in float32 for the router's logits
+    columns, stages = _pipeline(widest, of_a_column, x.device)
     span, partials = in_features, None
     if few and plain:
         span = _cdiv(in_features, min(32, _power_of_2(_cdiv(in_features, 256))))
@@ -142,9 +154,7 @@ def forward(
         ),
         **dict(C=C, N=N, BLOCK_T=rows, BLOCK_D=columns, **shape),
         num_warps=_warps(x, shape["BLOCK_C"]),
-        num_stages=_stages(
-            columns * (rows * x.itemsize + shape["BLOCK_C"] * A.itemsize + shape["BLOCK_N"] * router.itemsize)
-        ),
+        num_stages=stages,
     )
     base_stride = (0, 0) if base is None else base.stride()
     if partials is not None:
@@ -207,27 +217,27 @@ def backward(
     gates = probabilities if plain else select_gates(probabilities, options.experts, options.top_k).contiguous()
     factor = options.factor(keep)
     grad_x = grad_A = grad_B = grad_router = None
-    if needs_B:
-        grad_B = _output_weight_gradient(grad_output, hidden, gates, factor, B, options)
-    if needs_x or needs_A or needs_router:
-        channels, to_router, to_x = _gate_backward(
-            grad_output,
-            grad_probabilities,
-            B.contiguous(),
-            hidden,
-            gates,
-            None if plain else probabilities,
-            factor,
-            options,
+    channels, gated, to_router, to_x = _gate_backward(
+        grad_output,
+        grad_probabilities,
+        B.contiguous(),
+        hidden,
+        gates,
+        None if plain else probabilities,
+        factor,
+        options,
+        needs_B,
+    )
+    if gated is not None:
+        grad_B = _output_weight_gradient(grad_output, gated, B.dtype)
+    if needs_A or needs_router:
+        grad_A, grad_router = _input_weight_gradients(
+            x, keep, channels if needs_A else None, to_router if needs_router else None, A, router
         )
-        if needs_A or needs_router:
-            grad_A, grad_router = _input_weight_gradients(
-                x, keep, channels if needs_A else None, to_router if needs_router else None, A, router
-            )
-        if needs_x:
-            grad_x = _input_gradient(channels, to_x, A.contiguous(), router.contiguous(), keep)
-            if weight is not None:
-                grad_x.addmm_(grad_output, weight)
+    if needs_x:
+        grad_x = _input_gradient(channels, to_x, A.contiguous(), router.contiguous(), keep)
+        if weight is not None:
+            grad_x.addmm_(grad_output, weight)
     return grad_x, grad_A, grad_B, grad_router
 
 
@@ -240,20 +250,25 @@ def _gate_backward(
     probabilities: Tensor | None,
     factor: float,
     options: MixtureOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the rank channels, and of the logits: for the router, and for x.
+    needs_gated: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of the rank channels; the gated channels, if asked for; gradients of the logits, for the router and
+    for x.
 
     `probabilities` is None where the gates are columns of them.
     """
     (tokens, C), N, out_features = hidden.shape, gates.shape[1], B.shape[0]
     plain = probabilities is None
     grad_hidden = torch.empty_like(hidden)
+    gated = torch.empty_like(hidden) if needs_gated else None
     grad_gates = None if plain else torch.empty_like(gates)
     to_router = hidden.new_empty(gates.shape) if plain else None
     apart = plain and options.balance_detach and grad_probabilities is not None
     to_x = hidden.new_empty(gates.shape) if apart else None
     shape = _padded(C=C, N=N)
-    rows, columns = _reading_block(tokens, hidden)
+    rows = _reading_rows(tokens)
+    of_a_column = rows * grad_output.itemsize + shape["BLOCK_C"] * B.itemsize
+    columns, stages = _pipeline(512 // hidden.itemsize, of_a_column, hidden.device)
     _launch(
         kernels.gate_backward,
         (_cdiv(tokens, rows),),
@@ -266,6 +281,7 @@ def _gate_backward(
         ),
         *(
             grad_hidden,
+            gated,
             grad_gates,
             to_router,
             to_x,
@@ -277,17 +293,17 @@ def _gate_backward(
         ),
         **dict(C=C, N=N, BLOCK_T=rows, BLOCK_O=columns, **_channels(C, options), **shape),
         num_warps=_warps(hidden, shape["BLOCK_C"]),
-        num_stages=_stages(columns * (rows * grad_output.itemsize + shape["BLOCK_C"] * B.itemsize)),
+        num_stages=stages,
     )
     if grad_gates is None or probabilities is None:
         assert to_router is not None
-        return grad_hidden, to_router, to_router if to_x is None else to_x
+        return grad_hidden, gated, to_router, to_router if to_x is None else to_x
     grad = select_gates_backward(grad_gates, probabilities, options.experts, options.top_k)
     total = grad if grad_probabilities is None else grad + grad_probabilities
     to_router = softmax_backward(total, probabilities, options.temperature).to(hidden.dtype)
     if not options.balance_detach or grad_probabilities is None:
-        return grad_hidden, to_router, to_router
-    return grad_hidden, to_router, softmax_backward(grad, probabilities, options.temperature).to(hidden.dtype)
+        return grad_hidden, gated, to_router, to_router
+    return grad_hidden, gated, to_router, softmax_backward(grad, probabilities, options.temperature).to(hidden.dtype)
 
 
 def _input_gradient(grad_hidden: Tensor, to_x: Tensor, A: Tensor, router: Tensor, keep: Tensor | None) -> Tensor:
@@ -312,39 +328,32 @@ def _input_weight_gradients(
     shape = _padded(C=C, N=N)
     rows, columns, splits, span = _token_splits(x, shape["BLOCK_C"])
     partials = [
-        None if gradient is None else x.new_empty(splits, *weight.shape, dtype=torch.float32)
+        None
+        if gradient is None
+        else x.new_empty(splits, *weight.shape, dtype=weight.dtype if splits == 1 else torch.float32)
         for gradient, weight in ((grad_hidden, A), (to_router, router))
     ]
+    of_a_row = (columns + shape["BLOCK_C"] + shape["BLOCK_N"]) * x.itemsize
     _launch(
         kernels.input_weight_gradients,
         (_cdiv(in_features, columns), splits),
         *(x, keep, grad_hidden, to_router, *partials, tokens, in_features, *x.stride(), span),
         **dict(C=C, N=N, BLOCK_T=rows, BLOCK_D=columns, **shape),
         num_warps=_warps(x, shape["BLOCK_C"]),
-        num_stages=_stages(rows * (columns * x.itemsize + (shape["BLOCK_C"] + shape["BLOCK_N"]) * x.itemsize)),
+        num_stages=max(2, min(4, _shared_memory(x.device) // 2 // (rows * of_a_row))),  # so that two programs fit
     )
     grad_A, grad_router = (
-        None if p is None else p.sum(0).to(weight.dtype) for p, weight in zip(partials, (A, router))
+        p if p is None else p[0] if splits == 1 else p.sum(0).to(weight.dtype)
+        for p, weight in zip(partials, (A, router))
     )
     return grad_A, grad_router
 
 
-def _output_weight_gradient(
-    grad_output: Tensor, hidden: Tensor, gates: Tensor, factor: float, B: Tensor, options: MixtureOptions
-) -> Tensor:
-    (tokens, out_features), C, N = grad_output.shape, hidden.shape[1], gates.shape[1]
-    block = _padded(C=C)["BLOCK_C"]
-    rows, columns, splits, span = _token_splits(grad_output, block)
-    partials = hidden.new_empty(splits, out_features, C, dtype=torch.float32)
-    _launch(
-        kernels.output_weight_gradient,
-        (_cdiv(out_features, columns), splits),
-        *(grad_output, hidden, gates, partials, tokens, out_features, *grad_output.stride(), factor, span),
-        **dict(C=C, N=N, BLOCK_T=rows, BLOCK_O=columns, BLOCK_C=block, **_channels(C, options)),
-        num_warps=_warps(hidden, block),
-        num_stages=_stages(rows * (columns * grad_output.itemsize + block * (hidden.itemsize + gates.itemsize))),
-    )
-    return partials.sum(0).to(B.dtype)
+def _output_weight_gradient(grad_output: Tensor, gated: Tensor, dtype: torch.dtype) -> Tensor:
+    grad_output = grad_output if grad_output.dtype == gated.dtype else grad_output.to(gated.dtype)
+    if dtype == torch.float32 and gated.dtype != dtype and gated.is_cuda and mm_has_out_dtype():
+        return torch.mm(gated.t(), grad_output, out_dtype=dtype).t().contiguous()
+    return (gated.t() @ grad_output).t().to(dtype).contiguous()
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -369,31 +378,52 @@ def _padded(**sizes: int) -> dict[str, int]:
     return {f"BLOCK_{name}": max(16, _power_of_2(size)) for name, size in sizes.items()}
 
 
-def _reading_block(tokens: int, tensor: Tensor) -> tuple[int, int]:
-    """Tokens and columns of the blocks of a large tensor that a program reads one after the other."""
-    rows = max(16, min(64, _power_of_2(_cdiv(tokens, PROGRAMS))))
-    return rows, (256 if rows == 16 else 128) // tensor.itemsize
+def _reading_rows(tokens: int) -> int:
+    """Tokens of the blocks of a large tensor that a program reads one after the other."""
+    return max(16, min(64, _power_of_2(_cdiv(tokens, PROGRAMS))))
+
+
+def _pipeline(columns: int, of_a_column: int, device: torch.device) -> tuple[int, int]:
+    """Columns of such blocks, at most `columns`, and how many are in flight; one column takes `of_a_column` bytes.
+
+    Three in flight are a third faster than two, and worth narrower blocks.
+    """
+    size = _shared_memory(device)
+    while columns > 32 and 3 * columns * of_a_column > size:
+        columns //= 2
+    return columns, max(2, min(4, size // (columns * of_a_column)))
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory for a program's blocks; where kernels are interpreted, as many as an H100 has."""
+    if device.type != "cuda":
+        return 227 * 1024 - RESERVED_SHARED_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - RESERVED_SHARED_MEMORY
 
 
 def _warps(tensor: Tensor, channels: int) -> int:
     return 4 if channels <= 32 and tensor.itemsize == 2 else 8
 
 
-def _stages(size: int) -> int:
-    """How many blocks of `size` bytes are in flight."""
-    return max(2, min(4, SHARED_MEMORY // size))
-
-
 def _output_block(tokens: int, channels: int) -> tuple[int, int, int]:
     """Tokens, columns and warps of a program that writes one block of a large tensor."""
-    rows = 128 if channels <= 32 else 64
-    return max(16, min(rows, _power_of_2(tokens))), 128, 8
+    return max(16, min(64, _power_of_2(tokens))), 128, 4 if channels <= 32 else 8
 
 
 def _token_splits(tensor: Tensor, channels: int) -> tuple[int, int, int, int]:
     """Block of tokens, block of columns, number of programs among which the tokens are split, and tokens for each."""
     tokens, columns = tensor.shape
     block_t, block = 64, 128 if channels <= 32 and tensor.itemsize == 2 else 64
-    splits = max(1, min(_cdiv(tokens, 4 * block_t), 2 * PROGRAMS // _cdiv(columns, block)))
+    splits = max(1, min(_cdiv(tokens, TOKENS_AT_A_TIME), 2 * PROGRAMS // _cdiv(columns, block)))
     span = _cdiv(_cdiv(tokens, splits), block_t) * block_t
     return block_t, block, _cdiv(tokens, span), span
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(size: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << (size - 1).bit_length()

@@ -31,7 +31,7 @@ def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if x.dtype == dtype:
         return x @ weight.to(dtype).t()
-    if x.is_cuda and dtype == torch.float32 and x.dtype == torch.bfloat16 and _mm_has_out_dtype():
+    if x.is_cuda and dtype == torch.float32 and x.dtype == torch.bfloat16 and mm_has_out_dtype():
         # The products of two bfloat16 are exact in float32.
         parts = [weight] if weight.dtype == x.dtype else split_in_bfloat16(weight)
         products = torch.mm(x, torch.cat(parts).t(), out_dtype=torch.float32)
@@ -119,5 +119,6 @@ def _contiguous_slices(experts: Sequence[int]) -> list[slice]:
     return [slice(*run) for run in zip(starts, stops)]
 
 
-def _mm_has_out_dtype() -> bool:
+def mm_has_out_dtype() -> bool:
+    """Whether a product of bfloat16 or float16 on CUDA can be returned as it is summed, in float32."""
     return torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8; not on ROCm

@@ -235,12 +235,13 @@ def expand_partials(
 
 @triton.jit(do_not_specialize=["tokens"])
 def gate_backward(
-    grad_output, B, hidden, gates, grad_probabilities, grad_hidden, grad_gates, to_router, to_x,
+    grad_output, B, hidden, gates, grad_probabilities, grad_hidden, gated, grad_gates, to_router, to_x,
     tokens, out_features, grad_row, grad_column, factor, temperature,
     C: tl.constexpr, N: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the rank channels and of the gates, in one pass over the gradient of the output.
+    """Gradients of the rank channels and of the gates, in one pass over the gradient of the output; and the gated
+    channels, where `gated` is given.
 
     Without `grad_gates` the gates are the probabilities, and the gradients of the logits are stored: the one from all
     uses of the probabilities in `to_router`, and the one from the experts alone in `to_x`, where given.
@@ -260,7 +261,10 @@ def gate_backward(
         grad_gated = _dot(tile.to(dtype), weight.to(dtype), grad_gated)
     gate = _load_gates(gates, t, c, tokens, C, N, R, FIRST) * factor
     _store_rows(grad_hidden, grad_gated * gate, t, c, tokens, C)
-    products = grad_gated * _load_rows(hidden, t, c, tokens, C).to(tl.float32)
+    channels = _load_rows(hidden, t, c, tokens, C).to(tl.float32)
+    if gated is not None:
+        _store_rows(gated, channels * gate, t, c, tokens, C)
+    products = grad_gated * channels
     grad = (
         _dot_selection(products, (FIRST + c // R)[:, None] == n[None, :], tl.zeros((BLOCK_T, BLOCK_N), tl.float32))
         * factor
@@ -308,7 +312,7 @@ def input_weight_gradients(
     """``grad_hidden^T @ drop(x)`` and ``to_router^T @ x``; program (i, j) sums over tokens j*span to (j+1)*span.
 
     Either of `A_partials`, shape (splits, C, in_features), and `router_partials`, shape (splits, N, in_features), may
-    be None.
+    be None. A single split's sums are the gradients.
     """
     start, split = tl.program_id(0) * BLOCK_D, tl.program_id(1)
     k, c, n = start + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_N)
@@ -332,28 +336,3 @@ def input_weight_gradients(
     if router_partials is not None:
         row = (split * N + n)[:, None]
         tl.store(router_partials + row * in_features + k[None, :], grad_router, mask=(n < N)[:, None] & inside)
-
-
-@triton.jit(do_not_specialize=["tokens", "span"])
-def output_weight_gradient(
-    grad_output, hidden, gates, partials, tokens, out_features, grad_row, grad_column, factor, span,
-    C: tl.constexpr, N: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """``grad_output^T @ (hidden * gates * factor)`` into `partials` (splits, out_features, C), split by tokens."""
-    split = tl.program_id(1)
-    o, c = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_C)
-    inside = (o < out_features)[None, :]
-    total = tl.zeros((BLOCK_C, BLOCK_O), tl.float32)
-    for first in range(split * span, tl.minimum((split + 1) * span, tokens), BLOCK_T):
-        t = first + tl.arange(0, BLOCK_T)
-        row, column = t.to(tl.int64)[:, None], o.to(tl.int64)[None, :]
-        tile = tl.load(
-            grad_output + row * grad_row + column * grad_column, mask=(t < tokens)[:, None] & inside, other=0.0
-        )
-        channels = _load_rows(hidden, t, c, tokens, C)
-        gated = (channels.to(tl.float32) * (_load_gates(gates, t, c, tokens, C, N, R, FIRST) * factor)).to(
-            channels.dtype
-        )
-        total = _dot(tl.trans(gated), tile.to(channels.dtype), total)
-    tl.store(partials + (split * out_features + o)[None, :] * C + c[:, None], total, mask=(c < C)[:, None] & inside)

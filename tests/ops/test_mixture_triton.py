@@ -206,17 +206,24 @@ def test_other_devices_are_not_supported(device):
     assert not mixture_triton.supports(*tensors(device=device), PLAIN)
 
 
-def test_devices_without_bfloat16_are_not_supported(h100, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert not mixture_triton.supports(*tensors(device="cuda"), PLAIN)
+@pytest.mark.parametrize(
+    ("capability", "by_default", "if_asked_for"),
+    [((7, 5), False, False), ((8, 0), False, True), ((9, 0), True, True), ((10, 0), False, True)],
+)
+def test_devices(h100, monkeypatch, capability, by_default, if_asked_for):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.delenv("PEFT_LORAMOE_TRITON", raising=False)
+    assert mixture_triton.supports(*tensors(device="cuda"), PLAIN) is by_default
+    monkeypatch.setenv("PEFT_LORAMOE_TRITON", "1")
+    assert mixture_triton.supports(*tensors(device="cuda"), PLAIN) is if_asked_for
 
 
 @pytest.mark.parametrize(
     ("environment", "cuda", "found"),
-    [("1", "13.0", True), ("0", "13.0", False), (None, "13.0", False), ("1", None, False)],
+    [("1", "13.0", True), ("0", "13.0", False), (None, "13.0", True), ("1", None, False)],
     ids=["turned on", "turned off", "by default", "torch without CUDA"],
 )
-def test_kernels_are_used_where_they_are_turned_on(monkeypatch, environment, cuda, found):
+def test_kernels_are_found_unless_they_are_turned_off(monkeypatch, environment, cuda, found):
     monkeypatch.delenv("PEFT_LORAMOE_TRITON", raising=False)
     if environment is not None:
         monkeypatch.setenv("PEFT_LORAMOE_TRITON", environment)
@@ -237,6 +244,8 @@ def test_kernels_that_are_turned_on_and_cannot_be_had_are_an_error(monkeypatch):
     _forget_kernels(monkeypatch)
     with pytest.raises(ImportError, match="need Triton 3.5 or newer"):
         mixture_module.find_kernels()
+    monkeypatch.delenv("PEFT_LORAMOE_TRITON")
+    assert mixture_module.find_kernels() is None
 
 
 def test_an_old_triton_is_an_error_that_says_so(monkeypatch):
@@ -361,7 +370,7 @@ def test_kernels_compile_for_an_h100_within_its_registers_and_shared_memory(monk
     only = case.pop("only", None)
     forward, backward, dropout = launches(monkeypatch, **case)
     compiled = [launch for launch in (dropout, *forward, *backward) if only is None or launch[0].__name__ in only]
-    assert len(compiled) == (7 if only is None else len(only))
+    assert len(compiled) == (6 if only is None else len(only))
     for kernel, _, args, constants in compiled:
         _, stack, shared = compile_for_h100(kernel, args, constants)
         # ptxas may put a scalar on the stack though registers are free
@@ -377,7 +386,6 @@ def test_launches(monkeypatch, tokens, second):
         "gate_backward",
         "input_gradient",
         "input_weight_gradients",
-        "output_weight_gradient",
     ]
 
 
