@@ -18,6 +18,7 @@ import platform
 import re
 import subprocess
 import sys
+import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +29,13 @@ from tqdm import tqdm
 
 from .cases import KINDS, SETS, Case, distinct, shrink
 from .measure import Timer, interleave, peak_bytes, quantiles, saved_bytes
-from .methods import IMPLEMENTATIONS, PEERS, Unavailable, computed_by
+from .methods import PEERS, Unavailable, computed_by
 
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("peft_loramoe", "torch", "transformers", "peft", "bitsandbytes", "triton", "liger_kernel", *PEERS)
-WARM_UP = {"cpu": 2, "cuda": 4}
+WARM_UP = {"cpu": 2, "cuda": 3}
 
 
 def run_case(case: Case, device: torch.device, timer: Timer, repeat: bool = True) -> list[dict[str, Any]]:
@@ -57,9 +58,10 @@ def run_case(case: Case, device: torch.device, timer: Timer, repeat: bool = True
             for _ in range(WARM_UP[device.type]):
                 seconds, _ = timer(step)
             row["peak_bytes"] = peak_bytes(lambda step=step: step(fresh=True), device)
-            if kind.forward is not None and method not in IMPLEMENTATIONS and not config.get("compile"):
+            if kind.forward is not None and method != "loramoe-compiled" and not config.get("compile"):
                 tensors = [*module.parameters(), *module.buffers()]
-                row["saved_bytes"] = saved_bytes(lambda m=module, i=inputs: kind.forward(m, i), tensors)
+                forward = computed_by(method, lambda m=module, i=inputs: kind.forward(m, i))
+                row["saved_bytes"] = saved_bytes(forward, tensors)
         except (Unavailable, torch.OutOfMemoryError) as error:
             row["skipped"] = str(error).splitlines()[0]
         except Exception as error:
@@ -148,20 +150,27 @@ def main(arguments: list[str] | None = None) -> Path:
     warnings.filterwarnings("ignore")
     device = torch.device("cuda" if cuda else "cpu")
     result = {"about": about(device, options.smoke), "rows": []}
-    timer = Timer(device)
-    progress = tqdm(cases, unit="case")
+    timer, output = Timer(device), options.output or RESULTS / f"{options.set}.json"
+    progress, failed = tqdm(cases, unit="case"), []
     for number, case in enumerate(progress):
         progress.set_description(case.group)
         torch._dynamo.reset()
-        rows = run_case(case, device, timer, repeat=not options.smoke)
+        try:
+            rows = run_case(case, device, timer, repeat=not options.smoke)
+        except Exception:
+            traceback.print_exc()
+            failed.append(case.group)
+            continue
         result["rows"] += [{"case": number, **row} for row in rows]
+        minutes = round(progress.format_dict["elapsed"] / 60, 2)
+        result["about"] |= {"load_at_end": os.getloadavg()[0], "minutes": minutes}
+        output.write_text(json.dumps(result, indent=1) + "\n")  # after each case: what was measured is kept
         gc.collect()  # models are cycles; two 7B ones are one too many
         if cuda:
             torch.cuda.empty_cache()
-    result["about"] |= {"load_at_end": os.getloadavg()[0], "minutes": round(progress.format_dict["elapsed"] / 60, 2)}
-    output = options.output or RESULTS / f"{options.set}.json"
-    output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{len(result['rows'])} rows in {output}")
+    if failed:
+        parser.exit(1, f"Cases that failed, see above: {', '.join(failed)}.\n")
     return output
 
 

@@ -227,8 +227,11 @@ FLOAT32 = [BASE, ("lora", "float32"), ("loop", "float32"), ("loramoe", "float32"
 LAYER = [BASE, *both("lora", "loop", "loramoe")]
 FUSED = [*both("unsloth"), ("lorafusion", "bfloat16")]
 SCALING = [BASE, ("lora", "bfloat16"), ("loramoe", "bfloat16")]
+GPU_SCALING = [*SCALING, ("loramoe-torch", "bfloat16")]
+GPU_FULL = [*LAYER, ("loramoe-torch", "float32")]
 MODEL = [BASE, *both("lora"), ("loop", "bfloat16"), *both("loramoe"), *((peer, "float32") for peer in MIXTURE_PEERS)]
 ACCELERATED = [BASE, *both("lora", "loramoe")]
+GPU_MODEL = [*ACCELERATED, ("loramoe-torch", "float32")]
 
 
 def layers(
@@ -260,6 +263,15 @@ GPU_LLAMA = {
     "heads": 32,
     "vocab_size": 32000,
 }
+GPU_SMALL = {  # of the size of SmolLM2-135M: its steps are bound by launching
+    **MIXTURE,
+    **LLAMA,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "layers": 30,
+    "heads": 9,
+    "vocab_size": 49152,
+}
 DROPOUT = [{"dropout": 0.0}, {"dropout": 0.05}]
 EXPERTS = [{"experts": n} for n in (2, 4, 8, 16, 32, 64)]
 RANKS = [{"r": r} for r in (2, 4, 8, 16, 32, 64)]
@@ -287,25 +299,28 @@ SETS: dict[str, list[Case]] = {
           for cache in ("dynamic", "static")],
     ],
     "gpu": [
-        *layers("layer", [*LAYER, *FUSED], 30, GPU_LAYER, DROPOUT),
-        *layers("layer", [*LAYER, *FUSED], 30, {**GPU_LAYER, "in_features": 11008, "out_features": 4096}, DROPOUT),
-        *layers("layer", [*LAYER, *FUSED], 30, {**GPU_LAYER, "tokens": 4096}, DROPOUT),
+        *layers("layer", [*GPU_FULL, *FUSED], 30, GPU_LAYER, DROPOUT),
+        *layers("layer", [*GPU_FULL, *FUSED], 30, {**GPU_LAYER, "in_features": 11008, "out_features": 4096}, DROPOUT),
+        *layers("layer", [*GPU_FULL, *FUSED], 30, {**GPU_LAYER, "tokens": 4096}, DROPOUT),
         *layers("layer", [*FLOAT32, ("unsloth", "float32")], 10, {**GPU_LAYER, "dtype": "float32", "tokens": 4096}, DROPOUT[1:]),
-        *layers("layer of rank 32", [*LAYER, *FUSED], 30, {**GPU_LAYER, "experts": 8}, DROPOUT[1:]),
-        *layers("4-bit layer", LAYER, 20, {**GPU_LAYER, "quantization": "nf4"}, DROPOUT[1:]),
-        *layers("experts", SCALING, 20, GPU_LAYER, EXPERTS),
-        *layers("rank", SCALING, 20, GPU_LAYER, RANKS),
-        *layers("tokens", SCALING, 20, GPU_LAYER, TOKENS),
-        *layers("width", SCALING, 20, GPU_LAYER, widths(512, 1024, 2048, 4096, 8192)),
-        Case("training step", "train", {**GPU_LLAMA, "rows": 1, "width": 2048}, MODEL, 9),
-        Case("training step with Liger", "train", {**GPU_LLAMA, "rows": 1, "width": 2048, "liger": True}, ACCELERATED, 9),
-        Case("compiled training step", "train", {**GPU_LLAMA, "layers": 4, "rows": 1, "width": 2048, "compile": "inductor"},
-             [BASE, ("lora", "bfloat16"), ("loramoe", "float32")], 9),
-        *[Case("decoding", "decode", {**GPU_LLAMA, "cache": cache, "prompt": 32, "new_tokens": 24}, MODEL, 5)
+        *layers("layer of rank 32", [*GPU_FULL, *FUSED], 30, {**GPU_LAYER, "experts": 8}, DROPOUT[1:]),
+        *layers("4-bit layer", GPU_FULL, 20, {**GPU_LAYER, "quantization": "nf4"}, DROPOUT[1:]),
+        Case("training step", "train", {**GPU_LLAMA, "rows": 1, "width": 2048}, [*MODEL, ("loramoe-torch", "float32")], 9),
+        Case("training step of a small model", "train", {**GPU_SMALL, "rows": 4, "width": 128}, GPU_MODEL, 9),
+        *[Case("decoding", "decode", {**GPU_LLAMA, "cache": cache, "prompt": 32, "new_tokens": 16}, GPU_MODEL, 5)
           for cache in ("dynamic", "static")],
+        Case("decoding with a small model", "decode", {**GPU_SMALL, "cache": "dynamic", "prompt": 32, "new_tokens": 16},
+             GPU_MODEL, 5),
+        *layers("experts", GPU_SCALING, 20, GPU_LAYER, EXPERTS),
+        *layers("rank", GPU_SCALING, 20, GPU_LAYER, RANKS),
+        *layers("tokens", GPU_SCALING, 20, GPU_LAYER, TOKENS),
+        *layers("width", GPU_SCALING, 20, GPU_LAYER, widths(512, 1024, 2048, 4096, 8192)),
+        Case("training step with Liger", "train", {**GPU_LLAMA, "rows": 1, "width": 2048, "liger": True}, ACCELERATED, 9),
         Case("compiled decoding", "decode",
              {**GPU_LLAMA, "layers": 4, "cache": "static", "prompt": 32, "new_tokens": 64, "compile": "inductor"},
              [BASE, ("lora", "bfloat16"), ("loramoe", "float32")], 5),
+        Case("compiled training step", "train", {**GPU_LLAMA, "layers": 4, "rows": 1, "width": 2048, "compile": "inductor"},
+             [BASE, ("lora", "bfloat16"), ("loramoe", "float32")], 9),
     ],
 }  # fmt: skip
 

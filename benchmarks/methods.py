@@ -259,10 +259,10 @@ def computed_by(method: str, step: Callable[..., Any]) -> Callable[..., Any]:
             raise Unavailable("the Triton kernels need a CUDA device")
         kernels = importlib.import_module("peft_loramoe.ops.mixture_triton")
 
-    def with_implementation(**options: Any) -> None:
+    def with_implementation(**options: Any) -> Any:
         chosen, mixture_module.KERNELS = mixture_module.KERNELS, kernels
         try:
-            step(**options)
+            return step(**options)
         finally:
             mixture_module.KERNELS = chosen
 

@@ -35,6 +35,7 @@ COLOURS = {
     "printed": GREEN,
     # the benchmarks
     "loop": ORANGE,
+    "loramoe-torch": PURPLE,
     "moe_peft": GREEN,
     "mixlora": PINK,
     "unsloth": SKY,

@@ -15,12 +15,12 @@ writes, so a block is as tall as leaves a program for each multiprocessor, and i
 allows. There is nothing to search again for every number of tokens, and nothing that differs between processes.
 
 With few tokens the time goes into launches. So nothing is launched that a kernel can do on the way, and the launching
-code does without Triton's own helpers: `triton.cdiv` takes as long as a small operation of torch.
+code does without Triton's own helpers: `triton.cdiv` takes as long as a small operation of torch (see also
+`triton_launch`).
 """
 
 import functools
 import os
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +29,15 @@ from torch import Tensor
 from . import triton_kernels as kernels
 from .mixture_torch import MixtureOptions, drop_probability
 from .router import mm_has_out_dtype, select_gates, select_gates_backward, softmax_backward
+from .triton_launch import launch
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_CHANNELS, MAX_ROUTER_OUTPUTS = 128, 64
-# Where they were found faster than torch: H100 and H200. Elsewhere they run only if they are asked for.
+# Where they were found faster than torch: H100 and H200. Elsewhere, from 8.0 on (bfloat16 and TF32), they run only if
+# they are asked for.
 MEASURED_CAPABILITY = (9, 0)
+ASKED_FOR = os.environ.get("PEFT_LORAMOE_TRITON") == "1"
 # Up to here, blocks of tokens are so few that the columns of x are split among programs too; `expand_partials` adds
 # the sums.
 FEW_TOKENS = 64
@@ -67,10 +70,12 @@ def _can_run(device: torch.device) -> bool:
         return device.type == "cpu"
     if device.type != "cuda":
         return False
-    capability = torch.cuda.get_device_capability(device)
-    if os.environ.get("PEFT_LORAMOE_TRITON") == "1":
-        return capability >= (8, 0)  # bfloat16 and TF32
-    return capability == MEASURED_CAPABILITY
+    return _capability(device) >= (8, 0) if ASKED_FOR else _capability(device) == MEASURED_CAPABILITY
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def dropout_mask(x: Tensor, dropout: float) -> Tensor:
@@ -85,7 +90,7 @@ def _draw_bits(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
     keep = _empty_bits(seed, rows, columns, dropout)
     scale = 2**kernels.DIGITS.value
     threshold = int((1 - drop_probability(dropout)) * scale)
-    _launch(kernels.dropout_bits, (_cdiv(keep.numel(), 256),), seed, keep, keep.numel(), threshold, BLOCK=256)
+    launch(kernels.dropout_bits, (_cdiv(keep.numel(), 256),), seed, keep, keep.numel(), threshold, BLOCK=256)
     return keep
 
 
@@ -135,7 +140,7 @@ def forward(
         span = _cdiv(in_features, min(32, _power_of_2(_cdiv(in_features, 256))))
         span = _cdiv(span, columns) * columns
         partials = x.new_empty(_cdiv(in_features, span), tokens, C + N, dtype=torch.float32)
-    _launch(
+    launch(
         kernels.project,
         (_cdiv(tokens, rows), 1 if partials is None else len(partials)),
         *(
@@ -158,7 +163,7 @@ def forward(
     )
     base_stride = (0, 0) if base is None else base.stride()
     if partials is not None:
-        _launch(
+        launch(
             kernels.expand_partials,
             (_cdiv(out_features, 64), _cdiv(tokens, rows)),
             *(
@@ -182,7 +187,7 @@ def forward(
 
     gates = probabilities if plain else select_gates(probabilities, options.experts, options.top_k).contiguous()
     rows, columns, warps = _output_block(tokens, shape["BLOCK_C"])
-    _launch(
+    launch(
         kernels.expand,
         (_cdiv(tokens, rows) * _cdiv(out_features, columns),),
         *(hidden, gates, B, base, bias, output, tokens, out_features, *base_stride, factor),
@@ -269,7 +274,7 @@ def _gate_backward(
     rows = _reading_rows(tokens)
     of_a_column = rows * grad_output.itemsize + shape["BLOCK_C"] * B.itemsize
     columns, stages = _pipeline(512 // hidden.itemsize, of_a_column, hidden.device)
-    _launch(
+    launch(
         kernels.gate_backward,
         (_cdiv(tokens, rows),),
         *(
@@ -311,7 +316,7 @@ def _input_gradient(grad_hidden: Tensor, to_x: Tensor, A: Tensor, router: Tensor
     grad_x = grad_hidden.new_empty(tokens, in_features)
     shape = _padded(C=C, N=N)
     rows, columns, warps = _output_block(tokens, shape["BLOCK_C"])
-    _launch(
+    launch(
         kernels.input_gradient,
         (_cdiv(tokens, rows) * _cdiv(in_features, columns),),
         *(grad_hidden, to_x, A, router, keep, grad_x, tokens, in_features),
@@ -334,7 +339,7 @@ def _input_weight_gradients(
         for gradient, weight in ((grad_hidden, A), (to_router, router))
     ]
     of_a_row = (columns + shape["BLOCK_C"] + shape["BLOCK_N"]) * x.itemsize
-    _launch(
+    launch(
         kernels.input_weight_gradients,
         (_cdiv(in_features, columns), splits),
         *(x, keep, grad_hidden, to_router, *partials, tokens, in_features, *x.stride(), span),
@@ -356,11 +361,6 @@ def _output_weight_gradient(grad_output: Tensor, gated: Tensor, dtype: torch.dty
     return (gated.t() @ grad_output).t().to(dtype).contiguous()
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):  # Triton launches on the current device
-        kernel[grid](*args, **constants)
-
-
 def _are_probabilities(options: MixtureOptions) -> bool:
     """Whether the gates are columns of the probabilities next to each other, which the kernels find by themselves."""
     experts = options.experts
@@ -373,6 +373,7 @@ def _channels(num_channels: int, options: MixtureOptions) -> dict[str, int]:
     return dict(R=num_channels // len(experts), FIRST=experts[0] if _are_probabilities(options) else 0)
 
 
+@functools.cache
 def _padded(**sizes: int) -> dict[str, int]:
     """Block sizes: powers of two that the tensor cores can multiply."""
     return {f"BLOCK_{name}": max(16, _power_of_2(size)) for name, size in sizes.items()}

@@ -89,3 +89,7 @@ def find_gguf(folder: Path) -> Path:
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    prepare(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "model")

@@ -151,11 +151,11 @@ class Run:
 MAIN = {"lora": {}, "lora+kl": {"anchor_kl_weight": 0.3}, "retain, kl": {"anchor_kl_weight": 0.3}}
 
 
-def on_many_samples(samples: int, seed: int, **options: Any) -> list[Run]:
+def on_many_samples(samples: int, *seeds: int) -> list[Run]:
     """The main methods on many samples, with anchors of their own."""
+    anchors = {"anchor_file": "build/retention/anchors.jsonl"}
     return [
-        Run(method, seed, samples, 100, options={**own, "anchor_file": "build/retention/anchors.jsonl", **options})
-        for method, own in MAIN.items()
+        Run(method, seed, samples, 100, options={**own, **anchors}) for seed in seeds for method, own in MAIN.items()
     ]
 
 
@@ -167,8 +167,8 @@ VARIANTS: dict[str, list[Run]] = {
     ],
     "gpu": [
         Run("base", 131),
-        *(run for seed in range(131, 136) for run in on_many_samples(100_000, seed)),
-        *(run for seed in range(131, 136) for run in on_many_samples(10_000, seed)),
-        *(run for lr in (3e-4, 3e-3) for run in on_many_samples(100_000, 131, lr=lr)),
+        *on_many_samples(50_000, 131, 132, 133),
+        *on_many_samples(10_000, 131, 132, 133, 134, 135),
+        *on_many_samples(50_000, 134, 135),
     ],
 }

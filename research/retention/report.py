@@ -99,13 +99,17 @@ DIFFERENCES: dict[str, tuple[Measure, str]] = {
 def by_method(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
     """The rows of each method, by seed, in the order of the table of methods.
 
-    A method's name is followed by its options, but for those that all rows have.
+    A method's name is followed by its options and the number of samples, but for those that all rows have.
     """
-    of_all = set.intersection(*({*map(str, row["run"]["options"].items())} for row in rows))
+
+    def options_of(row: Row) -> dict[str, Any]:
+        return {**row["run"]["options"], "samples": row["run"].get("samples")}
+
+    of_all = set.intersection(*({*map(str, options_of(row).items())} for row in rows))
     found: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in sorted(rows, key=lambda row: list(METHODS).index(row["run"]["method"])):
         options = ", ".join(
-            f"{name} {value}" for name, value in row["run"]["options"].items() if str((name, value)) not in of_all
+            f"{name} {value}" for name, value in options_of(row).items() if str((name, value)) not in of_all
         )
         name = row["run"]["method"] + (f" ({options})" if options else "")
         found[name][row["run"]["seed"]] = row

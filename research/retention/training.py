@@ -29,7 +29,7 @@ from peft_loramoe.training import optimizer_groups
 from .base_model import load
 from .knowledge import Encoder, is_held_back, read, read_facts
 from .methods import Method, Run
-from .scoring import Item, Score, packed_answer_logits, score
+from .scoring import Item, Score, answer_logits, base_of, packed_answer_logits, score
 from .tasks import samples
 from .terms import TERMS, Importance, normalise_routers
 
@@ -237,7 +237,9 @@ def losses(
 def _forward(
     model: nn.Module, items: list[Item], importance: Importance | None, types: Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
-    logits, tokens = packed_answer_logits(model, items, types)
+    # On a GPU padding costs little, and the attention over a row of hundreds of items much.
+    pack = base_of(model).device.type == "cpu"
+    logits, tokens = (packed_answer_logits if pack else answer_logits)(model, items, types)
     if importance is not None:
         importance.end_pass([len(item.before) + len(item.answer) for item in items], types)
     return logits, tokens

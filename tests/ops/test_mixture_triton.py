@@ -176,7 +176,8 @@ def tensors(
 @pytest.fixture
 def h100(monkeypatch):
     """Tensors on "cuda" have a device, dtypes and shapes, but no values."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(mixture_triton, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(mixture_triton, "ASKED_FOR", False)
     with FakeTensorMode():
         yield
 
@@ -211,10 +212,9 @@ def test_other_devices_are_not_supported(device):
     [((7, 5), False, False), ((8, 0), False, True), ((9, 0), True, True), ((10, 0), False, True)],
 )
 def test_devices(h100, monkeypatch, capability, by_default, if_asked_for):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.delenv("PEFT_LORAMOE_TRITON", raising=False)
+    monkeypatch.setattr(mixture_triton, "_capability", lambda device: capability)
     assert mixture_triton.supports(*tensors(device="cuda"), PLAIN) is by_default
-    monkeypatch.setenv("PEFT_LORAMOE_TRITON", "1")
+    monkeypatch.setattr(mixture_triton, "ASKED_FOR", True)
     assert mixture_triton.supports(*tensors(device="cuda"), PLAIN) is if_asked_for
 
 
@@ -287,7 +287,7 @@ def launches(monkeypatch, tokens, num_outputs, r, dtype, masters=torch.float32, 
     """(kernel, grid, arguments, constants) of a forward and a backward pass with dropout, d 4096 -> 11008."""
     made = []
     monkeypatch.setattr(
-        mixture_triton, "_launch", lambda kernel, grid, *args, **kwargs: made.append((kernel, grid, args, kwargs))
+        mixture_triton, "launch", lambda kernel, grid, *args, **kwargs: made.append((kernel, grid, args, kwargs))
     )
     x, A, B, router = tensors(tokens, 4096, 11008, num_outputs * r, num_outputs, dtype, masters)
     options = PLAIN._replace(experts=list(range(num_outputs)), top_k=top_k)

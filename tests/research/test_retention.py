@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+import peft_loramoe
 from peft_loramoe.groups import ExpertGroups
 from research.retention import abilities, report, routers, tasks, terms, training
 from research.retention.__main__ import main
@@ -176,12 +177,15 @@ def test_packed_items_have_the_logits_of_padded_ones(method):
     encoder, model = TinyEncoder(tiny_tokenizer()), tiny_llama().eval()
     items = [encoder.sample(sample) for sample in tasks.samples(8, 3, scored=False)]
     if method:
-        model = training.adapt(model, METHODS[method], 3, encoder).eval()
-    types = [1] * len(items) if method == "retain" else None
+        model = training.adapt(model, METHODS[method], 3, encoder).train()
+    types = [0, 1] * (len(items) // 2) if method == "retain" else None
     packed, packed_tokens = packed_answer_logits(model, items, types)
-    padded, tokens = answer_logits(model, items)
+    term = peft_loramoe.balance_loss(model) if types else None
+    padded, tokens = answer_logits(model, items, types)
     torch.testing.assert_close(packed, padded)
     assert torch.equal(packed_tokens, tokens)
+    if types:
+        torch.testing.assert_close(peft_loramoe.balance_loss(model), term)
 
 
 def test_scores_are_those_of_one_item_at_a_time():
