@@ -92,4 +92,4 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 if __name__ == "__main__":
-    prepare(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "model")
+    prepare(ROOT / "model")

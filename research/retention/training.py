@@ -38,6 +38,7 @@ SCORED_TASKS = 160
 CLIP = 1.0
 WARMUP = 0.05
 LOG_EVERY = 8
+MOST_LOGGED = 200  # steps of a run
 GRADIENT_STEPS = (0, 8, 24)
 
 
@@ -185,6 +186,8 @@ def train(model: nn.Module, method: Method, one: Run, encoder: Encoder) -> dict[
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        if step % (1 + steps // MOST_LOGGED):
+            continue
         values = {"step": step, "task": task, "anchor": anchor, "kl": kl, "term": term, "gradient_norm": norm}
         log["steps"].append(
             {name: round(torch.as_tensor(value).item(), 4) for name, value in values.items()} | weights
