@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a CUDA machine measures, in stages of under eight minutes; each can be repeated and leaves its files in OUT.
-#   benchmarks/gpu_day.sh tests | kernels | bench | study
+#   benchmarks/gpu_day.sh tests | kernels | warm-up | bench | study
 # PYTHON is the interpreter (python3), OUT the folder (build/gpu), PROCESSES how many runs of the study go side by side (12).
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -17,12 +17,14 @@ tests)  # every test that needs CUDA
 kernels)  # time by kernel, beside the floor
   "$PYTHON" -m benchmarks.kernels --output "$OUT/kernels.json" 2>&1 | tee "$OUT/kernels.log"
   ;;
-bench)  # once side by side, which compiles the kernels of all groups; then in turn
+warm-up)  # the groups of the benchmark side by side, once, which compiles their kernels
   for group in layer "layer of rank 32" "4-bit layer" experts rank tokens width "compiled decoding" "compiled training step"; do
     "$PYTHON" -m benchmarks gpu --only "$group" --rounds 1 --output "$OUT/warm-up.json" >> "$OUT/warm-up.log" 2>&1 &
   done
   wait
   rm -f "$OUT/warm-up.json"
+  ;;
+bench)  # the benchmark, after warm-up; what is measured is written after each case
   "$PYTHON" -m benchmarks gpu --output "$OUT/gpu.json" > "$OUT/bench.log" 2>&1
   tail -3 "$OUT/bench.log"
   ;;
