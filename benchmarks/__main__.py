@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> Path:
         except Exception:
             traceback.print_exc()
             failed.append(case.group)
-            continue
+            rows = []
         result["rows"] += [{"case": number, **row} for row in rows]
         minutes = round(progress.format_dict["elapsed"] / 60, 2)
         result["about"] |= {"load_at_end": os.getloadavg()[0], "minutes": minutes}

@@ -18,7 +18,7 @@ kernels)  # time by kernel, beside the floor
   "$PYTHON" -m benchmarks.kernels --output "$OUT/kernels.json" 2>&1 | tee "$OUT/kernels.log"
   ;;
 warm-up)  # the groups of the benchmark side by side, once, which compiles their kernels
-  for group in layer "layer of rank 32" "4-bit layer" experts rank tokens width "compiled decoding" "compiled training step"; do
+  for group in layer "layer of rank 32" "4-bit layer" experts rank tokens width; do
     "$PYTHON" -m benchmarks gpu --only "$group" --rounds 1 --output "$OUT/warm-up.json" >> "$OUT/warm-up.log" 2>&1 &
   done
   wait

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -91,7 +91,7 @@ class NonReentrantCheckpointing:
         if not any(getattr(config, "balance_loss_weight", 0) > 0 for config in self.recorder.configs.values()):
             return
         reentrant: list[Any] = [
-            m for m in module.modules() if _is_reentrant(m.__dict__.get("_gradient_checkpointing_func"))
+            m for m in _modules(module) if _is_reentrant(m.__dict__.get("_gradient_checkpointing_func"))
         ]
         if not reentrant or any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
             return  # ZeRO-3 gathers parameters anew in the backward pass, which non-reentrant checkpoints refuse
@@ -103,6 +103,15 @@ class NonReentrantCheckpointing:
             'with the same gradients. Pass gradient_checkpointing_kwargs={"use_reentrant": False} to ask for that '
             "yourself."
         )
+
+
+def _modules(module: nn.Module) -> Iterator[nn.Module]:
+    """As `module.modules()`, without the names, which take most of its time; a shared module may come twice."""
+    stack: list[nn.Module | None] = [module]
+    while stack:
+        if (current := stack.pop()) is not None:
+            yield current
+            stack += current._modules.values()
 
 
 def _is_reentrant(function: Any) -> bool:
