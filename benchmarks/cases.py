@@ -306,6 +306,7 @@ SETS: dict[str, list[Case]] = {
         *layers("layer of rank 32", [*GPU_FULL, *FUSED], 15, {**GPU_LAYER, "experts": 8}, DROPOUT[1:]),
         *layers("4-bit layer", GPU_FULL, 15, {**GPU_LAYER, "quantization": "nf4"}, DROPOUT[1:]),
         Case("training step", "train", {**GPU_LLAMA, "rows": 1, "width": 2048}, [*GPU_MODEL, ("loop", "bfloat16")], 7),
+        Case("training step of 8192 tokens", "train", {**GPU_LLAMA, "layers": 8, "rows": 4, "width": 2048}, GPU_MODEL, 7),
         Case("training step of a small model", "train", {**GPU_SMALL, "rows": 4, "width": 128}, [*MODEL, ("loramoe-torch", "float32")], 9),
         *[Case("decoding", "decode", {**GPU_LLAMA, "cache": cache, "prompt": 32, "new_tokens": 16}, GPU_MODEL, 5)
           for cache in ("dynamic", "static")],

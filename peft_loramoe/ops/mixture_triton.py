@@ -15,12 +15,12 @@ writes, so a block is as tall as leaves a program for each multiprocessor, and i
 allows. There is nothing to search again for every number of tokens, and nothing that differs between processes.
 
 With few tokens the time goes into launches. So nothing is launched that a kernel can do on the way, and the launching
-code does without Triton's own helpers: `triton.cdiv` takes as long as a small operation of torch (see also
-`triton_launch`).
+code does without Triton's own helpers: `triton.cdiv` takes as long as a small operation of torch.
 """
 
 import functools
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,6 @@ from torch import Tensor
 from . import triton_kernels as kernels
 from .mixture_torch import MixtureOptions, drop_probability
 from .router import mm_has_out_dtype, select_gates, select_gates_backward, softmax_backward
-from .triton_launch import launch
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -90,7 +89,7 @@ def _draw_bits(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
     keep = _empty_bits(seed, rows, columns, dropout)
     scale = 2**kernels.DIGITS.value
     threshold = int((1 - drop_probability(dropout)) * scale)
-    launch(kernels.dropout_bits, (_cdiv(keep.numel(), 256),), seed, keep, keep.numel(), threshold, BLOCK=256)
+    _launch(kernels.dropout_bits, (_cdiv(keep.numel(), 256),), seed, keep, keep.numel(), threshold, BLOCK=256)
     return keep
 
 
@@ -140,7 +139,7 @@ def forward(
         span = _cdiv(in_features, min(32, _power_of_2(_cdiv(in_features, 256))))
         span = _cdiv(span, columns) * columns
         partials = x.new_empty(_cdiv(in_features, span), tokens, C + N, dtype=torch.float32)
-    launch(
+    _launch(
         kernels.project,
         (_cdiv(tokens, rows), 1 if partials is None else len(partials)),
         *(
@@ -163,7 +162,7 @@ def forward(
     )
     base_stride = (0, 0) if base is None else base.stride()
     if partials is not None:
-        launch(
+        _launch(
             kernels.expand_partials,
             (_cdiv(out_features, 64), _cdiv(tokens, rows)),
             *(
@@ -187,7 +186,7 @@ def forward(
 
     gates = probabilities if plain else select_gates(probabilities, options.experts, options.top_k).contiguous()
     rows, columns, warps = _output_block(tokens, shape["BLOCK_C"])
-    launch(
+    _launch(
         kernels.expand,
         (_cdiv(tokens, rows) * _cdiv(out_features, columns),),
         *(hidden, gates, B, base, bias, output, tokens, out_features, *base_stride, factor),
@@ -274,7 +273,7 @@ def _gate_backward(
     rows = _reading_rows(tokens)
     of_a_column = rows * grad_output.itemsize + shape["BLOCK_C"] * B.itemsize
     columns, stages = _pipeline(512 // hidden.itemsize, of_a_column, hidden.device)
-    launch(
+    _launch(
         kernels.gate_backward,
         (_cdiv(tokens, rows),),
         *(
@@ -316,7 +315,7 @@ def _input_gradient(grad_hidden: Tensor, to_x: Tensor, A: Tensor, router: Tensor
     grad_x = grad_hidden.new_empty(tokens, in_features)
     shape = _padded(C=C, N=N)
     rows, columns, warps = _output_block(tokens, shape["BLOCK_C"])
-    launch(
+    _launch(
         kernels.input_gradient,
         (_cdiv(tokens, rows) * _cdiv(in_features, columns),),
         *(grad_hidden, to_x, A, router, keep, grad_x, tokens, in_features),
@@ -339,7 +338,7 @@ def _input_weight_gradients(
         for gradient, weight in ((grad_hidden, A), (to_router, router))
     ]
     of_a_row = (columns + shape["BLOCK_C"] + shape["BLOCK_N"]) * x.itemsize
-    launch(
+    _launch(
         kernels.input_weight_gradients,
         (_cdiv(in_features, columns), splits),
         *(x, keep, grad_hidden, to_router, *partials, tokens, in_features, *x.stride(), span),
@@ -359,6 +358,11 @@ def _output_weight_gradient(grad_output: Tensor, gated: Tensor, dtype: torch.dty
     if dtype == torch.float32 and gated.dtype != dtype and gated.is_cuda and mm_has_out_dtype():
         return torch.mm(gated.t(), grad_output, out_dtype=dtype).t().contiguous()
     return (gated.t() @ grad_output).t().to(dtype).contiguous()
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):  # Triton launches on the current device
+        kernel[grid](*args, **constants)
 
 
 def _are_probabilities(options: MixtureOptions) -> bool:

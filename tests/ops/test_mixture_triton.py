@@ -287,7 +287,7 @@ def launches(monkeypatch, tokens, num_outputs, r, dtype, masters=torch.float32, 
     """(kernel, grid, arguments, constants) of a forward and a backward pass with dropout, d 4096 -> 11008."""
     made = []
     monkeypatch.setattr(
-        mixture_triton, "launch", lambda kernel, grid, *args, **kwargs: made.append((kernel, grid, args, kwargs))
+        mixture_triton, "_launch", lambda kernel, grid, *args, **kwargs: made.append((kernel, grid, args, kwargs))
     )
     x, A, B, router = tensors(tokens, 4096, 11008, num_outputs * r, num_outputs, dtype, masters)
     options = PLAIN._replace(experts=list(range(num_outputs)), top_k=top_k)
