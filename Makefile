@@ -142,13 +142,13 @@ study-report: install
 # results in benchmarks/results, figures in docs/images; nothing else should run meanwhile
 bench: install
 	$(BIN)/python -m benchmarks cpu
-	$(BIN)/python -m benchmarks.report > docs/results/performance.md
+	$(BIN)/python -m benchmarks.report cpu > docs/results/performance.md
 	$(BIN)/python -m benchmarks.report --plots
 	$(BIN)/python -m benchmarks.report --check
 
 bench-gpu: install
-	PEFT_LORAMOE_TRITON=1 $(BIN)/python -m benchmarks gpu
-	$(BIN)/python -m benchmarks.report > docs/results/performance.md
+	$(BIN)/python -m benchmarks gpu
+	$(BIN)/python -m benchmarks.report gpu > docs/results/performance-gpu.md
 	$(BIN)/python -m benchmarks.report --plots
 	$(BIN)/python -m benchmarks.report --check
 

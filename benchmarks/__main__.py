@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from peft_loramoe.ops import mixture
+
 from .cases import KINDS, SETS, Case, distinct, shrink
 from .measure import Timer, interleave, peak_bytes, quantiles, saved_bytes
 from .methods import PEERS, Unavailable, computed_by
@@ -97,7 +99,7 @@ def about(device: torch.device, smoke: bool) -> dict[str, Any]:
         "load_at_start": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": versions,
-        "triton_kernels": os.environ.get("PEFT_LORAMOE_TRITON") == "1",
+        "triton_kernels": mixture.KERNELS is not None,
         "smoke": smoke,
     }
 

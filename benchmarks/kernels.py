@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .cases import GPU_LAYER, KINDS
 from .methods import IMPLEMENTATIONS, computed_by
 
 
+RESULTS = Path(__file__).parent / "results"
 STEPS = 10
 SHAPES: dict[str, dict[str, Any]] = {
     "up": {},
@@ -57,6 +58,41 @@ def floors(config: Mapping[str, Any], size: int = 2) -> dict[str, float]:
         "input_weight_gradients": x + mask + channels,
         "input_gradient": x + mask + channels,
     }
+
+
+# Parts of a layer's time: name, method, and what the names of its kernels have in them.
+PARTS = [
+    ("the base layer's two products", "base", ("nvjet",)),
+    ("the same, added to what a kernel wrote", "loramoe-triton", ("badd",)),
+    *((f"`{name}`", "loramoe-triton", (name,)) for name in ("project", "expand", "gate_backward")),
+    ("the gradient of B", "loramoe-triton", ("output_weight_gradient", "splitK")),
+    *(
+        (f"`{name}`", "loramoe-triton", (name,))
+        for name in ("input_weight_gradients", "input_gradient", "dropout_bits")
+    ),
+    ("LoRAMoE in all", "loramoe-triton", ("",)),
+    ("without Triton", "loramoe-torch", ("",)),
+    ("without Triton, compiled by `torch.compile`", "loramoe-compiled", ("",)),
+    ("PEFT LoRA, float32 adapters", "lora", ("",)),
+]
+
+
+def table(results: Sequence[Mapping[str, Any]], shape: str = "up") -> str:
+    """Markdown: microseconds of each part, a column for each result, behind the time that a kernel's bytes take."""
+    lines = []
+    for name, method, marks in PARTS:
+        of_part = [
+            [row for row in result["rows"] if (row["shape"], row["method"]) == (shape, method) and _has(row, marks)]
+            for result in results
+        ]
+        floor = max((row["floor_us"] for rows in of_part for row in rows), default=0) if len(marks[0]) else 0
+        cells = [f"{sum(row['us'] for row in rows):.0f}" for rows in of_part]
+        lines.append(f"| {name} | {f'{floor:.0f}' if floor else ''} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _has(row: Mapping[str, Any], marks: Sequence[str]) -> bool:
+    return any(mark in row["kernel"] for mark in marks)
 
 
 def device_times(step: Callable[[], Any]) -> dict[str, float]:
@@ -95,10 +131,14 @@ def _short(name: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Profile, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "kernels.json")
     parser.add_argument("--adapter-dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--table", action="store_true", help="print the table of docs/performance.md from the results")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     options = parser.parse_args(arguments)
+    if options.table:
+        print(table([json.loads((RESULTS / f"{name}.json").read_text()) for name in ("kernels-first", "kernels")]))
+        return
     if not torch.cuda.is_available():
         parser.exit(1, "This profiles kernels on a CUDA device, and torch sees none.\n")
     device = torch.device("cuda")

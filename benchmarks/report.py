@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,7 +196,11 @@ def _ratio_cell(row: Row, case: Sequence[Row], method: str) -> str:
     other = partner(row, case, method, None if method == "base" else SAME)
     if other is None or row["config"]["method"] == "base":
         return ""
-    low, middle, high = ratio(row, other)
+    return _with_quantiles(ratio(row, other))
+
+
+def _with_quantiles(values: Sequence[float]) -> str:
+    low, middle, high = values
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
@@ -223,6 +228,52 @@ def slopes(cases: Sequence[Sequence[Row]]) -> str:
     return "\n".join(lines)
 
 
+# Rows of the summary of the GPU set: name, group, entries of the config, and the dtype of LoRAMoE's adapters.
+DEVICE_BOUND = [
+    ("layer 4096 -> 11008", "layer", {"in_features": 4096, "tokens": 8192, "dropout": 0.05}, "float32"),
+    ("layer 11008 -> 4096", "layer", {"in_features": 11008, "tokens": 8192, "dropout": 0.05}, "float32"),
+    ("layer 4096 -> 11008, NF4", "4-bit layer", {}, "float32"),
+    ("layer 8192 -> 22016, bf16 adapters", "width", {"in_features": 8192}, "bfloat16"),
+    ("training step, 8 layers of a 7B Llama", "training step of 8192 tokens", {}, "float32"),
+]
+HOST_BOUND = [
+    ("training step of a 7B Llama, 2048 tokens", "training step", {}, "float32"),
+    ("training step of a 135M Llama, 512 tokens", "training step of a small model", {}, "float32"),
+    ("one layer, 64 tokens, bf16 adapters", "tokens", {"tokens": 64}, "bfloat16"),
+    ("decoding, 7B Llama, dynamic cache", "decoding", {"cache": "dynamic"}, "float32"),
+    ("decoding, 4 layers of it, compiled, static cache", "compiled decoding", {}, "float32"),
+]
+MEMORY = "peak MiB: LoRAMoE; base, LoRA bf16, LoRA float32, Unsloth"
+RIVALS = {
+    "the frozen base": ("base", None),
+    "PEFT LoRA, bf16 adapters": ("lora", "bfloat16"),
+    "PEFT LoRA, float32 adapters": ("lora", "float32"),
+    "Unsloth's LoRA": ("unsloth", "float32"),
+}
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """Two tables of the GPU set: LoRAMoE against its rivals where the device decides the time, and where the host."""
+    found = groups(result["rows"])
+    lines = []
+    for rows, rivals, memory in ((DEVICE_BOUND, list(RIVALS), True), (HOST_BOUND, list(RIVALS)[:3], False)):
+        head = [
+            "",
+            *(f"/ {name}" for name in rivals),
+            *([MEMORY] if memory else []),
+        ]
+        lines += [head, ["---"] * len(head)]
+        for name, group, where, dtype in rows:
+            (case,) = (c for c in found[group] if all(c[0]["config"][key] == value for key, value in where.items()))
+            row = partner(case[0], case, "loramoe", dtype)
+            others = [partner(case[0], case, *RIVALS[rival]) for rival in rivals]
+            cells = ["" if other is None else _with_quantiles(ratio(row, other)) for other in others]
+            peaks = ["-" if other is None else f"{other['peak_bytes'] / 2**20:.0f}" for other in (row, *others)]
+            lines.append([name, *cells, *([f"{peaks[0]}; {', '.join(peaks[1:])}"] if memory else [])])
+        lines.append([])
+    return "\n".join("| " + " | ".join(line) + " |" if line else "" for line in lines)
+
+
 def heading(result: Mapping[str, Any]) -> str:
     """Where and with what a set was measured."""
     about = result["about"]
@@ -232,6 +283,7 @@ def heading(result: Mapping[str, Any]) -> str:
         f"{about['device']}, {about['threads']} threads of {about['cores']} cores, load {about['load_at_start']:.1f} "
         f"to {about['load_at_end']:.1f}, {about['date']}, commit {commit}, Python {about['python']}, "
         f"{versions}{', CUDA ' + about['cuda'] if about['cuda'] else ''}; {about['minutes']} minutes."
+        + (f" {about['note']}" if "note" in about else "")
     )
 
 
@@ -249,6 +301,17 @@ STYLE = {
     "unsloth": ("<", "--"),
     "lorafusion": (">", "++"),
 }
+# Groups of the figure of layers and models.
+STEPS = (
+    "layer",
+    "4-bit layer",
+    "training step",
+    "training step of 8192 tokens",
+    "training step of a small model",
+    "decoding",
+    "decoding with a small model",
+)
+MOST_SHOWN = 3.0
 SWEEPS = {
     "experts": ("experts", "experts N"),
     "rank": ("r", "rank r"),
@@ -262,12 +325,12 @@ def plot_steps(cases: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> None
     from matplotlib.figure import Figure
 
     panels = [
-        (f"{group}\n{label}", case)
-        for group in ("layer", "4-bit layer", "training step", "decoding")
+        ("\n".join([group, *textwrap.wrap(label, 44)]), case)
+        for group in STEPS
         for case, label in zip(cases.get(group, []), _labels(cases[group]) if group in cases else [])
     ]
     columns = 2
-    figure = Figure(figsize=(4 * columns, 2.4 * -(-len(panels) // columns)), layout="constrained")
+    figure = Figure(figsize=(4.5 * columns, 2.4 * -(-len(panels) // columns)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
@@ -280,6 +343,7 @@ def plot_steps(cases: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> None
             axis.barh(place, middle, color=colour, hatch=hatch, edgecolor="white", alpha=0.9)
             axis.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color="black", capsize=2, linewidth=1)
         axis.axvline(1, color="black", linestyle=":", linewidth=1)
+        axis.set_xlim(0, min(axis.get_xlim()[1], MOST_SHOWN))  # a longer bar ends at the edge
         names = [
             f"{NAMES.get(r['config']['method'], r['config']['method'])}, {SHORT[r['config']['adapter_dtype']]}"
             for r in rows
@@ -299,6 +363,9 @@ def plot_scaling(cases: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> No
     *axes, memory, key_panel = figure.subplots(2, 3).flatten()
     drawn = {}
     for axis, (group, (key, label)) in zip(axes, SWEEPS.items()):
+        if group not in cases:
+            axis.set_axis_off()
+            continue
         for method in ("lora", "loramoe"):
             points = _points(cases.get(group, []), key, method)
             colour, (marker, _) = COLOURS[method], STYLE[method]
@@ -338,7 +405,13 @@ def _points(cases: Sequence[Sequence[Row]], key: str, method: str) -> list[tuple
 def main(arguments: list[str] | None = None) -> None:
     """Print tables or bars, or draw figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "set", nargs="?", choices=("cpu", "gpu"), help="the set whose tables are printed (default: both)"
+    )
     parser.add_argument("--check", action="store_true", help="print the bars instead of the tables")
+    parser.add_argument(
+        "--summary", action="store_true", help="print the two tables of docs/performance.md on the GPU set"
+    )
     parser.add_argument("--plots", action="store_true", help="draw the figures instead")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with cpu.json and gpu.json")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder for the figures")
@@ -346,6 +419,9 @@ def main(arguments: list[str] | None = None) -> None:
     results = {name: result for name in ("cpu", "gpu") if (result := load(name, options.results)) is not None}
     if not results:
         parser.exit(1, f"No result in {options.results}; run `make bench` or `make bench-gpu` first.\n")
+    if options.summary:
+        print(summary(results["gpu"]))
+        return
     if options.check:
         for bar, case, value, limit in check(results):
             verdict = "not measured" if value is None else f"{value:5.3f} {'ok' if value <= limit else 'MISSED'}"
@@ -353,6 +429,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     for name, result in results.items():
         cases = groups(result["rows"])
+        if options.set not in (None, name):
+            continue
         if options.plots:
             for kind, plot in (("steps", plot_steps), ("scaling", plot_scaling)):
                 path = options.images / f"performance-{name}-{kind}.png"

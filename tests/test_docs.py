@@ -204,6 +204,11 @@ def check_pip(words: list[str]) -> None:
         assert set(extras.split(",")) <= set(setup["options.extras_require"])
 
 
+def check_bash(words):
+    script, stage = words[:2]
+    assert re.search(rf"^{stage}\)", (ROOT / script).read_text(encoding="utf-8"), re.MULTILINE)
+
+
 CHECKS = {
     "peft-loramoe": check_peft_loramoe,
     "python": check_python,
@@ -217,6 +222,7 @@ CHECKS = {
     "cd": lambda words: None,
     "git": lambda words: None,  # LoRAFusion is not on PyPI
     "cp": lambda words: None,
+    "bash": check_bash,
 }
 
 
