@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from .__main__ import about
 from .cases import GPU_LAYER, KINDS
 from .methods import IMPLEMENTATIONS, computed_by
 
@@ -160,8 +161,8 @@ def main(arguments: list[str] | None = None) -> None:
                 bound = 1e6 * floor.get(kernel, 0) / limits["bytes_per_second"]
                 print(f"  {time:8.1f} us  {f'floor {bound:.0f}' if bound else '':12} {kernel}")
                 rows.append({"shape": shape, "method": method, "kernel": kernel, "us": time, "floor_us": bound})
-    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, **limits}
-    options.output.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    result = {"about": {**about(device, smoke=False), **limits}, "rows": rows}
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Triton decides when a kernel is defined whether it is interpreted, so one proces
 import importlib
 from typing import NamedTuple
 
+import numpy
 import torch
 import torch._inductor.config
 
@@ -129,6 +130,51 @@ def errors(case, device="cpu"):
         if name not in case.frozen:
             result[name] = _error(tensor.grad, wanted.grad)
     return result
+
+
+class _Checked:
+    """Triton's interpreter, which raises for an access outside of the kernel's tensors."""
+
+    def __init__(self, interpreter):
+        self.interpreter, self.ranges = interpreter, []
+
+    def __getattr__(self, name):
+        return getattr(self.interpreter, name)
+
+    def load(self, pointers, mask, *rest):
+        self._check(pointers[mask])
+        return self.interpreter.load(pointers, mask, *rest)
+
+    def store(self, pointers, value, mask):
+        self._check(pointers[mask])
+        return self.interpreter.store(pointers, value, mask)
+
+    def _check(self, addresses):
+        inside = numpy.zeros(addresses.shape, bool)
+        for first, last in self.ranges:
+            inside |= (addresses >= first) & (addresses < last)
+        if not inside.all():
+            raise IndexError(f"{(~inside).sum()} of {inside.size} addresses are outside of the kernel's tensors")
+
+
+def check_accesses(case):
+    """Run a case in the interpreter; raises for an access outside of the tensors that a kernel was given."""
+    runtime = importlib.import_module("triton.runtime.interpreter")
+    checked, launch = _Checked(runtime._interpreter), kernels()._launch
+
+    def launch_checked(kernel, grid, *args, **constants):
+        checked.ranges = [
+            (t.data_ptr(), t.data_ptr() + t.itemsize * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))))
+            for t in args
+            if isinstance(t, torch.Tensor) and t.numel()
+        ]
+        launch(kernel, grid, *args, **constants)
+
+    runtime._interpreter, kernels()._launch = checked, launch_checked
+    try:
+        errors(case)
+    finally:
+        runtime._interpreter, kernels()._launch = checked.interpreter, launch
 
 
 def differences(case, device="cpu"):

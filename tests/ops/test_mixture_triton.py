@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -114,6 +114,14 @@ def test_kernels_agree_with_the_formula_in_outputs_and_gradients(interpreter, ca
 )
 def test_written_out_cases(interpreter, case):
     assert_small(interpreter(triton_cases.errors, case), case)
+
+
+@pytest.mark.slow
+@given(case=cases())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(case=Case(tokens=1, in_features=1, out_features=1, num_outputs=2, experts=(0, 1), r=1))
+def test_kernels_read_and_write_their_tensors_only(interpreter, case):
+    interpreter(triton_cases.check_accesses, case)
 
 
 @pytest.mark.parametrize("add", ["nothing", "base", "weight"])
