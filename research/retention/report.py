@@ -103,7 +103,7 @@ def by_method(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
     """
 
     def options_of(row: Row) -> dict[str, Any]:
-        return {**row["run"]["options"], "samples": row["run"].get("samples")}
+        return {"samples": row["run"].get("samples"), **row["run"]["options"]}
 
     of_all = set.intersection(*({*map(str, options_of(row).items())} for row in rows))
     found: dict[str, dict[int, Row]] = defaultdict(dict)
