@@ -56,7 +56,10 @@ def supports(x: Tensor, A: Tensor, B: Tensor, router: Tensor, options: MixtureOp
     """
     return (
         _can_run(x.device)
-        and all(t.dtype in DTYPES for t in (x, A, B, router))
+        and x.dtype in DTYPES
+        and A.dtype in DTYPES
+        and B.dtype in DTYPES
+        and router.dtype in DTYPES
         and options.router_dtype == torch.float32
         and 0 < A.shape[0] <= MAX_CHANNELS
         and router.shape[0] <= MAX_ROUTER_OUTPUTS
@@ -129,19 +132,20 @@ def forward(
 
     plain, factor = _are_probabilities(options), options.factor(keep)
     channels = _channels(C, options)
-    shape = _padded(C=C, N=N)
+    sizes = _sizes(C, N)
     rows = _reading_rows(tokens)
-    of_a_column = rows * x.itemsize + shape["BLOCK_C"] * A.itemsize + shape["BLOCK_N"] * router.itemsize
+    of_a_column = rows * x.itemsize + sizes["BLOCK_C"] * A.itemsize + sizes["BLOCK_N"] * router.itemsize
     widest = 128 if x.dtype == torch.bfloat16 else 64  # others are in float32 for the router's logits
     columns, stages = _pipeline(widest, of_a_column, x.device)
-    span, partials = in_features, None
+    span, splits, partials = in_features, 1, None
     if few and plain:
         span = _cdiv(in_features, min(32, _power_of_2(_cdiv(in_features, 256))))
         span = _cdiv(span, columns) * columns
-        partials = x.new_empty(_cdiv(in_features, span), tokens, C + N, dtype=torch.float32)
+        splits = _cdiv(in_features, span)
+        partials = x.new_empty(splits, tokens, C + N, dtype=torch.float32)
     _launch(
         kernels.project,
-        (_cdiv(tokens, rows), 1 if partials is None else len(partials)),
+        (_cdiv(tokens, rows), splits),
         *(
             x,
             keep,
@@ -156,8 +160,8 @@ def forward(
             span,
             options.temperature,
         ),
-        **dict(C=C, N=N, BLOCK_T=rows, BLOCK_D=columns, **shape),
-        num_warps=_warps(x, shape["BLOCK_C"]),
+        **dict(sizes, BLOCK_T=rows, BLOCK_D=columns),
+        num_warps=_warps(x, sizes["BLOCK_C"]),
         num_stages=stages,
     )
     base_stride = (0, 0) if base is None else base.stride()
@@ -176,21 +180,21 @@ def forward(
                 tokens,
                 out_features,
                 *base_stride,
-                len(partials),
+                splits,
             ),
             *(factor, options.temperature),
-            **dict(C=C, N=N, BLOCK_T=rows, BLOCK_O=64, **channels, **shape),
-            num_warps=_warps(x, shape["BLOCK_C"]),
+            **dict(sizes, BLOCK_T=rows, BLOCK_O=64, **channels),
+            num_warps=_warps(x, sizes["BLOCK_C"]),
         )
         return output, probabilities, hidden
 
     gates = probabilities if plain else select_gates(probabilities, options.experts, options.top_k).contiguous()
-    rows, columns, warps = _output_block(tokens, shape["BLOCK_C"])
+    rows, columns, warps = _output_block(tokens, sizes["BLOCK_C"])
     _launch(
         kernels.expand,
         (_cdiv(tokens, rows) * _cdiv(out_features, columns),),
         *(hidden, gates, B, base, bias, output, tokens, out_features, *base_stride, factor),
-        **dict(C=C, N=gates.shape[1], BLOCK_T=rows, BLOCK_O=columns, BLOCK_C=shape["BLOCK_C"], **channels),
+        **dict(C=C, N=gates.shape[1], BLOCK_T=rows, BLOCK_O=columns, BLOCK_C=sizes["BLOCK_C"], **channels),
         num_warps=warps,
     )
     if weight is not None and not few:
@@ -214,7 +218,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `mixture_torch.backward`."""
     needs_x, needs_A, needs_B, needs_router = needs
-    if len(x) == 0:
+    if x.shape[0] == 0:
         none = [torch.zeros_like(t) if wanted else None for t, wanted in zip((x, A, B, router), needs)]
         return none[0], none[1], none[2], none[3]
     plain = _are_probabilities(options)
@@ -269,9 +273,9 @@ def _gate_backward(
     to_router = hidden.new_empty(gates.shape) if plain else None
     apart = plain and options.balance_detach and grad_probabilities is not None
     to_x = hidden.new_empty(gates.shape) if apart else None
-    shape = _padded(C=C, N=N)
+    sizes = _sizes(C, N)
     rows = _reading_rows(tokens)
-    of_a_column = rows * grad_output.itemsize + shape["BLOCK_C"] * B.itemsize
+    of_a_column = rows * grad_output.itemsize + sizes["BLOCK_C"] * B.itemsize
     columns, stages = _pipeline(512 // hidden.itemsize, of_a_column, hidden.device)
     _launch(
         kernels.gate_backward,
@@ -295,8 +299,8 @@ def _gate_backward(
             factor,
             options.temperature,
         ),
-        **dict(C=C, N=N, BLOCK_T=rows, BLOCK_O=columns, **_channels(C, options), **shape),
-        num_warps=_warps(hidden, shape["BLOCK_C"]),
+        **dict(sizes, BLOCK_T=rows, BLOCK_O=columns, **_channels(C, options)),
+        num_warps=_warps(hidden, sizes["BLOCK_C"]),
         num_stages=stages,
     )
     if grad_gates is None or probabilities is None:
@@ -313,13 +317,13 @@ def _gate_backward(
 def _input_gradient(grad_hidden: Tensor, to_x: Tensor, A: Tensor, router: Tensor, keep: Tensor | None) -> Tensor:
     (tokens, C), (N, in_features) = grad_hidden.shape, router.shape
     grad_x = grad_hidden.new_empty(tokens, in_features)
-    shape = _padded(C=C, N=N)
-    rows, columns, warps = _output_block(tokens, shape["BLOCK_C"])
+    sizes = _sizes(C, N)
+    rows, columns, warps = _output_block(tokens, sizes["BLOCK_C"])
     _launch(
         kernels.input_gradient,
         (_cdiv(tokens, rows) * _cdiv(in_features, columns),),
         *(grad_hidden, to_x, A, router, keep, grad_x, tokens, in_features),
-        **dict(C=C, N=N, BLOCK_T=rows, BLOCK_D=columns, **shape),
+        **dict(sizes, BLOCK_T=rows, BLOCK_D=columns),
         num_warps=warps,
     )
     return grad_x
@@ -329,28 +333,28 @@ def _input_weight_gradients(
     x: Tensor, keep: Tensor | None, grad_hidden: Tensor | None, to_router: Tensor | None, A: Tensor, router: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     (tokens, in_features), C, N = x.shape, A.shape[0], router.shape[0]
-    shape = _padded(C=C, N=N)
-    rows, columns, splits, span = _token_splits(x, shape["BLOCK_C"])
+    sizes = _sizes(C, N)
+    rows, columns, splits, span = _token_splits(x, sizes["BLOCK_C"])
     partials = [
         None
         if gradient is None
-        else x.new_empty(splits, *weight.shape, dtype=weight.dtype if splits == 1 else torch.float32)
+        else weight.new_empty(weight.shape)
+        if splits == 1
+        else x.new_empty(splits, *weight.shape, dtype=torch.float32)
         for gradient, weight in ((grad_hidden, A), (to_router, router))
     ]
-    of_a_row = (columns + shape["BLOCK_C"] + shape["BLOCK_N"]) * x.itemsize
+    of_a_row = (columns + sizes["BLOCK_C"] + sizes["BLOCK_N"]) * x.itemsize
     _launch(
         kernels.input_weight_gradients,
         (_cdiv(in_features, columns), splits),
         *(x, keep, grad_hidden, to_router, *partials, tokens, in_features, *x.stride(), span),
-        **dict(C=C, N=N, BLOCK_T=rows, BLOCK_D=columns, **shape),
-        num_warps=_warps(x, shape["BLOCK_C"]),
+        **dict(sizes, BLOCK_T=rows, BLOCK_D=columns),
+        num_warps=_warps(x, sizes["BLOCK_C"]),
         num_stages=max(2, min(4, _shared_memory(x.device) // 2 // (rows * of_a_row))),  # so that two programs fit
     )
-    grad_A, grad_router = (
-        p if p is None else p[0] if splits == 1 else p.sum(0).to(weight.dtype)
-        for p, weight in zip(partials, (A, router))
-    )
-    return grad_A, grad_router
+    if splits > 1:
+        partials = [p if p is None else p.sum(0).to(weight.dtype) for p, weight in zip(partials, (A, router))]
+    return partials[0], partials[1]
 
 
 def _output_weight_gradient(grad_output: Tensor, gated: Tensor, dtype: torch.dtype) -> Tensor:
@@ -361,7 +365,7 @@ def _output_weight_gradient(grad_output: Tensor, gated: Tensor, dtype: torch.dty
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):  # Triton launches on the current device
+    with torch.cuda.device_of(args[0]):  # a tensor; Triton launches on the current device
         kernel[grid](*args, **constants)
 
 
@@ -378,16 +382,18 @@ def _channels(num_channels: int, options: MixtureOptions) -> dict[str, int]:
 
 
 @functools.cache
-def _padded(**sizes: int) -> dict[str, int]:
-    """Block sizes: powers of two that the tensor cores can multiply."""
-    return {f"BLOCK_{name}": max(16, _power_of_2(size)) for name, size in sizes.items()}
+def _sizes(C: int, N: int) -> dict[str, int]:
+    """Rank channels, router outputs, and the blocks that hold them: powers of two that tensor cores can multiply."""
+    return dict(C=C, N=N, BLOCK_C=max(16, _power_of_2(C)), BLOCK_N=max(16, _power_of_2(N)))
 
 
+@functools.lru_cache
 def _reading_rows(tokens: int) -> int:
     """Tokens of the blocks of a large tensor that a program reads one after the other."""
     return max(16, min(64, _power_of_2(_cdiv(tokens, PROGRAMS))))
 
 
+@functools.lru_cache
 def _pipeline(columns: int, of_a_column: int, device: torch.device) -> tuple[int, int]:
     """Columns of such blocks, at most `columns`, and how many are in flight; one column takes `of_a_column` bytes.
 
