@@ -89,9 +89,10 @@ def repeat_for_rows(task_types: Any, rows: int) -> Any:
     """
     if isinstance(task_types, int):
         return [task_types] * rows
-    times, rest = divmod(rows, len(task_types)) if len(task_types) else (1, 0)
-    if times <= 1 or rest:
+    given = len(task_types)
+    if given == 0 or rows <= given or rows % given:
         return task_types  # where they do not fit, the check of shapes says so
+    times = rows // given  # torch.compile does not know divmod of symbolic sizes
     return (
         task_types.repeat(times, *(1 for _ in task_types.shape[1:]))
         if isinstance(task_types, Tensor)
