@@ -24,7 +24,7 @@ def test_a_compiled_model_is_one_graph_with_the_same_loss_and_gradients(options)
     torch.testing.assert_close(results[0], results[1])
 
 
-def graphs(model, collected=False):
+def graphs(model, collected=False, dynamic=None):
     """How often dynamo compiles a model that is called with batches of many sizes."""
     count = 0
 
@@ -34,7 +34,7 @@ def graphs(model, collected=False):
         return graph.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
     adapted = hasattr(model, "peft_config")
     for width in range(5, 10):
         batch, types = labelled(token_batch(width=width)), torch.tensor([0, 1, width % 2])
@@ -58,6 +58,12 @@ def graphs_without_an_adapter():
 @pytest.mark.parametrize("collected", [False, True], ids=["in the model's loss", "collected"])
 def test_a_compiled_model_is_recompiled_as_often_as_without_the_adapter(collected, graphs_without_an_adapter):
     assert graphs(loramoe(), collected) <= graphs_without_an_adapter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("collected", [False, True], ids=["in the model's loss", "collected"])
+def test_a_model_compiled_for_all_sizes_is_compiled_once(collected):
+    assert graphs(loramoe(), collected, dynamic=True) == 1
 
 
 def test_an_adapted_layer_compiles_without_a_graph_break():

@@ -127,7 +127,9 @@ class Recorder:
         self.streams = Streams()
         self.handles: list[RemovableHandle | UnpackedWeights] = []  # hooks that leave the base model with the recorder
         self._warned: set[str] = set()
-        self._threads: dict[int, _Thread] = {}
+        # This thread's entry is made here: made in the first call, if that is compiled, it would have the second one
+        # compiled anew.
+        self._threads = {threading.get_ident(): _Thread()}
 
     def __getstate__(self) -> dict[str, Any]:
         # A recording belongs to the graph of its call: copies and pickles start empty.
