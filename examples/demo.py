@@ -9,6 +9,13 @@ the base model and both adapters answer. Last, the LoRAMoE adapter is loaded in 
 same bit by bit. Options that are not listed here are those of `peft-loramoe train`.
 """
 
+# ruff: noqa: E402
+import logging
+
+
+# Said when it is imported, on Intel CPUs with AVX512-BF16; nothing to act on.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 import argparse
 import json
 import math

@@ -181,11 +181,11 @@ def moved(model, before):
 @pytest.mark.parametrize(("backend", "device"), CASES)
 def test_quantised_base_model(backend, device, base, tmp_path):
     pytest.importorskip(backend.library)
-    quantised = backend.load(base, device)
-    expected = logits(quantised)
+    # Not of the model that is trained: some CPUs round the scales of 4-bit weights when these are first evaluated.
+    expected = logits(backend.load(base, device))
     assert torch.equal(logits(backend.load(base, device)), expected)  # else the comparisons below say nothing
 
-    model = loramoe(quantised)
+    model = loramoe(backend.load(base, device))
     adapted = [layer.base_layer for layer in model.modules() if isinstance(layer, LoRAMoELinear)]
     assert len(adapted) == 6 and not any(is_dense(layer) for layer in adapted)
     before = snapshot(model)

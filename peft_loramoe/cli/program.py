@@ -27,6 +27,7 @@ NOISE = {
     "torchao": "Failed to load",
     "torch.utils._pytree": "is an Enum subclass",
     "DeepSpeed": "Setting accelerator to CPU",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # Intel CPUs with AVX512-BF16
 }
 
 
