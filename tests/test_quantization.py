@@ -186,6 +186,7 @@ def test_quantised_base_model(backend, device, base, tmp_path):
     assert torch.equal(logits(backend.load(base, device)), expected)  # else the comparisons below say nothing
 
     model = loramoe(backend.load(base, device))
+    logits(model)  # older versions of bitsandbytes complete their state when they are first called
     adapted = [layer.base_layer for layer in model.modules() if isinstance(layer, LoRAMoELinear)]
     assert len(adapted) == 6 and not any(is_dense(layer) for layer in adapted)
     before = snapshot(model)
