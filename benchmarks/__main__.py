@@ -1,5 +1,5 @@
-"""Run a set of benchmarks: `python -m benchmarks cpu` (under five minutes on two cores) or `gpu` (under ten on one
-H100).
+"""Run a set of benchmarks: `python -m benchmarks cpu` (under five minutes on two cores) or `gpu` (33 of its 43 cases
+took six minutes on an H200).
 
 Writes benchmarks/results/<set>.json, one row for each variant of each case; `python -m benchmarks.report` reads it.
 The released peers moe_peft, mixlora, unsloth and lorafusion take part if they are importable, from build/peers for

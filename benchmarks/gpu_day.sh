@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a CUDA machine measures, in stages of under eight minutes; each can be repeated and leaves its files in OUT.
+# What a CUDA machine measures, in stages; each can be repeated and leaves its files in OUT.
 #   benchmarks/gpu_day.sh tests | kernels | warm-up | bench | study
 # PYTHON is the interpreter (python3), OUT the folder (build/gpu), PROCESSES how many runs of the study go side by side (12).
 set -uo pipefail

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .__main__ import about
+from .__main__ import RESULTS, about
 from .cases import GPU_LAYER, KINDS
+from .measure import Timer
 from .methods import IMPLEMENTATIONS, computed_by
 
 
-RESULTS = Path(__file__).parent / "results"
 STEPS = 10
 SHAPES: dict[str, dict[str, Any]] = {
     "up": {},
@@ -34,14 +34,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
+def ceilings(timer: Timer) -> dict[str, float]:
     """Bytes per second of a large copy, read and written, and FLOP/s of a large bfloat16 product."""
-    source = torch.randn(2**28, dtype=torch.float32, device=device)
+    source = torch.randn(2**28, dtype=torch.float32, device=timer.device)
     target = torch.empty_like(source)
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=timer.device) for _ in range(2))
     return {
-        "bytes_per_second": 2 * source.nbytes / _seconds(lambda: target.copy_(source)),
-        "flop_per_second": 2 * 8192**3 / _seconds(lambda: a @ b),
+        "bytes_per_second": 2 * source.nbytes / _seconds(lambda: target.copy_(source), timer),
+        "flop_per_second": 2 * 8192**3 / _seconds(lambda: a @ b, timer),
     }
 
 
@@ -55,7 +55,6 @@ def floors(config: Mapping[str, Any], size: int = 2) -> dict[str, float]:
         "project": x + mask + channels,
         "expand": y + channels,
         "gate_backward": y + 2 * channels,
-        "output_weight_gradient": y + channels,
         "input_weight_gradients": x + mask + channels,
         "input_gradient": x + mask + channels,
     }
@@ -86,7 +85,7 @@ def table(results: Sequence[Mapping[str, Any]], shape: str = "up") -> str:
             [row for row in result["rows"] if (row["shape"], row["method"]) == (shape, method) and _has(row, marks)]
             for result in results
         ]
-        floor = max((row["floor_us"] for rows in of_part for row in rows), default=0) if len(marks[0]) else 0
+        floor = 0 if marks == ("",) else max((row["floor_us"] for rows in of_part for row in rows), default=0)
         cells = [f"{sum(row['us'] for row in rows):.0f}" for rows in of_part]
         lines.append(f"| {name} | {f'{floor:.0f}' if floor else ''} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -112,16 +111,9 @@ def device_times(step: Callable[[], Any]) -> dict[str, float]:
     return dict(times)
 
 
-def _seconds(step: Callable[[], Any], repeat: int = 20) -> float:
-    for _ in range(3):
-        step()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(repeat):
-        step()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3 / repeat
+def _seconds(step: Callable[[], Any], timer: Timer) -> float:
+    timer(step, 3)  # warms up
+    return timer(step, 20)[0]
 
 
 def _short(name: str) -> str:
@@ -133,7 +125,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Profile, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS / "kernels.json")
-    parser.add_argument("--adapter-dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--table", action="store_true", help="print the table of docs/performance.md from the results")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     options = parser.parse_args(arguments)
@@ -143,10 +134,11 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "This profiles kernels on a CUDA device, and torch sees none.\n")
     device = torch.device("cuda")
-    limits, rows = ceilings(device), []
+    timer, rows = Timer(device), []
+    limits = ceilings(timer)
     print(torch.cuda.get_device_name(), {name: f"{value:.4g}" for name, value in limits.items()})
     for shape in options.shapes:
-        config = {**GPU_LAYER, **SHAPES[shape], "adapter_dtype": options.adapter_dtype}
+        config = {**GPU_LAYER, **SHAPES[shape], "adapter_dtype": "float32"}
         base = KINDS["layer"].base(config, device)
         floor = floors(config)
         for method in ("base", "lora", *IMPLEMENTATIONS):
@@ -154,9 +146,8 @@ def main(arguments: list[str] | None = None) -> None:
             module, inputs = KINDS["layer"].setup({**config, "method": method}, base)
             step = computed_by(method, KINDS["layer"].step(module, inputs, config))
             times = device_times(step)
-            print(
-                f"\n{shape}, {method}: {sum(times.values()):.0f} us on the device, {1e6 * _seconds(step):.0f} in all"
-            )
+            total = 1e6 * _seconds(step, timer)
+            print(f"\n{shape}, {method}: {sum(times.values()):.0f} us on the device, {total:.0f} in all")
             for kernel, time in sorted(times.items(), key=lambda pair: -pair[1]):
                 bound = 1e6 * floor.get(kernel, 0) / limits["bytes_per_second"]
                 print(f"  {time:8.1f} us  {f'floor {bound:.0f}' if bound else '':12} {kernel}")

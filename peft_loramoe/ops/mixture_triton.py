@@ -4,7 +4,7 @@ meaning.
 Forward, two launches: `project` reads x once, `expand` writes the output. Backward, three: `gate_backward` reads the
 gradient of the output, `input_gradient` writes that of x, and `input_weight_gradients` reads x once more; partial sums
 over tokens are added in a fixed order, so results do not change from run to run. The gradient of B is a product of
-cuBLAS, which takes an eighth of the time that a kernel here took. So is the base layer's, on top of what `expand` and
+cuBLAS, which takes a ninth of the time that a kernel here took. So is the base layer's, on top of what `expand` and
 `input_gradient` wrote (beta = 1): an output is written once.
 
 Dropout's mask is an int32 tensor of shape (T, ceil(in_features / 32)): bit b of word w tells whether column 32 * w + b
@@ -33,8 +33,8 @@ from .router import mm_has_out_dtype, select_gates, select_gates_backward, softm
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_CHANNELS, MAX_ROUTER_OUTPUTS = 128, 64
-# Where they were found faster than torch: H100 and H200. Elsewhere, from 8.0 on (bfloat16 and TF32), they run only if
-# they are asked for.
+# Where they were found faster than torch: an H200; an H100 has the same capability. Elsewhere, from 8.0 on (bfloat16
+# and TF32), they run only if they are asked for.
 MEASURED_CAPABILITY = (9, 0)
 ASKED_FOR = os.environ.get("PEFT_LORAMOE_TRITON") == "1"
 # Up to here, blocks of tokens are so few that the columns of x are split among programs too; `expand_partials` adds

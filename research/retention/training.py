@@ -218,7 +218,7 @@ def losses(
     anchor = kl = term = torch.zeros(())
     if anchors and method.anchor_kl_weight:
         with torch.no_grad(), model.disable_adapter():
-            expected = packed_answer_logits(model, anchors)[0].log_softmax(-1)
+            expected = _logits(model, anchors, None, importance)[0].log_softmax(-1)
     with peft_loramoe.collect_balance(model) if mixture else nullcontext():
         logits, tokens = _forward(model, items, importance, types if mixture else None)
         task = nn.functional.cross_entropy(logits, tokens)
@@ -240,12 +240,19 @@ def losses(
 def _forward(
     model: nn.Module, items: list[Item], importance: Importance | None, types: Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
-    # On a GPU padding costs little, and the attention over a row of hundreds of items much.
-    pack = base_of(model).device.type == "cpu"
-    logits, tokens = (packed_answer_logits if pack else answer_logits)(model, items, types)
+    logits, tokens = _logits(model, items, types, importance)
     if importance is not None:
         importance.end_pass([len(item.before) + len(item.answer) for item in items], types)
     return logits, tokens
+
+
+def _logits(
+    model: nn.Module, items: list[Item], types: Sequence[int] | None, importance: Importance | None
+) -> tuple[Tensor, Tensor]:
+    # On a GPU padding costs little, and the attention over a row of hundreds of items much. `Importance` reads rows
+    # without padding.
+    pack = importance is not None or base_of(model).device.type == "cpu"
+    return (packed_answer_logits if pack else answer_logits)(model, items, types)
 
 
 def _weights_by_type(model: nn.Module) -> dict[str, float]:
