@@ -11,7 +11,7 @@ import random
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, OSFConfig, PeftModel, get_peft_model
 from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.osf.layer import OSFLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -109,6 +110,24 @@ def adapt(base: PreTrainedModel, method: Method, seed: int, encoder: Encoder) ->
     return get_peft_model(base, config)
 
 
+def scale_layer(layer: BaseTunerLayer, scale: float) -> Callable[[], None]:
+    """Multiply what a layer's adapter adds by `scale`; call what is returned to undo it."""
+    if not isinstance(layer, OSFLayer):
+        layer.scale_layer(scale)
+        return layer.unscale_layer
+    # OSF has no scale. It adds U S V - U_0 S_0 V_0, so both sets of singular values are scaled.
+    values = [layer.osf_svd_params["default"]["S_low"].data, layer._osf_S_low_init["default"]]
+    former = [value.clone() for value in values]
+    for value in values:
+        value.mul_(scale)
+
+    def unscale() -> None:
+        for value, kept in zip(values, former):
+            value.copy_(kept)
+
+    return unscale
+
+
 @contextmanager
 def scaled(model: nn.Module, scale: float, before: dict[str, Tensor] | None) -> Iterator[None]:
     """Multiply what was trained by `scale`: the adapter, or, with the weights before, the change of all weights."""
@@ -116,12 +135,10 @@ def scaled(model: nn.Module, scale: float, before: dict[str, Tensor] | None) -> 
         yield
         return
     if before is None:
-        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        for layer in layers:
-            layer.scale_layer(scale)
+        undo = [scale_layer(module, scale) for module in model.modules() if isinstance(module, BaseTunerLayer)]
         yield
-        for layer in layers:
-            layer.unscale_layer()
+        for unscale in undo:
+            unscale()
         return
     after = copy.deepcopy(model.state_dict())
     model.load_state_dict({name: before[name].lerp(after[name], scale) for name in after})

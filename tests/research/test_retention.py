@@ -151,7 +151,7 @@ def test_the_divergence_from_the_base_model_is_zero_at_the_start_only(method):
     assert divergence > 1e-4
 
 
-@pytest.mark.parametrize("method", ["lora", "retain", "full"])
+@pytest.mark.parametrize("method", ["lora", "retain", "osf", "full"])
 def test_scale_interpolates_between_the_base_model_and_the_trained_one(method):
     encoder, run = TinyEncoder(tiny_tokenizer()), Run(method, seed=3, samples=40)
     items = [encoder.sample(sample) for sample in tasks.samples(8, 3, scored=False)]
