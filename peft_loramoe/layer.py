@@ -95,23 +95,25 @@ class LoRAMoELayer(nn.Module, BaseTunerLayer):
         super()._move_adapter_to_device_of_base_layer(adapter_name, device or _device(self.base_layer))
 
     @property
-    def _active(self) -> list[str]:
-        """Names of the adapters whose mixtures are added."""
-        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.loramoe_experts]
+    def _active(self) -> dict[str, LoRAExperts]:
+        """The experts of the adapters whose mixtures are added, by name."""
+        if self._disable_adapters:
+            return {}
+        experts = self.loramoe_experts  # each attribute of a module takes torch half a microsecond
+        return {name: experts[name] for name in self.active_adapters if name in experts}
 
     def _add_mixtures(
-        self, x: Tensor, base: Tensor | None, adapters: Sequence[str], **linear: Tensor | None
+        self, x: Tensor, base: Tensor | None, active: Mapping[str, LoRAExperts], **linear: Tensor | None
     ) -> Tensor:
         """Add the mixtures of adapters, and record their router probabilities.
 
         Args:
             x: shape (..., in_features).
             base: the base layer's output, shape (..., out_features).
-            adapters: their names.
+            active: their experts, by name.
             **linear: instead, the weight and bias with which the first mixture computes it.
         """
-        for adapter in adapters:
-            experts = self.loramoe_experts[adapter]
+        for adapter, experts in active.items():
             base, probabilities = experts(x, base, **linear)
             linear = {}
             if self.recorder is not None:

@@ -33,6 +33,15 @@ def device():
     return DEVICE
 
 
+@pytest.fixture(scope="module", params=["small", "large"])
+def input_size(request):
+    """The inputs of tests are small; this has them computed as small ones are, and as large ones."""
+    from tiny import computed_as  # here: only now is the hub out of reach
+
+    with computed_as(request.param):
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def no_settings_of_the_test_before():
     """TrainingArguments leaves settings.

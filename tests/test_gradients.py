@@ -18,6 +18,8 @@ from peft_loramoe.training import LoRAMoETrainerMixin
 from tiny import labelled, loramoe, tiny_llama, token_batch
 
 
+pytestmark = pytest.mark.usefixtures("input_size")
+
 TYPES = [0, 1, 1]
 CONFIG = {"r": 2, "init_weights": False, "task_type": "CAUSAL_LM"}
 REENTRANT = {"use_reentrant": True}
@@ -36,7 +38,7 @@ def attach(model):
 
 
 @pytest.fixture(scope="module")
-def expected():
+def expected(input_size):
     return gradients(loramoe())
 
 

@@ -10,6 +10,9 @@ from peft_loramoe import LoRAMoEConfig, LoRAMoELinear
 from peft_loramoe.balance.hooks import Recorder
 
 
+pytestmark = pytest.mark.usefixtures("input_size")
+
+
 def make_layer(base=None, adapters=("default",), **options):
     torch.manual_seed(0)
     config = LoRAMoEConfig(**{"r": 2, "num_experts": 4, "init_weights": False, **options})

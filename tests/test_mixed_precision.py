@@ -11,6 +11,8 @@ from peft_loramoe.training import LoRAMoETrainerMixin
 from tiny import labelled, tiny_llama, tiny_tokenizer, token_batch
 
 
+pytestmark = pytest.mark.usefixtures("input_size")
+
 TYPES = torch.tensor([0, 1, -1])
 STEPS = 40
 CONFIG = dict(r=2, init_weights=False, router_lr_multiplier=1, task_type="CAUSAL_LM")  # one rate, as in the loop

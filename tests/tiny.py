@@ -1,14 +1,26 @@
 """Tiny random models and adapters that the tests share."""
 
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_loramoe import LoRAMoEConfig
+from peft_loramoe.ops import mixture_torch
 
 
 VOCAB = 64
+
+
+@contextmanager
+def computed_as(size: str):
+    """Mixtures of all inputs, whatever their size, computed as those of "small" or "large" ones are."""
+    limit = float("inf") if size == "small" else -1
+    with mock.patch.multiple(mixture_torch, SMALL_TOKENS=limit, SMALL_ENTRIES=limit):
+        yield
 
 
 def tiny_llama(seed: int = 0, **options) -> LlamaForCausalLM:

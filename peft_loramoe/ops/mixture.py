@@ -1,7 +1,7 @@
 """The mixture as a single autograd node, and the choice of its backend.
 
 Saved for the backward pass: x, the dropout mask, the rank channels and the probabilities. Everything else is
-    recomputed.
+recomputed. Small inputs, where that saves nothing worth its time, are left to autograd.
 
 torch.compile traces the torch backend and fuses it with its surroundings. The Triton kernels, and any backend under
 torch 2.5, are compiled as one custom operator, `peft_loramoe::mixture`; so is a graph exported for training.
@@ -84,8 +84,8 @@ def mixture(
     """``base + scaling * sum_i gate_i(x) * B_i A_i drop(x)``; `ops.reference.mixture` has the formula.
 
     A and B are cast to the dtype of `x`, or to the autocast dtype (they are small, the activations are large); the
-    router's logits are accurate to their own dtype. The gradient has no gradient: a second backward pass is refused,
-    and so are the transforms of `torch.func`.
+    router's logits are accurate to their own dtype. The gradient has no gradient, except for small inputs: a second
+    backward pass is refused, and so are the transforms of `torch.func`.
 
     Args:
         x: shape (..., in_features).
@@ -121,6 +121,9 @@ def mixture(
         COMPILE_AS_CUSTOM_OP or backend is not mixture_torch or _is_exporting_gradients()
     ):
         output, probabilities, _ = _mixture_op(*inputs, *options)
+    elif backend is mixture_torch and mixture_torch.is_small(x):
+        with _no_autocast(kind):
+            output, probabilities = mixture_torch.mixture_of_small(*inputs, options)
     elif torch.is_grad_enabled():  # not the custom operator, whose dispatch takes as long as ten kernels to launch
         output, probabilities, _ = _Mixture.apply(*inputs, options)
     else:

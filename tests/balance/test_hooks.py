@@ -19,6 +19,8 @@ from peft_loramoe.balance.constraint import balance_targets, balance_term, impor
 from tiny import capture, labelled, loramoe, tiny_llama, token_batch
 
 
+pytestmark = pytest.mark.usefixtures("input_size")
+
 TYPES = torch.tensor([0, 1, -1])
 
 

@@ -11,7 +11,7 @@ from peft_loramoe.ops.mixture import mixture
 from peft_loramoe.ops.mixture_torch import drop_probability, dropout_mask
 
 
-pytestmark = pytest.mark.version_independent
+pytestmark = [pytest.mark.version_independent, pytest.mark.usefixtures("input_size")]
 
 # Relative to the float64 result; the rank channels and the gates are rounded to the activations' dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -272,11 +272,19 @@ def test_the_factor_makes_up_for_what_the_mask_drops(dropout):
     assert abs(keep.sum(dtype=torch.float64).item() / entries - (1 - drop_probability(dropout))) < 5 * deviation
 
 
-def test_the_gradient_of_the_gradient_is_refused():
-    x, *matrices = random_inputs(PLAIN, 3, 2, 8, 5, (4,), torch.float32, torch.float32)[:4]
-    (gradient,) = torch.autograd.grad(mixture(x, *matrices, PLAIN, dropout=False)[0].sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="create_graph=True"):
-        gradient.sum().backward()
+def test_the_gradient_of_the_gradient_is_right_or_refused(input_size):
+    torch.manual_seed(0)
+    inputs = random_inputs(PLAIN._replace(balance_detach=True), **DOUBLE)[:4]
+
+    def run(*tensors):
+        return mixture(*tensors, PLAIN, dropout=False)[0]
+
+    if input_size == "small":
+        assert torch.autograd.gradgradcheck(run, inputs)
+    else:
+        (gradient,) = torch.autograd.grad(run(*inputs).sum(), inputs[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="create_graph=True"):
+            gradient.sum().backward()
 
 
 def test_without_gradient_the_same_numbers_come_without_the_operator():
