@@ -228,6 +228,7 @@ LAYER = [BASE, *both("lora", "loop", "loramoe")]
 FUSED = [*both("unsloth"), ("lorafusion", "bfloat16")]
 SCALING = [BASE, ("lora", "bfloat16"), ("loramoe", "bfloat16")]
 GPU_SCALING = [*SCALING, ("loramoe-torch", "bfloat16")]
+WAYS = [*SCALING, ("loramoe-node", "bfloat16"), ("loramoe-autograd", "bfloat16")]
 GPU_FULL = [*LAYER, ("loramoe-torch", "float32")]
 MODEL = [BASE, *both("lora"), ("loop", "bfloat16"), *both("loramoe"), *((peer, "float32") for peer in MIXTURE_PEERS)]
 ACCELERATED = [BASE, *both("lora", "loramoe")]
@@ -277,6 +278,8 @@ EXPERTS = [{"experts": n} for n in (2, 4, 8, 16, 32, 64)]
 RANKS = [{"r": r} for r in (2, 4, 8, 16, 32, 64)]
 TOKENS = [{"tokens": t} for t in (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)]
 
+SMALL = [{"tokens": t} for t in (1, 4, 16, 56, 256, 1024)]
+
 
 def widths(*sizes: int) -> list[dict]:
     """Square-ish layers of Llama's proportions."""
@@ -292,6 +295,7 @@ SETS: dict[str, list[Case]] = {
         *layers("rank", SCALING, 5, {**CPU_LAYER, "tokens": 256}, RANKS),
         *layers("tokens", SCALING, 5, {**CPU_LAYER, "in_features": 128, "out_features": 344}, TOKENS),
         *layers("width", SCALING, 5, {**CPU_LAYER, "tokens": 128}, widths(128, 256, 512, 1024, 2048, 4096)),
+        *layers("small inputs", WAYS, 15, {**CPU_LAYER, "in_features": 576, "out_features": 1536}, SMALL),
         Case("training step", "train", {**CPU_LLAMA, "rows": 2, "width": 128}, MODEL, 15),
         Case("compiled training step", "train", {**CPU_LLAMA, "rows": 2, "width": 128, "compile": "inductor"},
              [BASE, ("lora", "float32"), ("loramoe", "float32")], 15),
@@ -315,6 +319,7 @@ SETS: dict[str, list[Case]] = {
         *layers("experts", GPU_SCALING, 9, GPU_LAYER, EXPERTS),
         *layers("rank", GPU_SCALING, 9, GPU_LAYER, RANKS),
         *layers("tokens", GPU_SCALING, 9, GPU_LAYER, TOKENS),
+        *layers("small inputs", WAYS, 9, GPU_LAYER, SMALL),
         *layers("width", GPU_SCALING, 9, GPU_LAYER, widths(512, 1024, 2048, 4096, 8192)),
         Case("training step with Liger", "train", {**GPU_LLAMA, "rows": 1, "width": 2048, "liger": True}, ACCELERATED, 7),
         Case("compiled decoding", "decode",

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from .__main__ import RESULTS, about
 from .cases import GPU_LAYER, KINDS
 from .measure import Timer
-from .methods import IMPLEMENTATIONS, computed_by
+from .methods import computed_by
 
 
 STEPS = 10
@@ -75,6 +75,8 @@ PARTS = [
     ("without Triton, compiled by `torch.compile`", "loramoe-compiled", ("",)),
     ("PEFT LoRA, float32 adapters", "lora", ("",)),
 ]
+
+METHODS = ("base", "lora", "loramoe-torch", "loramoe-compiled", "loramoe-triton")
 
 
 def table(results: Sequence[Mapping[str, Any]], shape: str = "up") -> str:
@@ -141,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = {**GPU_LAYER, **SHAPES[shape], "adapter_dtype": "float32"}
         base = KINDS["layer"].base(config, device)
         floor = floors(config)
-        for method in ("base", "lora", *IMPLEMENTATIONS):
+        for method in METHODS:
             torch._dynamo.reset()
             module, inputs = KINDS["layer"].setup({**config, "method": method}, base)
             step = computed_by(method, KINDS["layer"].step(module, inputs, config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from peft_loramoe import LoRAMoEConfig
 from peft_loramoe.ops import mixture as mixture_module
+from peft_loramoe.ops import mixture_torch
 
 from .expert_loop import ExpertLoop
 
@@ -231,6 +233,8 @@ METHODS: dict[str, Callable[[nn.Module, Config, list[str]], nn.Module]] = {
     "loop": loop,
     "loramoe": loramoe,
     "loramoe-torch": loramoe,
+    "loramoe-node": loramoe,
+    "loramoe-autograd": loramoe,
     "loramoe-triton": loramoe,
     "loramoe-compiled": compiled_loramoe,
     "moe_peft": moe_peft,
@@ -238,8 +242,15 @@ METHODS: dict[str, Callable[[nn.Module, Config, list[str]], nn.Module]] = {
     "unsloth": unsloth,
     "lorafusion": lorafusion,
 }
-# Which of the two implementations of the mixture a method uses; "loramoe" leaves the choice to the package.
-IMPLEMENTATIONS = {"loramoe-torch": "torch", "loramoe-compiled": "torch", "loramoe-triton": "triton"}
+# How a method computes its mixtures: whether with the Triton kernels, and the size up to which an input is small (the
+# package's, if None). "loramoe" leaves all to the package.
+IMPLEMENTATIONS: dict[str, tuple[bool, float | None]] = {
+    "loramoe-torch": (False, None),
+    "loramoe-node": (False, -1),
+    "loramoe-autograd": (False, math.inf),
+    "loramoe-compiled": (False, None),
+    "loramoe-triton": (True, None),
+}
 MIXTURE_PEERS = ("moe_peft", "mixlora")
 LORA_PEERS = ("unsloth", "lorafusion")
 PEERS = (*MIXTURE_PEERS, *LORA_PEERS)
@@ -253,20 +264,30 @@ def computed_by(method: str, step: Callable[..., Any]) -> Callable[..., Any]:
     """
     if method not in IMPLEMENTATIONS:
         return step
-    kernels = None
-    if IMPLEMENTATIONS[method] == "triton":
-        if not torch.cuda.is_available():
-            raise Unavailable("the Triton kernels need a CUDA device")
-        kernels = importlib.import_module("peft_loramoe.ops.mixture_triton")
+    triton, limit = IMPLEMENTATIONS[method]
+    if triton and not torch.cuda.is_available():
+        raise Unavailable("the Triton kernels need a CUDA device")
+    kernels = importlib.import_module("peft_loramoe.ops.mixture_triton") if triton else None
+    wanted = (kernels, *(_implementation()[1:] if limit is None else (limit, limit)))
 
     def with_implementation(**options: Any) -> Any:
-        chosen, mixture_module.KERNELS = mixture_module.KERNELS, kernels
+        former = _implementation()
+        _set_implementation(*wanted)
         try:
             return step(**options)
         finally:
-            mixture_module.KERNELS = chosen
+            _set_implementation(*former)
 
     return with_implementation
+
+
+def _implementation() -> tuple[ModuleType | None, float, float]:
+    return mixture_module.KERNELS, mixture_torch.SMALL_TOKENS, mixture_torch.SMALL_ENTRIES
+
+
+def _set_implementation(kernels: ModuleType | None, tokens: float, entries: float) -> None:
+    mixture_module.KERNELS = kernels
+    mixture_torch.SMALL_TOKENS, mixture_torch.SMALL_ENTRIES = tokens, entries
 
 
 def _replace(model: nn.Module, targets: list[str], wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:

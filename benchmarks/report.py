@@ -30,6 +30,8 @@ NAMES = {
     "loop": "expert loop",
     "loramoe": "LoRAMoE",
     "loramoe-torch": "LoRAMoE without Triton",
+    "loramoe-node": "LoRAMoE, one node",
+    "loramoe-autograd": "LoRAMoE, differentiated by autograd",
 }
 SHORT = {"float32": "float32", "bfloat16": "bf16", None: "-"}
 SAME = "same"  # the other variant's adapters have the dtype of this one's
