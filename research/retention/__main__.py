@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     command.add_argument("--set", nargs="+", default=[], metavar="NAME=JSON", help="options of the method to replace")
     command.add_argument("--batch", type=int, default=Run.batch, help="samples in a step (default: %(default)s)")
-    command = commands.add_parser("report", help="write tables (.md) and a figure (.png) beside the rows")
-    command.add_argument("rows", type=Path, nargs="?", default=RESULTS / "test.jsonl")
+    command = commands.add_parser("report", help="write tables (.md) and a figure (.png) beside the last file of rows")
+    command.add_argument("rows", type=Path, nargs="*", default=[RESULTS / "test.jsonl"], help="files of rows, joined")
     command.add_argument("--abilities", type=Path, help="what `peft-loramoe evaluate` wrote about the adapters")
     command = commands.add_parser("routers", help="screen terms and routers on the base model's activations")
     command.add_argument("--seed", type=int, default=21)
@@ -52,7 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.command == "report":
         evaluated = json.loads(options.abilities.read_text(encoding="utf-8")) if options.abilities else None
-        return write_report(read_rows(options.rows), options.rows.with_suffix(".md"), evaluated)
+        if missing := [str(file) for file in options.rows if not file.exists()]:
+            parser.error(f"there are no rows in {', '.join(missing)}; `run` and `variant` write them")
+        rows = [row for file in options.rows for row in read_rows(file)]
+        return write_report(rows, options.rows[-1].with_suffix(".md"), evaluated)
     if options.command == "routers":
         torch.set_num_threads(1)
         with options.output.open("a", encoding="utf-8") as file:

@@ -256,6 +256,19 @@ def test_runs_end_as_rows_once_and_become_a_report(tiny, tmp_path, capsys):
     assert "| retain | 2 |" in text and "| lora | 2 |" in text
     assert rows.with_suffix(".png").exists()
 
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    lines = written.splitlines(keepends=True)
+    first.write_text("".join(lines[:5]))
+    second.write_text("".join(lines[5:]))
+    main(["report", str(first), str(second)])
+    assert second.with_suffix(".md").read_text() == text.replace("rows.png", "second.png")
+
+
+def test_a_report_of_rows_that_are_not_there_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "absent.jsonl")])
+    assert "absent.jsonl" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_names_each_run_once_and_the_base_model_first(name):
