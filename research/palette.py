@@ -24,6 +24,7 @@ COLOURS = {
     "corda": GREEN,
     "osf": PINK,
     "mica": YELLOW,
+    "full+kl": "#3C6E71",
     "null+replay": PURPLE,
     "paper": "#A6761D",
     "paper+replay": "#8DBF4F",

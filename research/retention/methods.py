@@ -97,6 +97,7 @@ METHODS = {
     "mica": Method("lora", MICA),
     "osf": Method("osf", OSF, lr=1e-4),
     "full": Method("full", lr=1e-4),
+    "full+kl": Method("full", lr=1e-4, anchors=ANCHORS, anchor_kl_weight=1.0),
     "paper": Method("loramoe", PAPER),
     "paper+replay": Method("loramoe", PAPER, replay=REPLAY),
     "null+replay": Method("loramoe", NULL, replay=REPLAY),

@@ -67,17 +67,17 @@ def run(
     base, tokenizer = load(model_name, load_in_4bit=method.load_in_4bit)
     base, encoder = base.to(device), Encoder(tokenizer)
     model, training, trainable = base, {}, 0
-    before = copy.deepcopy(base.state_dict()) if method.tuner == "full" else None
+    before = copy.deepcopy(base).requires_grad_(False) if method.tuner == "full" else None
     if method.tuner:
         model = adapt(base, method, one.seed, encoder)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        training = train(model, method, one, encoder)
+        training = train(model, method, one, encoder, before)
     training_time = time.perf_counter() - start
     if adapters is not None and isinstance(model, PeftModel):
         model.save_pretrained(str(adapters / one.name))
     for scale in scales:
         start = time.perf_counter()
-        with scaled(model, scale, before):
+        with scaled(model, scale, before.state_dict() if before else None):
             scores = evaluate(model, encoder, one)
         yield (
             scale,
@@ -177,8 +177,13 @@ def training_anchors(encoder: Encoder, file: str | None = None) -> list[Item]:
     return [encoder.text(row["text"]) for i, row in enumerate(read("anchors.jsonl")) if not is_held_back(i)]
 
 
-def train(model: nn.Module, method: Method, one: Run, encoder: Encoder) -> dict[str, Any]:
-    """Fine-tune in one pass; returns the log."""
+def train(
+    model: nn.Module, method: Method, one: Run, encoder: Encoder, before: nn.Module | None = None
+) -> dict[str, Any]:
+    """Fine-tune in one pass; returns the log.
+
+    `before` is the base model if it cannot be had from `model`, since all weights are trained.
+    """
     batches = training_batches(method, one, encoder)
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": parameters}]
@@ -194,7 +199,7 @@ def train(model: nn.Module, method: Method, one: Run, encoder: Encoder) -> dict[
     model.train()
     for step, (items, types, anchors) in enumerate(batches):
         task, anchor, kl, term, weights = losses(
-            model, method, items, types, anchors, importance, log=step % LOG_EVERY == 0
+            model, method, items, types, anchors, importance, before, log=step % LOG_EVERY == 0
         )
         if method.is_mixture and not method.config.get("balance_detach") and step in GRADIENT_STEPS:
             log["gradients"].append({"step": step, "loss": gradients(model, task), "term": gradients(model, term)})
@@ -221,6 +226,7 @@ def losses(
     types: Sequence[int],
     anchors: list[Item],
     importance: Importance | None,
+    before: nn.Module | None = None,
     *,
     log: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, float]]:
@@ -234,8 +240,8 @@ def losses(
     weights: dict[str, float] = {}
     anchor = kl = term = torch.zeros(())
     if anchors and method.anchor_kl_weight:
-        with torch.no_grad(), model.disable_adapter():
-            expected = _logits(model, anchors, None, importance)[0].log_softmax(-1)
+        with torch.no_grad(), nullcontext() if before else model.disable_adapter():
+            expected = _logits(before or model, anchors, None, importance)[0].log_softmax(-1)
     with peft_loramoe.collect_balance(model) if mixture else nullcontext():
         logits, tokens = _forward(model, items, importance, types if mixture else None)
         task = nn.functional.cross_entropy(logits, tokens)
