@@ -145,8 +145,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with _no_autocast(x.device.type):
         backend = select_backend(x, A, B, router, keep, options)
-        output, probabilities, hidden = backend.forward(x, A, B, router, keep, base, weight, bias, options)
-        return output, probabilities, hidden.to(x.dtype)  # the dtype in which it is saved
+        return backend.forward(x, A, B, router, keep, base, weight, bias, options)
 
 
 def _backward(
