@@ -135,7 +135,7 @@ def mixture_of_small(
 
     Arguments and returns as in `forward`. Weights are cast to no narrower dtype: casting a small x costs less.
     """
-    dtype = torch.promote_types(x.dtype, A.dtype)
+    dtype = x.dtype if x.dtype == A.dtype else torch.promote_types(x.dtype, A.dtype)
     if x.is_cpu and dtype.itemsize < 4:  # where products of few rows of float32 are faster, up to five times
         dtype = torch.float32
     cast = _cast(x, dtype)
