@@ -9,14 +9,9 @@ example; docs/performance.md, "Released packages", says how they are installed.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import importlib.metadata
 import json
 import os
-import platform
-import re
-import subprocess
 import sys
 import traceback
 import warnings
@@ -27,16 +22,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from peft_loramoe.ops import mixture
-
 from .cases import KINDS, SETS, Case, distinct, shrink
+from .environment import ROOT, about
 from .measure import Timer, interleave, peak_bytes, quantiles, saved_bytes
 from .methods import PEERS, Unavailable, computed_by
+from .rows import RESULTS
 
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("peft_loramoe", "torch", "transformers", "peft", "bitsandbytes", "triton", "liger_kernel", *PEERS)
 WARM_UP = {"cpu": 2, "cuda": 3}
 
 
@@ -78,41 +70,6 @@ def run_case(case: Case, device: torch.device, timer: Timer, repeat: bool = True
             rows[int(index)][name] = [float(f"{value:.4g}") for value in quantiles(values)]
         rows[int(index)]["rounds"] = [float(f"{value:.5g}") for value in times.wall]
     return rows
-
-
-def about(device: torch.device, smoke: bool) -> dict[str, Any]:
-    """Where and with what the rows were measured."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "peft_loramoe", "benchmarks/*.py") else ""),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "load_at_start": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": versions,
-        "triton_kernels": mixture.KERNELS is not None,
-        "smoke": smoke,
-    }
-
-
-def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode == 0 else "unknown"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return found.group(1) if found else platform.processor()
 
 
 def main(arguments: list[str] | None = None) -> Path:

@@ -29,9 +29,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from peft_loramoe import LoRAMoEConfig
 from peft_loramoe.training import LoRAMoETrainerMixin
 
-from .__main__ import RESULTS, about
 from .cases import FEED_FORWARD, SMOLLM2, share
+from .environment import about
 from .measure import Timer, interleave
+from .rows import RESULTS
 
 
 TINY = {**SMOLLM2, "vocab_size": 1000, "hidden_size": 18, "intermediate_size": 24, "num_hidden_layers": 2}

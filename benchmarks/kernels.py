@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .__main__ import RESULTS, about
 from .cases import GPU_LAYER, KINDS
+from .environment import about
 from .measure import Timer
 from .methods import computed_by
+from .rows import RESULTS
 
 
 STEPS = 10

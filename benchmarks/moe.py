@@ -23,9 +23,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from peft_loramoe import LoRAMoEConfig
 
-from .__main__ import RESULTS, about
 from .cases import share
+from .environment import about
 from .measure import Timer, interleave, peak_bytes, saved_bytes
+from .rows import RESULTS
 
 
 SHAPE = dict(
@@ -92,7 +93,7 @@ def measure(base: nn.Module, rounds: int) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| routed experts | method | parameters | training step | peak memory of it | decoding |",
+        "| routed experts | method | parameters | training step | its peak memory | decoding |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -27,9 +27,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from peft_loramoe import LoRAMoEConfig
 from peft_loramoe.interop import export_lora
 
-from .__main__ import RESULTS, about
 from .cases import FEED_FORWARD, SMOLLM2
+from .environment import about
 from .measure import quantiles
+from .rows import RESULTS
 
 
 TINY = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}

@@ -5,9 +5,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks import anchors, measure, methods, moe, report
-from benchmarks.__main__ import ROOT, main
+from benchmarks import anchors, measure, methods, moe, report, rows, targets
+from benchmarks.__main__ import main
 from benchmarks.cases import CPU_LAYER, KINDS, SETS
+from benchmarks.environment import ROOT
 
 
 pytestmark = pytest.mark.version_independent
@@ -44,8 +45,8 @@ def test_every_variant_runs_or_says_why_not(results, name):
 def test_tables_show_every_row(results, capsys):
     report.main(["--results", str(results)])
     lines = capsys.readouterr().out.splitlines()
-    rows = [row for name in SETS for row in json.loads((results / f"{name}.json").read_text())["rows"]]
-    assert sum(line.startswith("| ") and not line.startswith(("| ---", "| case")) for line in lines) == len(rows)
+    measured = [row for name in SETS for row in json.loads((results / f"{name}.json").read_text())["rows"]]
+    assert sum(line.startswith("| ") and not line.startswith(("| ---", "| case")) for line in lines) == len(measured)
 
 
 @pytest.mark.slow
@@ -59,6 +60,14 @@ def test_without_results_the_report_says_what_to_run(tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         report.main(["--results", str(tmp_path)])
     assert "make bench" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["gpu"], ["--summary"]], ids=str)
+def test_without_the_gpu_set_its_tables_are_refused(options, tmp_path, capsys):
+    (tmp_path / "cpu.json").write_text(json.dumps({"rows": layer_rows(0, 1.0, 2.0)}))
+    with pytest.raises(SystemExit, match="1"):
+        report.main([*options, "--results", str(tmp_path)])
+    assert "No result of the gpu set" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -97,7 +106,7 @@ def test_short_steps_are_repeated():
 def test_a_disturbed_round_does_not_change_the_ratio():
     disturbance = [1.0, 9.0, 2.0, 1.0, 30.0]
     ours, theirs = ({"rounds": [seconds * d for d in disturbance]} for seconds in (3.0, 2.0))
-    assert report.ratio(ours, theirs) == pytest.approx([1.5] * 3)
+    assert rows.ratio(ours, theirs) == pytest.approx([1.5] * 3)
 
 
 def test_peak_bytes():
@@ -111,7 +120,6 @@ def test_peak_bytes():
 
 
 # --- methods
-# ---
 
 
 def test_the_loop_computes_what_the_package_computes():
@@ -218,33 +226,35 @@ def test_lorafusion_says_what_it_cannot_adapt(changes, monkeypatch):
         KINDS["layer"].setup(config, KINDS["layer"].base(config, CPU))
 
 
-# --- bars
-# ---
+# --- targets
 
 
-def layer_rows(case, ours, theirs, dropout=0.0, **changes):
-    rows = []
+def layer_rows(case, ours, theirs, dropout=0.0):
+    measured = []
     for method, seconds in (("lora", theirs), ("loramoe", ours)):
         config = {**CPU_LAYER, "dropout": dropout, "method": method, "adapter_dtype": "float32"}
         times = {"seconds": [seconds] * 3, "cpu_seconds": [seconds] * 3, "rounds": [seconds] * 5}
         row = {"group": "layer", "case": case, "kind": "layer", "config": config, "saved_bytes": 10, "peak_bytes": 10}
-        rows.append({**row, **times, **changes})
-    return rows
+        measured.append({**row, **times})
+    return measured
 
 
-def test_bars_are_checked_in_every_case_and_missing_ones_are_listed():
-    rows = layer_rows(0, 1.0, 2.0) + layer_rows(1, 3.0, 2.0, dropout=0.05)
-    lines = report.check({"cpu": {"rows": rows}})
+def test_targets_are_checked_in_every_case_and_missing_ones_are_listed():
+    measured = layer_rows(0, 1.0, 2.0) + layer_rows(1, 3.0, 2.0, dropout=0.05)
+    comparisons = targets.check({"cpu": {"rows": measured}})
     against_lora = [
-        (case, value) for bar, case, value, _ in lines if bar.startswith("cpu, layer: seconds / PEFT LoRA")
+        (case, value)
+        for target, case, value, _ in comparisons
+        if target == "cpu, layer: seconds / PEFT LoRA with the same adapter dtype"
     ]
     assert against_lora == [("dropout 0.0; float32 adapters", 0.5), ("dropout 0.05; float32 adapters", 1.5)]
-    assert all(
-        value is None for bar, _, value, _ in lines if bar.startswith("gpu") or "loop" in bar or "frozen" in bar
-    )
+    unmeasured = [
+        value for name, _, value, _ in comparisons if name.startswith("gpu") or "loop" in name or "frozen" in name
+    ]
+    assert set(unmeasured) == {None}
 
 
-def test_the_check_says_which_bars_are_missed(tmp_path, capsys):
+def test_the_check_says_which_targets_are_missed(tmp_path, capsys):
     (tmp_path / "cpu.json").write_text(json.dumps({"rows": layer_rows(0, 3.0, 2.0)}))
     report.main(["--results", str(tmp_path), "--check"])
     lines = capsys.readouterr().out.splitlines()
@@ -254,7 +264,6 @@ def test_the_check_says_which_bars_are_missed(tmp_path, capsys):
 
 
 # --- anchors
-# ---
 
 
 def test_the_benchmark_of_anchors_writes_what_it_prints(tmp_path, capsys):
@@ -276,8 +285,8 @@ def test_the_benchmark_of_anchors_writes_what_it_prints(tmp_path, capsys):
 
 def test_the_benchmark_of_sparse_blocks_writes_what_it_prints(tmp_path, capsys):
     moe.main(["--smoke", "--rounds", "2", "--output", str(tmp_path / "moe.json")])
-    rows = json.loads((tmp_path / "moe.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == [*moe.CONFIGS] * len(moe.EXPERTS)
-    assert capsys.readouterr().out.strip().endswith(moe.table(rows))
-    ours = [row["parameters"] for row in rows if row["method"].startswith("LoRAMoE")]
+    measured = json.loads((tmp_path / "moe.json").read_text())["rows"]
+    assert [row["method"] for row in measured] == [*moe.CONFIGS] * len(moe.EXPERTS)
+    assert capsys.readouterr().out.strip().endswith(moe.table(measured))
+    ours = [row["parameters"] for row in measured if row["method"].startswith("LoRAMoE")]
     assert ours[0] == ours[1]  # whatever the number of routed experts

@@ -246,8 +246,8 @@ def target(case: str) -> Callable[[], list[float]]:
     """What `python -m benchmarks.report --check` measures in a case that misses its target, and the target."""
 
     def measured() -> list[float]:
-        report = importlib.import_module("benchmarks.report")
-        checked = report.check({"cpu": report.load("cpu")})
+        cpu = importlib.import_module("benchmarks.rows").load("cpu")
+        checked = importlib.import_module("benchmarks.targets").check({"cpu": cpu})
         (found,) = [(value, limit) for _, name, value, limit in checked if name == case and value and value > limit]
         return list(found)
 
@@ -256,9 +256,9 @@ def target(case: str) -> Callable[[], list[float]]:
 
 def gpu_ratio(group: str, ours: str, method: str, theirs: str) -> list[float]:
     """Of the times of LoRAMoE and another method, with these dtypes of the adapters, in the only case of a group."""
-    report = importlib.import_module("benchmarks.report")
-    (case,) = report.groups(report.load("gpu")["rows"])[group]
-    return [report.ratio(report.partner({}, case, "loramoe", ours), report.partner({}, case, method, theirs))[1]]
+    rows = importlib.import_module("benchmarks.rows")
+    (case,) = rows.groups(rows.load("gpu")["rows"])[group]
+    return [rows.ratio(rows.variant(case, "loramoe", ours), rows.variant(case, method, theirs))[1]]
 
 
 # Page, its words with {} in place of each number, and what gives these numbers, in order.
