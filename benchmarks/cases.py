@@ -1,6 +1,7 @@
 """What is measured.
 
-A case is a row of a table. A kind of case is one `setup(config, base) -> (module, inputs)` and a step.
+A case is a layer or model in several variants, each of which is a row of a table. A kind of case is one
+`setup(config, base) -> (module, inputs)` and a step.
 """
 
 from __future__ import annotations
@@ -90,9 +91,8 @@ def linear_step(module: nn.Module, inputs: dict[str, Tensor], config: Config) ->
     gradient = torch.randn(len(x), config["out_features"], dtype=x.dtype, device=x.device)
 
     def step(fresh: bool = False) -> None:
-        activation = (
-            x * 1 if fresh else x
-        )  # fresh: nobody but the layer keeps it, as within a network; for the peak memory
+        # for the peak memory: a fresh tensor is kept by nobody but the layer, as within a network
+        activation = x * 1 if fresh else x
         output = module(activation)
         del activation
         torch.autograd.grad(output, [x, *parameters], gradient)
