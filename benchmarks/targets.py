@@ -43,6 +43,8 @@ TARGETS = [
     Target("cpu", "layer", "seconds", ("lora", SAME), 1.0),
     Target("cpu", "layer", "seconds", ("loop", SAME), 0.6, {"dropout": 0.0}),
     Target("cpu", "layer", "seconds", ("loop", SAME), 0.5, {"dropout": 0.05}),
+    Target("cpu", "small inputs", "seconds", ("lora", SAME), 1.2),
+    Target("cpu", "decoding", "seconds", ("lora", SAME), 1.0),
     Target("cpu", "experts", "seconds", ("base", None), 1.65, {"experts": 64}),
     Target("cpu", "layer", "saved_bytes", ("lora", SAME), 1.05, {"dropout": 0.0}),
     Target("cpu", "layer", "saved_bytes", ("lora", SAME), 0.8, {"dropout": 0.05}),
