@@ -281,9 +281,10 @@ class LoRAMoELinear(LoRAMoELayer):
             and not any(_GLOBAL_HOOKS)
         ):
             return {}
-        # A module's attributes take torch three times as long as these.
-        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-        plain = _is_plain(weight) and (bias is None or _is_plain(bias))
+        # A module's attributes take torch three times as long as these. FSDP 1 may have other tensors in their place.
+        parameters = layer._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        plain = _is_plain(weight) and "bias" in parameters and (bias is None or _is_plain(bias))
         return {"weight": weight, "bias": bias} if plain else {}
 
 

@@ -86,7 +86,13 @@ def observed(layer):
     trained, biased, sharded, wrapped = (nn.Linear(6, 5) for _ in range(4))
     sharded.weight.ds_id = 0
     wrapped.weight = nn.Parameter(wrapped.weight.as_subclass(WeightSubclass), requires_grad=False)
-    others = {"subclass": subclass, "replaced": replaced, "sharded": sharded, "wrapped": wrapped, **hooked}
+    views = {}
+    for name in ("weight", "bias"):  # as FSDP 1 leaves them with use_orig_params=False
+        views[f"view as {name}"] = other = nn.Linear(6, 5)
+        value = getattr(other, name).detach()
+        delattr(other, name)
+        setattr(other, name, value)
+    others = {"subclass": subclass, "replaced": replaced, "sharded": sharded, "wrapped": wrapped, **hooked, **views}
     for other in others.values():
         other.requires_grad_(False)
     biased.weight.requires_grad_(False)
