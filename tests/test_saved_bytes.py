@@ -12,12 +12,15 @@ from benchmarks.targets import TARGETS
 TOKENS = 1024
 
 
-def bytes_per_token(method, dtype, adapter_dtype, dropout):
-    config = {**CPU_LAYER, "tokens": TOKENS, "dtype": dtype, "dropout": dropout}
-    config |= {"method": method, "adapter_dtype": adapter_dtype}
-    kind = KINDS["layer"]
+def total_bytes(**changes):
+    config, kind = {**CPU_LAYER, **changes}, KINDS["layer"]
     module, inputs = kind.setup(config, kind.base(config, torch.device("cpu")))
-    return saved_bytes(lambda: kind.forward(module, inputs), [*module.parameters(), *module.buffers()]) / TOKENS
+    return saved_bytes(lambda: kind.forward(module, inputs), [*module.parameters(), *module.buffers()])
+
+
+def bytes_per_token(method, dtype, adapter_dtype, dropout):
+    changes = {"method": method, "dtype": dtype, "adapter_dtype": adapter_dtype, "dropout": dropout}
+    return total_bytes(**changes, tokens=TOKENS) / TOKENS
 
 
 LIMITS = [
@@ -33,6 +36,14 @@ LIMITS = [
 def test_a_layer_keeps_less_than_the_targets_allow(dtype, adapter_dtype, dropout, other, limit):
     ours, theirs = (bytes_per_token(method, dtype, adapter_dtype, dropout) for method in ("loramoe", other))
     assert ours <= limit * theirs, f"{ours:.0f} bytes per token, {other}: {theirs:.0f}"
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16"])
+def test_a_small_input_keeps_no_copies_of_large_adapters(tokens, adapter_dtype):
+    adapters = {"experts": 16, "r": 8, "adapter_dtype": adapter_dtype}
+    kept = total_bytes(**adapters, tokens=tokens, method="loramoe", dtype="bfloat16", dropout=0.05)
+    assert kept < 2**20
 
 
 def test_the_frozen_layer_keeps_nothing():

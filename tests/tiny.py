@@ -19,7 +19,7 @@ VOCAB = 64
 def computed_as(size: str):
     """Mixtures of all inputs, whatever their size, computed as those of "small" or "large" ones are."""
     limit = float("inf") if size == "small" else -1
-    with mock.patch.multiple(mixture_torch, SMALL_TOKENS=limit, SMALL_ENTRIES=limit):
+    with mock.patch.multiple(mixture_torch, SMALL_TOKENS=limit, SMALL_ENTRIES=limit, SMALL_WEIGHTS=float("inf")):
         yield
 
 

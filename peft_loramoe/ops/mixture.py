@@ -121,7 +121,7 @@ def mixture(
         COMPILE_AS_CUSTOM_OP or backend is not mixture_torch or _is_exporting_gradients()
     ):
         output, probabilities, _ = _mixture_op(*inputs, *options)
-    elif backend is mixture_torch and mixture_torch.is_small(x):
+    elif backend is mixture_torch and mixture_torch.is_small(x, A, B):
         with _no_autocast(kind):
             output, probabilities = mixture_torch.mixture_of_small(*inputs, options)
     elif torch.is_grad_enabled():  # not the custom operator, whose dispatch takes as long as ten kernels to launch
