@@ -83,9 +83,11 @@ def mixture(
 ) -> tuple[Tensor, Tensor]:
     """``base + scaling * sum_i gate_i(x) * B_i A_i drop(x)``; `ops.reference.mixture` has the formula.
 
-    A and B are cast to the dtype of `x`, or to the autocast dtype (they are small, the activations are large); the
-    router's logits are accurate to their own dtype. The gradient has no gradient, except for small inputs: a second
-    backward pass is refused, and so are the transforms of `torch.func`.
+    A and B are cast to the dtype of `x`, or to the autocast dtype (they are small, the activations are large); a small
+    input is cast to the wider dtype of the two. The router's logits are accurate to their own dtype.
+
+    The gradient has no gradient, except for small inputs: a second backward pass is refused, and so are the transforms
+    of `torch.func`. With `weight`, `vmap` over A, B or router is refused for small inputs too.
 
     Args:
         x: shape (..., in_features).
@@ -104,8 +106,8 @@ def mixture(
         shape (..., N), float32 or float64.
 
     Raises:
-        RuntimeError: in the backward pass of the gradient (`create_graph=True`). Compiled with `backend="eager"`,
-            which is for debugging, torch leaves second derivatives out without a word.
+        RuntimeError: in the backward pass of the gradient (`create_graph=True`), unless `x` is small. Compiled with
+            `backend="eager"`, which is for debugging, torch leaves second derivatives out without a word.
     """
     kind = x.device.type
     if _is_autocast(kind) and x.dtype != torch.float64:
