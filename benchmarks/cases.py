@@ -296,6 +296,7 @@ SETS: dict[str, list[Case]] = {
         *layers("tokens", SCALING, 5, {**CPU_LAYER, "in_features": 128, "out_features": 344}, TOKENS),
         *layers("width", SCALING, 5, {**CPU_LAYER, "tokens": 128}, widths(128, 256, 512, 1024, 2048, 4096)),
         *layers("small inputs", WAYS, 15, {**CPU_LAYER, "in_features": 576, "out_features": 1536}, SMALL),
+        *layers("small inputs", WAYS, 15, {**CPU_LAYER, "in_features": 1536, "out_features": 576}, SMALL),
         Case("training step", "train", {**CPU_LLAMA, "rows": 2, "width": 128}, MODEL, 15),
         Case("compiled training step", "train", {**CPU_LLAMA, "rows": 2, "width": 128, "compile": "inductor"},
              [BASE, ("lora", "float32"), ("loramoe", "float32")], 15),

@@ -95,25 +95,25 @@ class LoRAMoELayer(nn.Module, BaseTunerLayer):
         super()._move_adapter_to_device_of_base_layer(adapter_name, device or _device(self.base_layer))
 
     @property
-    def _active(self) -> dict[str, LoRAExperts]:
-        """The experts of the adapters whose mixtures are added, by name."""
+    def _active(self) -> list[tuple[str, LoRAExperts]]:
+        """Names and experts of the adapters whose mixtures are added."""
         if self._disable_adapters:
-            return {}
+            return []
         experts = self.loramoe_experts  # each attribute of a module takes torch half a microsecond
-        return {name: experts[name] for name in self.active_adapters if name in experts}
+        return [(name, experts[name]) for name in self.active_adapters if name in experts]
 
     def _add_mixtures(
-        self, x: Tensor, base: Tensor | None, active: Mapping[str, LoRAExperts], **linear: Tensor | None
+        self, x: Tensor, base: Tensor | None, active: Sequence[tuple[str, LoRAExperts]], **linear: Tensor | None
     ) -> Tensor:
         """Add the mixtures of adapters, and record their router probabilities.
 
         Args:
             x: shape (..., in_features).
             base: the base layer's output, shape (..., out_features).
-            active: their experts, by name.
+            active: their names and experts.
             **linear: instead, the weight and bias with which the first mixture computes it.
         """
-        for adapter, experts in active.items():
+        for adapter, experts in active:
             base, probabilities = experts(x, base, **linear)
             linear = {}
             if self.recorder is not None:

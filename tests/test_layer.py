@@ -47,6 +47,13 @@ def test_deltas_of_several_active_adapters_add():
     torch.testing.assert_close(layer(x), layer.base_layer(x) + deltas[0] + deltas[1])
 
 
+def test_an_adapter_that_is_named_twice_counts_twice_as_in_lora():
+    layer, x = make_layer(adapters=("a",)), torch.randn(3, 6)
+    layer.set_adapter(["a", "a"])
+    delta, _ = layer.loramoe_experts["a"](x)
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + 2 * delta)
+
+
 def test_disabled_adapters_leave_the_base_layer():
     layer, x = make_layer(), torch.randn(3, 6)
     layer.enable_adapters(False)

@@ -20,11 +20,11 @@ from .router import project, router_probabilities, select_gates, select_gates_ba
 NARROW_RANK = 64
 # Products with narrow matrices of a multiple of as many rows are up to twice as fast on a CPU (32 rows against 24).
 CPU_ROW_MULTIPLE = 16
-# Up to so many tokens, or entries of x, an input is small: `mixture_of_small` takes 0.75 (one token) to 0.9 of the
-# other way's time (two cores, 576 -> 1536, bfloat16), and keeps up to eight bytes more for each entry of x and each
-# rank channel.
+# Up to so many tokens, or entries of x and the output together, an input is small: `mixture_of_small` takes 0.75 (one
+# token) to 0.9 of the other way's time (two cores, 576 -> 1536, bfloat16), and keeps up to eight bytes more for each
+# entry of x and each rank channel.
 SMALL_TOKENS = 16
-SMALL_ENTRIES = 2**15
+SMALL_ENTRIES = 2**17
 # Entries of A and B up to which `mixture_of_small` casts them. It keeps the copies, and with 2**20 entries takes 1.05
 # to 1.4 times the other way's time (one thread, bfloat16).
 SMALL_WEIGHTS = 2**18
@@ -121,7 +121,10 @@ def is_small(x: Tensor, A: Tensor, B: Tensor) -> bool:
 
     Compiled, it never is: the limit would be one more graph, or an error where the number of tokens depends on data.
     """
-    if torch.compiler.is_compiling() or (x.shape[0] > SMALL_TOKENS and x.numel() > SMALL_ENTRIES):
+    if torch.compiler.is_compiling():
+        return False
+    tokens, in_features = x.shape
+    if tokens > SMALL_TOKENS and tokens * (in_features + B.shape[0]) > SMALL_ENTRIES:
         return False
     return A.dtype == _dtype_of_small(x, A) or A.numel() + B.numel() <= SMALL_WEIGHTS
 
