@@ -10,7 +10,7 @@
 #   make docs          build the documentation site into build/site
 #   make study         does a mixture keep what the model knew? (half an hour on two cores; goes on where it was stopped)
 #   make notebook      run examples/quickstart.ipynb and write its outputs into it
-#   make bench         time everything on the CPU (under five minutes on two idle cores);  make bench-gpu  on a CUDA device
+#   make bench         time everything on the CPU (five minutes on two idle cores);  make bench-gpu  on a CUDA device
 #   make check-wheel   build the archives of a release, check them, and use the wheel in an empty environment
 #   make api           write tests/api.txt, the public names and signatures
 #   make style         format and lint;  make check-style only checks

@@ -113,7 +113,58 @@ def slopes(cases: Sequence[Case]) -> str:
     return "\n".join(lines)
 
 
-def summary(result: Mapping[str, Any]) -> str:
+WAYS = ("loramoe", "loramoe-node", "loramoe-autograd")
+
+
+def cpu_summary(result: Mapping[str, Any]) -> str:
+    """Three tables of the CPU set: one layer, a small model, and the ways to compute few tokens."""
+    cases = groups(result["rows"])
+    return "\n\n".join([_table_of_layers(cases), _table_of_models(cases), _table_of_ways(cases)])
+
+
+def _table_of_layers(cases: Mapping[str, Sequence[Case]]) -> str:
+    lines = []
+    for case in [*cases.get("layer", []), *cases.get("4-bit layer", [])]:
+        for dtype in ("float32", "bfloat16"):
+            row, lora, loop = (variant(case, method, dtype) for method in ("loramoe", "lora", "loop"))
+            if row is None or lora is None or loop is None:
+                continue
+            config = row["config"]
+            name = f"{shown(config['dtype'])}, {shown(dtype)}, {config['dropout']:g}"
+            quantised = f", {config['quantization'].upper()} backbone" if config["quantization"] else ""
+            saved = ", ".join(f"{other['saved_bytes'] / tokens(config):.0f}" for other in (row, lora, loop))
+            lines.append([name + quantised, _with_quantiles(ratio(row, lora)), f"{ratio(row, loop)[1]:.2f}", saved])
+    header = ["backbone, adapters, dropout", "/ PEFT LoRA, same dtypes", "/ expert loop"]
+    return markdown([*header, "saved bytes per token: here, LoRA, loop"], lines)
+
+
+def _table_of_models(cases: Mapping[str, Sequence[Case]]) -> str:
+    lines = []
+    for method in ("loramoe", "moe_peft"):
+        for group in ("training step", "compiled training step", "decoding"):
+            for case in cases.get(group, []):
+                for dtype in ("float32", "bfloat16"):
+                    row, lora = variant(case, method, dtype), variant(case, "lora", dtype)
+                    base = variant(case, "base", None)
+                    if row is None or lora is None or base is None:
+                        continue
+                    cache = f", {row['config']['cache']} cache" if group == "decoding" else ""
+                    name = f"{method_name(method)}, {group}{cache}, {shown(dtype)} adapters"
+                    lines.append([name, *(_with_quantiles(ratio(row, other)) for other in (base, lora))])
+    return markdown(["", "/ frozen base", "/ PEFT LoRA, same dtypes"], lines)
+
+
+def _table_of_ways(cases: Mapping[str, Sequence[Case]]) -> str:
+    lines = []
+    for case in cases.get("small inputs", []):
+        config = case[0]["config"]
+        lora, *ways = (variant(case, method, "bfloat16") for method in ("lora", *WAYS))
+        cells = ["" if way is None or lora is None else _with_quantiles(ratio(way, lora)) for way in ways]
+        lines.append([f"{config['in_features']} -> {config['out_features']}", str(config["tokens"]), *cells])
+    return markdown(["layer", "tokens", "/ PEFT LoRA", "always one node", "always by autograd"], lines)
+
+
+def gpu_summary(result: Mapping[str, Any]) -> str:
     """Two tables of the GPU set: LoRAMoE against its rivals where the device decides the time, and where the host."""
     cases = groups(result["rows"])
     device_bound = _table_of_rivals(cases, DEVICE_BOUND, RIVALS, memory=True)
@@ -139,6 +190,9 @@ def _table_of_rivals(
     return markdown(["", *(f"/ {rival}" for rival in rivals), *([MEMORY] if memory else [])], lines)
 
 
+SUMMARIES = {"cpu": cpu_summary, "gpu": gpu_summary}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print tables or targets, or draw figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
@@ -146,25 +200,22 @@ def main(arguments: list[str] | None = None) -> None:
         "set", nargs="?", choices=("cpu", "gpu"), help="the set whose tables are printed (default: both)"
     )
     parser.add_argument("--check", action="store_true", help="compare with the targets instead")
-    parser.add_argument(
-        "--summary", action="store_true", help="print the two tables of docs/performance.md on the GPU set"
-    )
+    parser.add_argument("--summary", action="store_true", help="print the tables of docs/performance.md instead")
     parser.add_argument("--plots", action="store_true", help="draw the figures instead")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with cpu.json and gpu.json")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder for the figures")
     options = parser.parse_args(arguments)
     results = {name: result for name in ("cpu", "gpu") if (result := load(name, options.results)) is not None}
-    needed = "gpu" if options.summary else options.set
-    if not results or needed not in (None, *results):
-        what = f"of the {needed} set " if needed else ""
+    if not results or options.set not in (None, *results):
+        what = f"of the {options.set} set " if options.set else ""
         parser.exit(1, f"No result {what}in {options.results}; run `make bench` or `make bench-gpu` first.\n")
-    if options.summary:
-        print(f"{summary(results['gpu'])}\n")
-        return
     if options.check:
         print(*check(results), sep="\n")
         return
     for name in [options.set] if options.set else results:
+        if options.summary:
+            print(f"{SUMMARIES[name](results[name])}\n")
+            continue
         cases = groups(results[name]["rows"])
         if options.plots:
             for kind, plot in (("steps", plot_steps), ("scaling", plot_scaling)):

@@ -62,7 +62,7 @@ def test_without_results_the_report_says_what_to_run(tmp_path, capsys):
     assert "make bench" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [["gpu"], ["--summary"]], ids=str)
+@pytest.mark.parametrize("options", [["gpu"], ["gpu", "--summary"]], ids=str)
 def test_without_the_gpu_set_its_tables_are_refused(options, tmp_path, capsys):
     (tmp_path / "cpu.json").write_text(json.dumps({"rows": layer_rows(0, 1.0, 2.0)}))
     with pytest.raises(SystemExit, match="1"):
