@@ -172,6 +172,11 @@ def third_test(column: str, rival: str) -> Cell:
     return against(LIGHT, column, rival, "third")
 
 
+def fifth_test(column: str, rival: str) -> Cell:
+    """Of the default against a rival of the fifth test."""
+    return against(LIGHT, column, rival, "fifth")
+
+
 def without_sign(cell: Cell) -> Callable[[], list[float]]:
     """By how much less: a difference and its interval, turned round."""
     return lambda: [-cell()[i] for i in (0, 2, 1)]
@@ -456,6 +461,44 @@ CLAIMS = [
             retention(study, "tasks solved, %", name)
             for study in ("third", "rivals")
             for name in ("lora (scale 0.75)", "lora")
+        ],
+    ),
+    (
+        "docs/evidence.md",
+        "forget much more**: {} and {} (",
+        [retention("fifth", "text loss, rise", name) for name in ("osf (lr 3e-05)", "mica (lr 0.001)")],
+    ),
+    (
+        "docs/evidence.md",
+        "is lower by {} ({} to {}), at {} points of the tasks ({} to +{}); against MiCA by {} ({} to {}), at +{} points ({} to +{}).",
+        [
+            measured
+            for name in ("osf (lr 3e-05)", "mica (lr 0.001)")
+            for measured in (
+                without_sign(fifth_test("rise of text loss, difference", name)),
+                fifth_test("tasks solved, difference", name),
+            )
+        ],
+    ),
+    (
+        "docs/evidence.md",
+        "tasks {} points ({} to +{}), their loss +{} ({} to +{}), rise of text loss +{} ({} to +{}), drift in chat {} ({} to {}) as far.",
+        [
+            fifth_test(column, "full+kl (anchor_kl_weight 1.0)")
+            for column in (
+                "tasks solved, difference",
+                "task loss, difference",
+                "rise of text loss, difference",
+                "requests, ratio",
+            )
+        ],
+    ),
+    (
+        "docs/choosing.md",
+        "does as well as the mixture: {} % of the tasks, {} on ordinary text, a drift in chat of {} (",
+        [
+            retention("fifth", column, "full+kl (anchor_kl_weight 1.0)")
+            for column in ("tasks solved, %", "text loss, rise", "requests, KL to the base model")
         ],
     ),
     (
