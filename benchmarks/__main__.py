@@ -1,4 +1,4 @@
-"""Run a set of benchmarks: `python -m benchmarks cpu` (under five minutes on two cores) or `gpu` (33 of its 43 cases
+"""Run a set of benchmarks: `python -m benchmarks cpu` (under five minutes on two cores) or `gpu` (33 of its 50 cases
 took six minutes on an H200).
 
 Writes benchmarks/results/<set>.json, one row for each variant of each case; `python -m benchmarks.report` reads it.

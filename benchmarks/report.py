@@ -1,7 +1,8 @@
 """Tables, targets and figures from the benchmarks' result files: `python -m benchmarks.report`.
 
-Prints a Markdown table for each group of cases. With `--check` it prints every target of the project, the measured
-value and whether it is met; with `--plots` it draws docs/images/performance-*.png.
+Prints a Markdown table for each group of cases. With `--summary` it prints the tables of docs/performance.md, with
+`--check` every target of the project, the measured value and whether it is met; with `--plots` it draws
+docs/images/performance-*.png.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 One LoRA of rank E*r whose rank channels are gated in blocks of r. Tokens are rows, T of them; C = E*r.
 
 `forward` and `backward` keep little for the backward pass, and that is what counts for a large input. For a small one,
-dispatching operations counts: `mixture_of_small` leaves the gradient to autograd, whose C++ takes half the time.
+dispatching operations counts: `mixture_of_small` leaves the gradient to autograd, whose C++ takes less time.
 """
 
 from typing import NamedTuple
@@ -25,8 +25,8 @@ CPU_ROW_MULTIPLE = 16
 # entry of x and each rank channel.
 SMALL_TOKENS = 16
 SMALL_ENTRIES = 2**17
-# Entries of A and B up to which `mixture_of_small` casts them. It keeps the copies, and with 2**20 entries takes 1.05
-# to 1.4 times the other way's time (one thread, bfloat16).
+# Entries of A and B up to which `mixture_of_small` casts them. It keeps the copies, and was slower than the other way
+# from about 2**20 entries on.
 SMALL_WEIGHTS = 2**18
 
 
