@@ -1,5 +1,6 @@
 import gc
 import os
+import sys
 
 import pytest
 import torch
@@ -46,9 +47,12 @@ def input_size(request):
 def no_settings_of_the_test_before():
     """TrainingArguments leaves settings.
 
-    (bf16, torch_compile) in the environment, and accelerate keeps them for the process.
+    (bf16, torch_compile) in the environment, and accelerate keeps them for the process. So does dynamo keep what it
+    compiled: after eight models of a class it leaves the ninth as it is.
     """
     yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     AcceleratorState._reset_state(reset_partial_state=True)
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]

@@ -109,7 +109,6 @@ def assert_close(found, expected, tolerance):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_compiled_training_step_is_one_graph_for_all_lengths(options, implementation, device):
-    torch._dynamo.reset()
     backend = CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
     model = loramoe(tiny_llama(num_hidden_layers=1), **options).to(device)
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
@@ -123,7 +122,6 @@ def test_a_compiled_training_step_is_one_graph_for_all_lengths(options, implemen
 
 
 def test_a_compiled_training_step_under_autocast_replays_cuda_graphs(implementation, device):
-    torch._dynamo.reset()
     model = loramoe(tiny_llama(num_hidden_layers=1)).to(device)
     how = {"backend": "aot_eager"} if device == "cpu" else {"mode": "reduce-overhead"}
     compiled = torch.compile(model, fullgraph=True, **how)
@@ -425,7 +423,6 @@ def generated(model, batch, **options):
 @pytest.mark.parametrize("adapter", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
 def test_greedy_decoding_gives_the_tokens_of_the_cpu(cache, adapter, implementation, device):
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     expected = generated(loramoe(**adapter), left_padded())
     compiled = cache.get("cache_implementation") == "static" and "disable_compile" not in cache

@@ -363,7 +363,6 @@ COMPILED = {
 
 def graph_and_gradients(call, case, dtype):
     """Output, probabilities and all gradients of the mixture in a case of COMPILED."""
-    torch._dynamo.reset()  # the options are fixed for a layer; what differs from call to call would become a variable
     changes, leading, added = COMPILED[case]
     options = PLAIN._replace(**changes)
     torch.manual_seed(0)
@@ -397,7 +396,6 @@ def test_inductor_fuses_it_and_keeps_its_precision(case):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_drops_in_both_directions_what_one_mask_says():
-    torch._dynamo.reset()
     options, x = MixtureOptions([0], 1.0, 1.0, 0.5, top_k=None, balance_detach=False), torch.ones(512, 64)
     inputs = x.requires_grad_(), torch.eye(64), torch.eye(64), torch.zeros(1, 64)
     compiled = torch.compile(mixture, fullgraph=True)
