@@ -356,7 +356,7 @@ CLAIMS = [
     ),
     (
         "docs/evidence.md",
-        "solves as many tasks ({} points, {} to +{}); the mixture's drift in chat is {} ({} to {}) of its, and",
+        "solves as many tasks ({} points, {} to +{}); the mixture's drift in chat is {} ({} to {}) of LoRA's, and",
         [against("retain, kl", column, "lora+kl") for column in ("tasks solved, difference", "requests, ratio")],
     ),
     (
