@@ -340,7 +340,8 @@ def check_checkpointing(training: SFTConfig, config: LoRAMoEConfig) -> None:
     if zero_3 and training.gradient_checkpointing and config.balance_loss_weight:
         raise ValueError(
             "--gradient-checkpointing: with DeepSpeed ZeRO-3, SFTTrainer makes it reentrant, which gives the balance "
-            "term no gradient; use ZeRO-2 or FSDP, or --no-gradient-checkpointing, or --balance-loss-weight 0."
+            "term no gradient; use ZeRO-2 or FSDP, or --no-gradient-checkpointing, or "
+            "--preset plain --balance-loss-weight 0."
         )
 
 
