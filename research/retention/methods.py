@@ -75,6 +75,11 @@ class Method:
         """Whether it trains LoRAMoE experts."""
         return self.tuner == "loramoe"
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether weights of the base model change: in training, or, by CorDA, when the adapter is initialised."""
+        return self.tuner == "full" or "corda_config" in self.config
+
     def with_options(self, options: dict[str, Any]) -> Method:
         """The method with some attributes or options of its configuration replaced."""
         own = {name: value for name, value in options.items() if name in {f.name for f in fields(self)}}
@@ -94,8 +99,11 @@ METHODS = {
     "lora+anchors": Method("lora", LORA, anchors=ANCHORS, anchor_lm_weight=ANCHOR_LM),
     "lora+kl": Method("lora", LORA, anchors=ANCHORS, anchor_kl_weight=1.0),
     "corda": Method("lora", CORDA),
+    "corda+kl": Method("lora", CORDA, anchors=ANCHORS, anchor_kl_weight=1.0),
     "mica": Method("lora", MICA),
+    "mica+kl": Method("lora", MICA, anchors=ANCHORS, anchor_kl_weight=1.0),
     "osf": Method("osf", OSF, lr=1e-4),
+    "osf+kl": Method("osf", OSF, lr=1e-4, anchors=ANCHORS, anchor_kl_weight=1.0),
     "full": Method("full", lr=1e-4),
     "full+kl": Method("full", lr=1e-4, anchors=ANCHORS, anchor_kl_weight=1.0),
     "paper": Method("loramoe", PAPER),

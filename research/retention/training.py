@@ -67,7 +67,7 @@ def run(
     base, tokenizer = load(model_name, load_in_4bit=method.load_in_4bit)
     base, encoder = base.to(device), Encoder(tokenizer)
     model, training, trainable = base, {}, 0
-    before = copy.deepcopy(base).requires_grad_(False) if method.tuner == "full" else None
+    before = copy.deepcopy(base).requires_grad_(False) if method.changes_base else None
     if method.tuner:
         model = adapt(base, method, one.seed, encoder)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -77,7 +77,7 @@ def run(
         model.save_pretrained(str(adapters / one.name))
     for scale in scales:
         start = time.perf_counter()
-        with scaled(model, scale, before.state_dict() if before else None):
+        with scaled(model, scale, before.state_dict() if method.tuner == "full" else None):
             scores = evaluate(model, encoder, one)
         yield (
             scale,
@@ -182,7 +182,7 @@ def train(
 ) -> dict[str, Any]:
     """Fine-tune in one pass; returns the log.
 
-    `before` is the base model if it cannot be had from `model`, since all weights are trained.
+    `before` is the base model if it cannot be had from `model`.
     """
     batches = training_batches(method, one, encoder)
     parameters = [p for p in model.parameters() if p.requires_grad]
