@@ -88,7 +88,7 @@ class NonReentrantCheckpointing:
         """Look for reentrant checkpoints before a training pass of `module`, and replace them."""
         if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
             return
-        if not any(getattr(config, "balance_loss_weight", 0) > 0 for config in self.recorder.configs.values()):
+        if not any(config.balance_loss_weight > 0 for config in self.recorder.configs.values()):
             return
         reentrant: list[Any] = [
             m for m in _modules(module) if _is_reentrant(m.__dict__.get("_gradient_checkpointing_func"))

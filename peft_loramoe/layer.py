@@ -28,7 +28,7 @@ class Recorder(Protocol):
         """Take the router probabilities of one use of the layer, shape (..., N)."""
 
     def entries_per_row(self, tokens: tuple[int, ...], layer: str) -> int | None:
-        """Neighbours in the first dimension of a layer's input that belong to one row; None if nothing tells."""
+        """How many consecutive entries of a layer's input come from one row of the batch; None if nothing tells."""
 
 
 CANNOT_MERGE = (
@@ -57,8 +57,8 @@ class LoRAMoELayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("loramoe_experts",)
     other_param_names = ()
-    # PEFT's disable_input_dtype_casting sets it. Here it changes nothing: the input is never cast, only the small
-    # weights.
+    # PEFT's disable_input_dtype_casting sets it. Here it changes nothing: the mixture chooses its dtypes itself, and a
+    # large input is never cast, only the small weights.
     cast_input_dtype_enabled = True
     input_name = "x"  # of the argument of `forward` that the experts read
 
@@ -76,7 +76,15 @@ class LoRAMoELayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = in_features, out_features
 
     def update_layer(self, adapter_name: str, config: LoRAMoEConfig) -> None:
-        """Add (or replace) the experts of an adapter, initialised as `config` says, on the base layer's device."""
+        """Add (or replace) the experts of an adapter, initialised as `config` says, on the base layer's device.
+
+        Args:
+            adapter_name: of the adapter.
+            config: its configuration, of which the entries of patterns that match the layer's name count here.
+
+        Raises:
+            ValueError: the layer's experts would have more rank than a layer can have.
+        """
         experts = LoRAExperts(
             self.in_features,
             self.out_features,
@@ -368,6 +376,26 @@ class LoRAMoEBlock(LoRAMoELayer):
             return
         dtype = largest.dtype if largest.dtype.is_floating_point else None
         self.loramoe_experts[adapter_name] = experts.to(device or _device(self.base_layer), dtype)
+
+
+def first_layer(model: nn.Module) -> LoRAMoELayer | None:
+    """The first layer of a model that has mixtures, or None."""
+    return next((module for module in model.modules() if isinstance(module, LoRAMoELayer)), None)
+
+
+def adapted_layers(model: nn.Module) -> list[LoRAMoELayer]:
+    """The layers of a model that have mixtures, in their order.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoRAMoELayer)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no LoRAMoE layers; attach them with get_peft_model, or load an adapter with "
+            "PeftModel.from_pretrained."
+        )
+    return layers
 
 
 def _largest_tensor(module: nn.Module) -> Tensor | None:

@@ -198,15 +198,14 @@ class LoRAMoEModel(BaseTuner):
     def _shared_recorder(self) -> Recorder:
         """The base model's recorder; the first call installs its hooks."""
         recorder = find_recorder(self.model)
-        configs = cast("dict[str, LoRAMoEConfig]", self.peft_config)  # others may be among them; nobody asks for them
         if recorder is None:
-            recorder = Recorder(configs)
+            recorder = Recorder(self.peft_config)
             recorder.install(self.model)
             recorder.handles.append(self.model.register_load_state_dict_pre_hook(check_adapter_tensors))
             below_head = getattr(self.model, "base_model", self.model)
             for model in {self.model, below_head}:  # trainers that apply the head themselves call the second
                 recorder.handles.append(model.register_forward_pre_hook(NonReentrantCheckpointing(recorder)))
-        recorder.configs = configs
+        recorder.adapters = self.peft_config
         return recorder
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

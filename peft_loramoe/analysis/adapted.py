@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..experts import LoRAExperts
-from ..layer import LoRAMoELayer
+from ..layer import adapted_layers
 
 
 def experts_by_layer(model: nn.Module) -> dict[tuple[str, str], LoRAExperts]:
@@ -20,9 +20,10 @@ def experts_by_layer(model: nn.Module) -> dict[tuple[str, str], LoRAExperts]:
     Raises:
         ValueError: the model has no LoRAMoE layers.
     """
-    linears = _linears(model)
     return {
-        (adapter, linear.name): experts for linear in linears for adapter, experts in linear.loramoe_experts.items()
+        (adapter, layer.name): experts
+        for layer in adapted_layers(model)
+        for adapter, experts in layer.loramoe_experts.items()
     }
 
 
@@ -57,7 +58,7 @@ def adapts_only_below_head(model: nn.Module) -> bool:
     """Whether all adapted linears are below the model's head; False if the model has no separate head."""
     base = _base_of(model)
     below = getattr(base, "base_model", base)
-    return below is not base and {*_linears(model)} <= {*below.modules()}
+    return below is not base and {*adapted_layers(model)} <= {*below.modules()}
 
 
 def adds_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
@@ -77,13 +78,6 @@ def require_finite(values: Tensor, adapter: str, layer: str) -> None:
             f"The router probabilities of adapter '{adapter}' in layer '{layer}' are not finite: training diverged, "
             "or the base model overflows in its dtype."
         )
-
-
-def _linears(model: nn.Module) -> list[LoRAMoELayer]:
-    linears = [module for module in model.modules() if isinstance(module, LoRAMoELayer)]
-    if not linears:
-        raise ValueError(f"{type(model).__name__} has no LoRAMoE layers; attach them with get_peft_model first.")
-    return linears
 
 
 def _base_of(model: nn.Module) -> nn.Module:

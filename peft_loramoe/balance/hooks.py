@@ -119,11 +119,11 @@ class Recorder:
     Each call has a recording of its own, from the first hook to the second. Threads do not see each other's.
 
     Args:
-        configs: the base model's adapter configurations by adapter name, shared with the tuner.
+        adapters: configurations of the base model's adapters by name, shared with PEFT, which adds and deletes them.
     """
 
-    def __init__(self, configs: dict[str, LoRAMoEConfig]) -> None:
-        self.configs = configs
+    def __init__(self, adapters: dict[str, Any]) -> None:
+        self.adapters = adapters
         self.streams = Streams()
         self.handles: list[RemovableHandle | UnpackedWeights] = []  # hooks that leave the base model with the recorder
         self._warned: set[str] = set()
@@ -133,9 +133,14 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         # A recording belongs to the graph of its call: copies and pickles start empty.
-        copy = Recorder(self.configs)
+        copy = Recorder(self.adapters)
         copy.streams, copy.handles, copy._warned = self.streams, self.handles, self._warned
         return copy.__dict__
+
+    @property
+    def configs(self) -> dict[str, LoRAMoEConfig]:
+        """Of the LoRAMoE adapters; `add_adapter` of transformers may have put other methods' beside them."""
+        return {name: config for name, config in self.adapters.items() if isinstance(config, LoRAMoEConfig)}
 
     def install(self, model: nn.Module) -> None:
         """Hook into the base model, and into the model below its head."""

@@ -18,13 +18,19 @@ def find_recorder(model: nn.Module) -> Recorder | None:
 
 
 def _recorder_of(model: nn.Module) -> Recorder:
-    if (recorder := find_recorder(model)) is None:
+    found = {id(r): r for m in model.modules() if isinstance(r := vars(m).get("recorder"), Recorder)}
+    if not found:
         raise ValueError(f"{type(model).__name__} has no LoRAMoE layers; attach them with get_peft_model first.")
-    return recorder
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} adapted models. Each has a balance term and a routing of its "
+            "own: ask each of them, and add the terms."
+        )
+    return next(iter(found.values()))
 
 
 def configs_of(model: nn.Module) -> dict[str, LoRAMoEConfig]:
-    """The configurations of the adapters, by adapter name.
+    """The configurations of the LoRAMoE adapters, by adapter name.
 
     Raises:
         ValueError: the model has no LoRAMoE layers.
@@ -42,11 +48,12 @@ def balance_loss(model: nn.Module) -> Tensor:
         model: the adapted model, wrapped in whatever way.
 
     Returns:
-        A scalar, float32; zero if no adapter was active.
+        A scalar in the dtype of the router probabilities, float32 by default; zero if no adapter was active.
 
     Raises:
         RuntimeError: it is read with gradient in a `compute_loss` to which `LoRAMoETrainerMixin` adds it.
-        ValueError: the model has no LoRAMoE layers, or the term cannot be computed (the message says why).
+        ValueError: `model` has no LoRAMoE layers or holds several adapted models, or the term cannot be computed (the
+            message says why).
 
     Example:
         >>> import torch

@@ -19,7 +19,7 @@ from ..balance import balance_loss, balance_terms, layer_routing
 from ..balance.results import configs_of
 from ..balance.task_types import task_type_tensor
 from ..config import LoRAMoEConfig
-from ..layer import LoRAMoELayer
+from ..layer import adapted_layers, first_layer
 
 
 NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -108,11 +108,7 @@ class RouterCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Refuse models that have no routers."""
-        if not any(isinstance(module, LoRAMoELayer) for module in model.modules()):
-            raise ValueError(
-                f"{type(model).__name__} has no LoRAMoE layers: attach them with get_peft_model, or leave "
-                "RouterCallback out."
-            )
+        adapted_layers(model)
         self._metrics, self._step_done, self._separation, self._seen = {}, None, _Separation(), None
 
     def on_step_end(
@@ -124,9 +120,9 @@ class RouterCallback(TrainerCallback):
         if control.should_log and self._step_done != state.global_step:
             self._step_done = state.global_step
             with torch.no_grad():
-                table, config = _table(model, args.device), _config(model)
+                table, config = _table(model, args.device), active_config(model)
                 self._metrics = _metrics(table, model, self.layer_groups)
-            if self._separation.is_watched(config):
+            if config is not None and self._separation.is_watched(config):
                 warm_up = max(args.get_warmup_steps(state.max_steps), state.max_steps // 4)
                 weights, seen = _null_weights(table, config), _of_all_processes(self._seen, config, args.device)
                 message = self._separation.add(weights, seen, config, state.global_step > warm_up)
@@ -255,8 +251,8 @@ class _Table:
 
 
 def _table(model: nn.Module, device: torch.device) -> _Table:
-    linears = [module for module in model.modules() if isinstance(module, LoRAMoELayer)]
-    groups = {(name, m.name): list(e.groups.sizes) for m in linears for name, e in m.loramoe_experts.items()}
+    layers = adapted_layers(model)
+    groups = {(name, m.name): list(e.groups.sizes) for m in layers for name, e in m.loramoe_experts.items()}
     rows = {key: row for row, key in enumerate(groups)}
     num_types, num_experts = 1 + max(map(len, groups.values())), max(map(sum, groups.values()))
     by_type = torch.zeros(len(rows), num_types, num_experts + 2, device=device)
@@ -279,15 +275,12 @@ def _table(model: nn.Module, device: torch.device) -> _Table:
     return _Table(rows, list(groups.values()), by_type.cpu(), terms.cpu())
 
 
-def _configs(model: nn.Module) -> dict[str, LoRAMoEConfig]:
-    configs = (getattr(module, "peft_config", None) for module in model.modules())
-    return next(found for found in configs if isinstance(found, dict))
-
-
-def _config(model: nn.Module) -> LoRAMoEConfig:
-    """The configuration of the first active adapter."""
-    layer = next(module for module in model.modules() if isinstance(module, LoRAMoELayer))
-    return configs_of(layer)[next(name for name in (*layer.active_adapters, *layer.loramoe_experts))]
+def active_config(model: nn.Module) -> LoRAMoEConfig | None:
+    """The configuration of the first LoRAMoE adapter that is active, or of the first one; None if there is none."""
+    if (layer := first_layer(model)) is None:
+        return None
+    configs = configs_of(layer)
+    return configs[next(name for name in (*layer.active_adapters, *configs) if name in configs)]
 
 
 def _null_weights(table: _Table, config: LoRAMoEConfig) -> dict[int, float]:
@@ -303,7 +296,7 @@ def _null_weights(table: _Table, config: LoRAMoEConfig) -> dict[int, float]:
 
 
 def _metrics(table: _Table, model: nn.Module, layer_groups: int) -> dict[str, float]:
-    configs = _configs(model)
+    configs = configs_of(model)
     used = table.by_type[..., -1].sum(-1) > 0
     active = list(dict.fromkeys(adapter for (adapter, _), row in table.rows.items() if used[row]))
     values: dict[str, list[float]] = {}

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..balance.results import configs_of
 from ..experts import LoRAExperts
-from ..layer import LoRAMoELayer
+from ..layer import LoRAMoELayer, adapted_layers
 
 
 def optimizer_groups(
@@ -61,9 +61,7 @@ def optimizer_groups(
         >>> optimizer = torch.optim.AdamW(groups)
     """
     _check_options(lr, router_lr, loraplus_lr_ratio, weight_decay)
-    experts = [module for module in model.modules() if isinstance(module, LoRAExperts)]
-    if not experts:
-        raise ValueError(f"{type(model).__name__} has no LoRAMoE layers; attach them with get_peft_model first.")
+    experts = [experts for layer in adapted_layers(model) for experts in layer.loramoe_experts.values()]
     roles = {id(getattr(module, role)): role for module in experts for role in ("A", "B", "router")}
     params: dict[str, list[nn.Parameter]] = {name: [] for name in ("A", "B", "router", "other", "no_decay")}
     for parameter in model.parameters():  # gives shared ones once

@@ -17,9 +17,9 @@ from transformers import Trainer, TrainingArguments
 from ..balance.results import configs_of, find_recorder
 from ..balance.samples import label_tokens
 from ..config import LoRAMoEConfig
-from ..layer import LoRAMoELayer
+from ..layer import first_layer
 from .anchor_pass import AnchorPass, check_anchor_options
-from .callback import RouterCallback
+from .callback import RouterCallback, active_config
 from .collator import COLUMN, TaskTypeCollator, default_task_type, example_types
 from .optimizer import router_multipliers, routers_share_a_group, set_router_rates
 
@@ -124,7 +124,7 @@ class LoRAMoETrainerMixin(_Trainer):
         _refuse_vllm(type(self).__name__, args, kwargs)
         super().__init__(*args, **kwargs)
         self._added, self._steps_added = {}, 0.0  # to the trainer's loss since it logged, over so many optimizer steps
-        config = _config_of(self.model)
+        config = active_config(self.model)
         if config is not None:
             _check_parallelism(self.accelerator)
             if _has_router_rates(self.model):
@@ -145,7 +145,7 @@ class LoRAMoETrainerMixin(_Trainer):
         """The trainer's loss, in training plus the balance term."""
         inputs = dict(inputs)
         task_types = inputs.pop("task_types", None)
-        config = _config_of(model)
+        config = active_config(model)
         training = model.training and torch.is_grad_enabled()
         if not training or (config is None and self._anchors is None):
             return super().compute_loss(
@@ -272,7 +272,7 @@ class LoRAMoETrainerMixin(_Trainer):
     @contextmanager
     def _task_types_collated(self) -> Generator[None]:
         # Only while a loader is made: trainers look at the class of their collator.
-        collator, config = self.data_collator, _config_of(self.model)
+        collator, config = self.data_collator, active_config(self.model)
         if config is not None and not isinstance(collator, TaskTypeCollator):
             self.data_collator = TaskTypeCollator(collator, config)
         try:
@@ -282,7 +282,7 @@ class LoRAMoETrainerMixin(_Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if COLUMN not in self._signature_columns and _config_of(self.model) is not None:
+        if COLUMN not in self._signature_columns and active_config(self.model) is not None:
             self._signature_columns = [*self._signature_columns, COLUMN]
 
     def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
@@ -302,7 +302,7 @@ class LoRAMoETrainerMixin(_Trainer):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         batch = super()._prepare_inputs(inputs)
-        config = _config_of(self.model)
+        config = active_config(self.model)
         if config is None or not _are_typed_prompts(inputs) or "task_types" in batch:
             return batch
         if _is_named(self, GENERATE_IN_ORDER):
@@ -325,7 +325,7 @@ class LoRAMoETrainerMixin(_Trainer):
 
     def _with_types(self, examples: list[Mapping[str, Any]], batch: dict[str, Any]) -> dict[str, Any]:
         """Add `task_types` to a batch whose rows are generated from the examples, one from each, in their order."""
-        config = _config_of(self.model)
+        config = active_config(self.model)
         types = None if config is None else example_types(examples, config)
         if types is None:
             return batch
@@ -376,22 +376,12 @@ class LoRAMoETrainerMixin(_Trainer):
         return reduced.item()
 
 
-def _config_of(model: nn.Module) -> LoRAMoEConfig | None:
-    """The configuration of the active (or else any) LoRAMoE adapter."""
-    layer = next((m for m in model.modules() if isinstance(m, LoRAMoELayer)), None)
-    if layer is None:
-        return None
-    configs = configs_of(layer)
-    return next(configs[name] for name in (*layer.active_adapters, *layer.loramoe_experts))
-
-
 def _has_term(model: nn.Module) -> bool:
     """Whether an active adapter has a balance term."""
-    layer = next((m for m in model.modules() if isinstance(m, LoRAMoELayer)), None)
-    if layer is None:
+    if (layer := first_layer(model)) is None:
         return False
-    configs = configs_of(layer)
-    return any(configs[name].balance_loss_weight > 0 for name in configs if name in layer.active_adapters)
+    active = layer.active_adapters
+    return any(config.balance_loss_weight > 0 for name, config in configs_of(layer).items() if name in active)
 
 
 def _has_router_rates(model: nn.Module) -> bool:
@@ -419,7 +409,7 @@ def _refuse_vllm(trainer: str, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     values = (*args, *kwargs.values())
     arguments = next((value for value in values if isinstance(value, TrainingArguments)), None)
     model = kwargs.get("model", args[0] if args else None)
-    adapted = isinstance(model, nn.Module) and _config_of(model) is not None
+    adapted = isinstance(model, nn.Module) and active_config(model) is not None
     if not adapted and not any(isinstance(value, LoRAMoEConfig) for value in values):
         return
     # Trainers without the option, the asynchronous ones, always generate with the server that they are given.

@@ -498,3 +498,14 @@ def test_a_batch_without_a_real_token_is_refused():
 def test_reading_from_a_model_without_adapters_is_refused():
     with pytest.raises(ValueError, match="LlamaForCausalLM has no LoRAMoE layers"):
         balance_loss(tiny_llama())
+
+
+@pytest.mark.parametrize(
+    "read",
+    [balance_loss, balance_terms, layer_routing, lambda model: collect_balance(model).__enter__()],
+    ids=["loss", "terms", "routing", "collect"],
+)
+def test_reading_from_two_adapted_models_at_once_is_refused(read):
+    both = nn.ModuleDict({"first": loramoe(), "second": loramoe()})
+    with pytest.raises(ValueError, match="ModuleDict holds 2 adapted models.*ask each of them, and add the terms"):
+        read(both)

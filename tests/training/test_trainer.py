@@ -10,14 +10,15 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
+from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 from transformers.training_args import OptimizerNames
 
-from peft_loramoe import balance_loss, balance_terms
+from peft_loramoe import LoRAMoEConfig, balance_loss, balance_terms
 from peft_loramoe.peft_api import PEFT_AT_LEAST_0_21
-from peft_loramoe.training import LoRAMoETrainerMixin, TaskTypeCollator, optimizer_groups
+from peft_loramoe.training import LoRAMoETrainerMixin, RouterCallback, TaskTypeCollator, optimizer_groups
 from tiny import loramoe, tiny_llama, tiny_tokenizer
 
 
@@ -261,6 +262,24 @@ def test_a_model_without_loramoe_trains_as_without_the_mixin(tmp_path):
     for trainer_class in (Trainer, mixed(Trainer)):
         updates.append(gradients(build(trainer_class, tmp_path, model=tiny_llama())))
     torch.testing.assert_close(*updates, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("active", ["lora", "moe", ["lora", "moe"], ["moe", "lora"]], ids=str)
+@pytest.mark.parametrize("first", ["lora", "moe"])
+def test_adapters_of_another_method_beside_it_do_not_matter(first, active, tmp_path):
+    configs = {
+        "lora": LoraConfig(target_modules=["up_proj"], init_lora_weights=False),
+        "moe": LoRAMoEConfig(target_modules=["down_proj"], init_weights=False),
+    }
+    model = tiny_llama()
+    for name in (first, "moe" if first == "lora" else "lora"):
+        model.add_adapter(configs[name], name)
+    model.set_adapter(active)
+    trainer = build(mixed(Trainer), tmp_path, model=model, logging_steps=1)
+    trainer.add_callback(RouterCallback())
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert (logged["balance_loss"] > 0) == ("router/balance_loss" in logged) == ("moe" in active)
 
 
 # gradient accumulation
