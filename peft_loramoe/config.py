@@ -1,8 +1,9 @@
-"""`LoRAMoEConfig`: every option of the method, validated when it is set."""
+"""`LoRAMoEConfig`: every option of the method, validated when the configuration is made."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import os
@@ -44,6 +45,9 @@ BASE_KINDS = {
 @dataclass
 class LoRAMoEConfig(ConfigFields, PeftConfig):
     """Options of a LoRAMoE adapter. Options that PEFT's LoRA has keep its names and meanings.
+
+    Two are not called as there: `init_weights` is LoRA's `init_lora_weights`, and `bias="loramoe_only"` is its
+    "lora_only".
 
     Raises:
         ValueError: an option has a value outside its range; the message names the option, the value and the fix.
@@ -103,9 +107,10 @@ class LoRAMoEConfig(ConfigFields, PeftConfig):
         the untouched backbone. Group 1 has the LoRA experts, for samples of type 1. The balance term trains the
         routers only, at ten times the experts' learning rate, without which they hardly learn to tell the types apart.
 
-        An expert starts with a gate of 1 / num_experts, and null experts add nothing: with half of them null, the
-        gates of the others sum to one half. `lora_alpha` makes up for it: unless it is given, it is chosen so that
-        gate times scale is 4/3 at the start, whatever `r`, `num_experts` and `use_rslora` are. With 12 experts that is
+        An expert starts with a gate of 1 / num_experts (with `top_k`, in the mean over tokens), and null experts add
+        nothing: with half of them null, the gates of the others sum to one half. `lora_alpha` makes up for it: unless
+        it is given, it is chosen so that gate times scale is 4/3 at the start, whatever `r`, `num_experts` and
+        `use_rslora` are; `rank_pattern` and `num_experts_pattern` do not count. With 12 experts that is
         lora_alpha = 16 r.
 
         Args:
@@ -239,8 +244,14 @@ class LoRAMoEConfig(ConfigFields, PeftConfig):
         return len(self._group_sizes())
 
     def rank_of(self, layer: str) -> int:
-        """Rank of the experts of a layer, from `rank_pattern` or `r`."""
-        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer), self.r)
+        """Rank of the experts of a layer, from `rank_pattern` or `r`.
+
+        Raises:
+            ValueError: together, the layer's experts have a rank that no layer can have.
+        """
+        rank = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer), self.r)
+        _check_rank("rank ", rank, len(self.groups_of(layer).lora_experts), f"layer '{layer}'")
+        return rank
 
     def mixture_options(self, layer: str) -> MixtureOptions:
         """What the forward pass of a layer needs to know."""
@@ -307,21 +318,18 @@ class LoRAMoEConfig(ConfigFields, PeftConfig):
         layouts = {"num_experts": self._group_sizes()}
         for name in self.num_experts_pattern:
             layouts[f"num_experts_pattern[{shown(name)}]"] = self._group_sizes(name)
-        ranks = [("r", self.r), *((f"rank_pattern[{shown(k)}]", r) for k, r in self.rank_pattern.items())]
-        rank_option, rank = max(ranks, key=lambda item: item[1])
         for option, groups in layouts.items():
             if len(groups) != num_groups:
                 raise ValueError(f"{option} gives {len(groups)} groups, {groups}, but there are {num_groups}.")
             if self.top_k is not None and self.top_k > sum(groups):
                 raise ValueError(f"top_k={self.top_k} is more than the {sum(groups)} experts of {option}.")
-            if rank * sum(groups) > MAX_RANK:
-                raise ValueError(
-                    f"{rank_option}={rank} times the {sum(groups)} experts of {option} is a rank of "
-                    f"{rank * sum(groups)}; at most {MAX_RANK} is possible: no linear layer has more inputs or "
-                    "outputs. Take fewer experts or a smaller rank."
-                )
         if self.null_groups is not None:
             self.null_groups = self._checked_null_groups(self.null_groups, num_groups)
+        if not (self.rank_pattern and self.num_experts_pattern):  # with both, it is the layer that tells which meet
+            ranks = {"r": self.r, **{f"rank_pattern[{shown(k)}]": r for k, r in self.rank_pattern.items()}}
+            for (rank_option, rank), (option, groups) in itertools.product(ranks.items(), layouts.items()):
+                experts = sum(size for group, size in enumerate(groups) if group not in (self.null_groups or ()))
+                _check_rank(f"{rank_option}=", rank, experts, option)
         names = self.task_type_names
         if names is not None and (len(names) != num_groups or len(set(names)) != len(names)):
             raise ValueError(
@@ -341,6 +349,15 @@ class LoRAMoEConfig(ConfigFields, PeftConfig):
                 f"null_groups={shown(self.null_groups)} leaves no group with parameters; leave at least one out."
             )
         return groups
+
+
+def _check_rank(option: str, rank: int, experts: int, where: str) -> None:
+    if rank * experts > MAX_RANK:
+        raise ValueError(
+            f"{option}{rank} times the {experts} LoRA experts of {where} is a rank of {rank * experts}; at most "
+            f"{MAX_RANK} is possible: no linear layer has more inputs or outputs. Take fewer experts or a smaller "
+            "rank."
+        )
 
 
 # The help texts are written once, in `fields`; the class docstring lists them from there.

@@ -244,8 +244,8 @@ BAD_VALUES = [
     (dict(expert_groups=[3, 4_000_000_000]), r"expert_groups\[1\]=4000000000 must be at most"),
     (dict(expert_groups=[4096, 4096]), "has 8192 experts; at most 4096"),
     (dict(r=10**9), "r=1000000000 must be at most 65536: no linear layer"),
-    (dict(r=20_000), "r=20000 times the 6 experts of num_experts is a rank of 120000"),
-    (dict(rank_pattern={"up": 20_000}), r"rank_pattern\['up'\]=20000 times the 6 experts"),
+    (dict(r=20_000), "r=20000 times the 6 LoRA experts of num_experts is a rank of 120000"),
+    (dict(rank_pattern={"up": 20_000}), r"rank_pattern\['up'\]=20000 times the 6 LoRA experts"),
     (dict(num_experts_pattern=None), "num_experts_pattern=None must be a dictionary"),
     (dict(num_experts_pattern=[4]), r"num_experts_pattern=\[4\] must be a dictionary"),
     (
@@ -388,11 +388,32 @@ def test_the_null_group_of_retain(overrides, groups):
         dict(expert_groups=[1, 6]),
         dict(r=16, use_rslora=True),
         dict(r=3, num_experts=4),
+        dict(top_k=2),
     ],
 )
 def test_the_experts_of_retain_start_with_the_same_weight(overrides):
     config = LoRAMoEConfig.retain(**overrides)
     assert config.scaling(config.r, config.lora_alpha) / config.num_experts == pytest.approx(4 / 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(rank_pattern={"up": 8192}, num_experts_pattern={"down": [8, 8]}),
+        dict(r=8192, num_experts_pattern={".*": [1, 1]}, rank_pattern={"up": 4}),
+        dict(r=8192, num_experts=12, null_groups=[0]),
+    ],
+    ids=["patterns that do not meet", "a default that no layer has", "null experts"],
+)
+def test_a_rank_that_no_layer_has_is_not_counted(options):
+    LoRAMoEConfig(**options)
+
+
+def test_patterns_that_meet_in_a_layer_of_too_much_rank_are_refused():
+    config = LoRAMoEConfig(rank_pattern={"up_proj": 8192}, num_experts_pattern={".*_proj": [8, 8]})
+    message = "rank 8192 times the 16 LoRA experts of layer 'mlp.up_proj' is a rank of 131072; at most 65536"
+    with pytest.raises(ValueError, match=message):
+        config.rank_of("mlp.up_proj")
 
 
 def test_a_given_lora_alpha_is_kept():
