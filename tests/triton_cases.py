@@ -189,11 +189,10 @@ def differences(case, device="cpu"):
                 keep = kernels().dropout_mask(x, case.dropout)
                 keep = keep if implementation is kernels() else unpack(keep, case.in_features)
             rest = [added.get(name) for name in ("base", "weight", "bias")]
-            result = implementation.forward(x, A, B, router, keep, *rest, options_of(case))
+            inputs = mixture_torch.Inputs(x, A, B, router, keep, *rest)
+            result = implementation.forward(inputs, options_of(case))
             result += implementation.backward(
-                *(grad_output, grad_probabilities, x, A, B, router, keep, rest[1], *result[1:]),
-                options_of(case),
-                [True] * 4,
+                grad_output, grad_probabilities, inputs.saved(*result[1:]), options_of(case), [True] * 4
             )
             results.append(result)
     for ours, theirs in zip(*results):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import mixture_torch
-from .mixture_torch import MixtureOptions
+from .mixture_torch import Inputs, MixtureOptions, Saved
 
 
 def find_kernels() -> ModuleType | None:
@@ -52,18 +52,9 @@ KERNELS = find_kernels()
 COMPILE_AS_CUSTOM_OP = torch.__version__ < "2.6"
 
 
-def select_backend(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor,
-    keep: Tensor | None,
-    options: MixtureOptions,
-) -> ModuleType:
-    """Return the module that computes a mixture, `mixture_torch` or the kernels.
-
-    Arguments as in `mixture_torch.forward`.
-    """
+def select_backend(tensors: Inputs | Saved, options: MixtureOptions) -> ModuleType:
+    """Return the module that computes a mixture, `mixture_torch` or the kernels."""
+    x, A, B, router, keep, *_ = tensors
     if KERNELS is None or (keep is not None and keep.dtype == torch.bool):  # a mask is read by those who drew it
         return mixture_torch
     return KERNELS if KERNELS.supports(x, A, B, router, options) else mixture_torch
@@ -94,7 +85,7 @@ def mixture(
         A: shape (E*r, in_features), expert i owns rows i*r to (i+1)*r.
         B: shape (out_features, E*r), the same columns.
         router: shape (N, in_features).
-        options: what is fixed for the layer.
+        options: scaling, routing and dropout of the layer.
         dropout: whether to drop entries of the experts' input.
         base: output of the base layer, shape (..., out_features); it is not written to.
         weight: weight of the base layer, shape (out_features, in_features), if it is to be computed here. It gets no
@@ -116,51 +107,40 @@ def mixture(
     leading = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     base = None if base is None else base.reshape(-1, base.shape[-1])
-    backend = select_backend(x, A, B, router, None, options)
-    keep = backend.dropout_mask(x, options.dropout) if dropout and options.dropout > 0 else None
-    inputs = (x, A, B, router, keep, base, weight, bias)
+    inputs = Inputs(x, A, B, router, None, base, weight, bias)
+    backend = select_backend(inputs, options)
+    if dropout and options.dropout > 0:
+        inputs = inputs._replace(keep=backend.dropout_mask(x, options.dropout))
     if torch.compiler.is_compiling() and (
         COMPILE_AS_CUSTOM_OP or backend is not mixture_torch or _is_exporting_gradients()
     ):
         output, probabilities, _ = _mixture_op(*inputs, *options)
     elif backend is mixture_torch and mixture_torch.is_small(x, A, B):
         with _no_autocast(kind):
-            output, probabilities = mixture_torch.mixture_of_small(*inputs, options)
+            output, probabilities = mixture_torch.mixture_of_small(inputs, options)
     elif torch.is_grad_enabled():  # not the custom operator, whose dispatch takes as long as ten kernels to launch
         output, probabilities, _ = _Mixture.apply(*inputs, options)
     else:
         with _no_autocast(kind):
-            output, probabilities, _ = backend.forward(*inputs, options)
+            output, probabilities, _ = backend.forward(inputs, options)
     return output.view(*leading, output.shape[1]), probabilities.view(*leading, probabilities.shape[1])
 
 
-def _forward(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor,
-    keep: Tensor | None,
-    base: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    options: MixtureOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    with _no_autocast(x.device.type):
-        backend = select_backend(x, A, B, router, keep, options)
-        return backend.forward(x, A, B, router, keep, base, weight, bias, options)
+def _forward(inputs: Inputs, options: MixtureOptions) -> tuple[Tensor, Tensor, Tensor]:
+    with _no_autocast(inputs.x.device.type):
+        return select_backend(inputs, options).forward(inputs, options)
 
 
 def _backward(
     grad_output: Tensor,
     grad_probabilities: Tensor | None,
-    saved: Sequence[Any],
+    saved: Saved,
     options: MixtureOptions,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    x, A, B, router, keep, *_ = saved
-    with _no_autocast(x.device.type):
-        backend = select_backend(x, A, B, router, keep, options)
-        return backend.backward(grad_output, grad_probabilities, *saved, options, needs)
+    with _no_autocast(saved.x.device.type):
+        backend = select_backend(saved, options)
+        return backend.backward(grad_output, grad_probabilities, saved, options, needs)
 
 
 def _no_autocast(kind: str) -> AbstractContextManager[Any]:
@@ -184,18 +164,22 @@ _OPTIONS = (
     "SymInt[] experts, float scaling, float temperature, float dropout, SymInt? top_k, ScalarType router_dtype, bool "
     "balance_detach"
 )
-_NUM_TENSORS = 8  # x to bias
+_NUM_INPUTS = len(Inputs._fields)
+
+
+def _unflattened(arguments: Sequence[Any]) -> tuple[Inputs, MixtureOptions]:
+    return Inputs(*arguments[:_NUM_INPUTS]), MixtureOptions(*arguments[_NUM_INPUTS:])
 
 
 def _flat_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(*arguments[:_NUM_TENSORS], options=MixtureOptions(*arguments[_NUM_TENSORS:]))
+    return _forward(*_unflattened(arguments))
 
 
-def _flat_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    grad_output, grad_probabilities, *saved = arguments[: 2 + _NUM_TENSORS]
-    *options, needs = arguments[2 + _NUM_TENSORS :]
+def _flat_backward(grad_output: Tensor, grad_probabilities: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    saved = Saved(*arguments[: len(Saved._fields)])
+    *options, needs = arguments[len(Saved._fields) :]
     gradients = _backward(grad_output, grad_probabilities, saved, MixtureOptions(*options), needs)
-    return tuple(saved[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return tuple(saved.x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 _mixture_op = torch.library.custom_op(
@@ -216,20 +200,10 @@ _mixture_backward_op = torch.library.custom_op(
 
 
 @_mixture_op.register_fake
-def _(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor,
-    keep: Any,
-    base: Tensor | None,
-    weight: Any,
-    bias: Any,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    router_dtype = MixtureOptions(*options).router_dtype
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (x, A, B, router, _, base, *_), options = _unflattened(arguments)
     tokens = x.shape[0]
-    precision = torch.promote_types(torch.promote_types(router_dtype, torch.float32), x.dtype)
+    precision = torch.promote_types(torch.promote_types(options.router_dtype, torch.float32), x.dtype)
     output = (x if base is None else base).new_empty(tokens, B.shape[0])
     return output, x.new_empty(tokens, router.shape[0], dtype=precision), x.new_empty(tokens, A.shape[0])
 
@@ -242,12 +216,11 @@ def _(
     return tuple(t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in zip((x, A, B, router), needs))
 
 
-def _save(ctx: Any, tensors: Sequence[Any], options: MixtureOptions, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, A, B, router, keep, _, weight, _ = tensors
+def _save(ctx: Any, inputs: Inputs, options: MixtureOptions, output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, probabilities, hidden = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(hidden)
-    ctx.save_for_backward(x, A, B, router, keep, weight, probabilities, hidden)
+    ctx.save_for_backward(*inputs.saved(probabilities, hidden))
     ctx.options = options
 
 
@@ -255,12 +228,12 @@ def _differentiate(
     ctx: Any, grad_output: Tensor | None, grad_probabilities: Tensor | None, backward: Callable[..., Any]
 ) -> tuple[list[Any], Tensor | None]:
     """Gradients of x, A, B and router, and of the base layer's output."""
-    x, _, B, *_ = saved = ctx.saved_tensors
+    saved = Saved(*ctx.saved_tensors)
     needs = list(ctx.needs_input_grad[:4])
     grad_base = grad_output if ctx.needs_input_grad[5] else None
     if grad_output is None:  # only the probabilities were used
-        saved = (*saved[:5], None, *saved[6:])  # the base layer's weight has no part in them
-        grad_output = x.new_zeros(()).expand(x.shape[0], B.shape[0])
+        saved = saved._replace(weight=None)  # the base layer's weight has no part in them
+        grad_output = saved.x.new_zeros(()).expand(saved.x.shape[0], saved.B.shape[0])
         needs = [needs[0] and not ctx.options.balance_detach, False, False, needs[3]]
     gradients = backward(grad_output, grad_probabilities, saved, ctx.options, needs)
     return [gradient if needed else None for gradient, needed in zip(gradients, needs)], grad_base
@@ -269,7 +242,7 @@ def _differentiate(
 def _backward_by_op(
     grad_output: Tensor,
     grad_probabilities: Tensor | None,
-    saved: Sequence[Any],
+    saved: Saved,
     options: MixtureOptions,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
@@ -283,7 +256,8 @@ class _Mixture(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         # No `setup_context` of its own: torch would inspect the signature at every call.
         *tensors, options = inputs
-        output = _forward(*tensors, options=options)
+        tensors = Inputs(*tensors)
+        output = _forward(tensors, options)
         _save(ctx, tensors, options, output)
         return output
 
@@ -299,7 +273,7 @@ class _Mixture(torch.autograd.Function):
 
 
 def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _save(ctx, inputs[:_NUM_TENSORS], MixtureOptions(*inputs[_NUM_TENSORS:]), output)
+    _save(ctx, *_unflattened(inputs), output)
 
 
 def _differentiate_op(

@@ -31,7 +31,7 @@ SMALL_WEIGHTS = 2**18
 
 
 class MixtureOptions(NamedTuple):
-    """What is fixed for a layer.
+    """Scaling, routing and dropout of a layer.
 
     Attributes:
         experts: router outputs that have parameters, ascending; the others are null experts.
@@ -57,6 +57,47 @@ class MixtureOptions(NamedTuple):
         return self.scaling if keep is None else self.scaling / (1 - drop_probability(self.dropout))
 
 
+class Inputs(NamedTuple):
+    """The tensors that a mixture is computed from.
+
+    Attributes:
+        x: shape (T, in_features).
+        A: shape (C, in_features).
+        B: shape (out_features, C).
+        router: shape (N, in_features).
+        keep: dropout's mask, or None.
+        base: output of the base layer, shape (T, out_features), to which the mixture is added, out of place; or None.
+        weight: weight of the base layer, where it is computed here, shape (out_features, in_features); or None.
+        bias: its bias, or None.
+    """
+
+    x: Tensor
+    A: Tensor
+    B: Tensor
+    router: Tensor
+    keep: Tensor | None
+    base: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def saved(self, probabilities: Tensor, hidden: Tensor) -> "Saved":
+        """What the backward pass needs, with what `forward` returned."""
+        return Saved(self.x, self.A, self.B, self.router, self.keep, self.weight, probabilities, hidden)
+
+
+class Saved(NamedTuple):
+    """What the backward pass reads: inputs as in `Inputs`, probabilities and hidden as `forward` returns them."""
+
+    x: Tensor
+    A: Tensor
+    B: Tensor
+    router: Tensor
+    keep: Tensor | None
+    weight: Tensor | None
+    probabilities: Tensor
+    hidden: Tensor
+
+
 def drop_probability(dropout: float) -> float:
     """The probability with which masks drop an entry.
 
@@ -72,34 +113,14 @@ def dropout_mask(x: Tensor, dropout: float) -> Tensor:
     return words.view(torch.int16)[: x.numel()].view(x.shape) >= int(drop_probability(dropout) * 2**16) - 2**15
 
 
-def forward(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor,
-    keep: Tensor | None,
-    base: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    options: MixtureOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs, options: MixtureOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Output, probabilities and what the backward pass needs besides its inputs.
-
-    Args:
-        x: shape (T, in_features).
-        A: shape (C, in_features).
-        B: shape (out_features, C).
-        router: shape (N, in_features).
-        keep: dropout's mask, or None.
-        base: output of the base layer, shape (T, out_features), to which the mixture is added, out of place; or None.
-        weight: weight of the base layer, where it is computed here, shape (out_features, in_features); or None.
-        bias: its bias, or None.
-        options: what is fixed for the layer.
 
     Returns:
         Output, shape (T, out_features), dtype of `base` or else of x; probabilities, shape (T, N), float32 or float64;
         hidden, shape (T, C), dtype of x.
     """
+    x, A, B, router, keep, base, weight, bias = inputs
     dtype = x.dtype
     hidden, logits = _project(x, A, router, keep, options)
     probabilities = router_probabilities(logits, options.temperature)
@@ -117,7 +138,7 @@ def forward(
 
 
 def is_small(x: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether `mixture_of_small` is to compute the mixture; arguments as in `forward`.
+    """Whether `mixture_of_small` is to compute the mixture; shapes as in `Inputs`.
 
     Compiled, it never is: the limit would be one more graph, or an error where the number of tokens depends on data.
     """
@@ -129,21 +150,12 @@ def is_small(x: Tensor, A: Tensor, B: Tensor) -> bool:
     return A.dtype == _dtype_of_small(x, A) or A.numel() + B.numel() <= SMALL_WEIGHTS
 
 
-def mixture_of_small(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor,
-    keep: Tensor | None,
-    base: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    options: MixtureOptions,
-) -> tuple[Tensor, Tensor]:
-    """Output and probabilities in as few operations as can be, differentiated by autograd.
+def mixture_of_small(inputs: Inputs, options: MixtureOptions) -> tuple[Tensor, Tensor]:
+    """Output and probabilities, as of `forward`, in as few operations as can be, differentiated by autograd.
 
-    Arguments and returns as in `forward`. Weights are cast to no narrower dtype: casting a small x costs less.
+    Weights are cast to no narrower dtype: casting a small x costs less.
     """
+    x, A, B, router, keep, base, weight, bias = inputs
     dtype = _dtype_of_small(x, A)
     cast = _cast(x, dtype)
     hidden = F.linear(_drop(cast, keep), _cast(A, dtype))
@@ -173,14 +185,7 @@ def mixture_of_small(
 def backward(
     grad_output: Tensor,
     grad_probabilities: Tensor | None,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor,
-    keep: Tensor | None,
-    weight: Tensor | None,
-    probabilities: Tensor,
-    hidden: Tensor,
+    saved: Saved,
     options: MixtureOptions,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -188,6 +193,7 @@ def backward(
 
     `grad_output` has the shape of the output, `grad_probabilities` that of the probabilities (None: nobody used them).
     """
+    x, A, B, router, keep, weight, probabilities, hidden = saved
     dtype = x.dtype
     needs_x, needs_A, needs_B, needs_router = needs
     grad_output = _cast(grad_output, dtype)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import triton_kernels as kernels
-from .mixture_torch import MixtureOptions, drop_probability
+from .mixture_torch import Inputs, MixtureOptions, Saved, drop_probability
 from .router import mm_has_out_dtype, select_gates, select_gates_backward, softmax_backward
 
 
@@ -105,18 +105,9 @@ _dropout_bits = torch.library.custom_op("peft_loramoe::dropout_bits", _draw_bits
 _dropout_bits.register_fake(_empty_bits)
 
 
-def forward(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor,
-    keep: Tensor | None,
-    base: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    options: MixtureOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs, options: MixtureOptions) -> tuple[Tensor, Tensor, Tensor]:
     """See `mixture_torch.forward`."""
+    x, A, B, router, keep, base, weight, bias = inputs
     A, B, router = A.contiguous(), B.contiguous(), router.contiguous()
     (tokens, in_features), out_features, (C, N) = x.shape, B.shape[0], (A.shape[0], router.shape[0])
     probabilities = x.new_empty(tokens, N, dtype=torch.float32)
@@ -205,18 +196,12 @@ def forward(
 def backward(
     grad_output: Tensor,
     grad_probabilities: Tensor | None,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor,
-    keep: Tensor | None,
-    weight: Tensor | None,
-    probabilities: Tensor,
-    hidden: Tensor,
+    saved: Saved,
     options: MixtureOptions,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `mixture_torch.backward`."""
+    x, A, B, router, keep, weight, probabilities, hidden = saved
     needs_x, needs_A, needs_B, needs_router = needs
     if x.shape[0] == 0:
         none = [torch.zeros_like(t) if wanted else None for t, wanted in zip((x, A, B, router), needs)]

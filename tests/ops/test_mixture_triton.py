@@ -18,6 +18,7 @@ import triton_cases
 from peft_loramoe.ops import MixtureOptions, mixture_torch
 from peft_loramoe.ops import mixture as mixture_module
 from peft_loramoe.ops.mixture import mixture
+from peft_loramoe.ops.mixture_torch import Inputs
 from triton_cases import Case
 
 
@@ -275,9 +276,11 @@ def test_a_boolean_mask_is_read_by_the_torch_implementation(h100, monkeypatch):
     bits, mask = (
         torch.empty(4, width, dtype=dtype, device="cuda") for width, dtype in ((1, torch.int32), (5, torch.bool))
     )
-    assert mixture_module.select_backend(*arguments, None, PLAIN) is mixture_triton
-    assert mixture_module.select_backend(*arguments, bits, PLAIN) is mixture_triton
-    assert mixture_module.select_backend(*arguments, mask, PLAIN) is mixture_torch
+    chosen = [
+        mixture_module.select_backend(Inputs(*arguments, keep, base=None, weight=None, bias=None), PLAIN)
+        for keep in (None, bits, mask)
+    ]
+    assert chosen == [mixture_triton, mixture_triton, mixture_torch]
 
 
 # Ahead-of-time compilation for an H100, from the launches that shapes on the meta device would make
@@ -302,22 +305,11 @@ def launches(monkeypatch, tokens, num_outputs, r, dtype, masters=torch.float32, 
     keep = mixture_triton._draw_bits(torch.empty(1, dtype=torch.int64, device="meta"), tokens, 4096, 0.1)
     base = x.new_empty(tokens, 11008)
     added = (None, x.new_empty(11008, 4096), None) if weight else (base, None, None)
-    _, probabilities, hidden = mixture_triton.forward(x, A, B, router, keep, *added, options)
+    inputs = Inputs(x, A, B, router, keep, *added)
+    _, probabilities, hidden = mixture_triton.forward(inputs, options)
     forward = len(made)
-    mixture_triton.backward(
-        base,
-        torch.empty_like(probabilities),
-        x,
-        A,
-        B,
-        router,
-        keep,
-        added[1],
-        probabilities,
-        hidden,
-        options,
-        [True] * 4,
-    )
+    saved = inputs.saved(probabilities, hidden)
+    mixture_triton.backward(base, torch.empty_like(probabilities), saved, options, [True] * 4)
     return made[1:forward], made[forward:], made[0]
 
 
