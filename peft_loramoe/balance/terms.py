@@ -83,8 +83,8 @@ def _tables(recordings: Sequence[Recording], configs: Mapping[str, LoRAMoEConfig
         if adapter not in configs:
             raise deleted_adapter(adapter)
     for call in recordings:
-        alike = group_by(call.records, lambda r, call=call: (*call.key(r), r.probabilities.dtype, r.groups))
-        for records in alike:
+        same_tokens = group_by(call.records, lambda r, call=call: (*call.key(r), r.probabilities.dtype, r.groups))
+        for records in same_tokens:
             first = records[0]
             sums, counts = call.importance(records)
             targets = balance_targets(call.task_types(first), first.groups, configs[first.adapter].balance_delta)

@@ -186,7 +186,7 @@ class _Separation:
                 column.append(_mean(measured))
         if self._measurements < self.MEASUREMENTS:
             return None
-        message = self._missing(seen, config) or self._alike(config)
+        message = self._missing(seen, config) or self._not_separated(config)
         self._judged = message is not None
         return message
 
@@ -205,7 +205,7 @@ class _Separation:
             )
         return None
 
-    def _alike(self, config: LoRAMoEConfig) -> str | None:
+    def _not_separated(self, config: LoRAMoEConfig) -> str | None:
         if min(len(self._own), len(self._others)) < self.MEASUREMENTS:
             return None
         known, tasks = _mean(self._own), _mean(self._others)
