@@ -79,7 +79,7 @@ class RouterTrace(SavedAsJSON):
 
 
 def router_trace(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, adapter: str | None = None
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, adapter_name: str | None = None
 ) -> RouterTrace:
     """Run the model over a text and record the router probabilities of each token.
 
@@ -90,7 +90,7 @@ def router_trace(
         model: the adapted model, possibly wrapped; not an encoder-decoder.
         tokenizer: tokenizer of the model. It adds its special tokens unless the text begins with BOS.
         text: the text, not empty.
-        adapter: which active adapter; None for the only one.
+        adapter_name: which active adapter; None for the only one.
 
     Raises:
         TypeError: `text` is not a string.
@@ -118,7 +118,7 @@ def router_trace(
     with evaluation_mode(model):
         model(**on_device_of(model, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}))
         used = layer_routing(model)
-    adapter = _adapter_that_ran(used, adapter)
+    adapter = _adapter_that_ran(used, adapter_name)
     layers, expert_groups = _by_layer([layer for layer in used if layer.adapter == adapter], len(token_ids))
     return RouterTrace(
         adapter=adapter,
@@ -132,17 +132,18 @@ def router_trace(
     )
 
 
-def _adapter_that_ran(used: list[LayerRouting], adapter: str | None) -> str:
+def _adapter_that_ran(used: list[LayerRouting], adapter_name: str | None) -> str:
     ran = list(dict.fromkeys(layer.adapter for layer in used))
     if not ran:
         raise ValueError("No router ran: keep a LoRAMoE adapter enabled and active.")
-    if adapter is None and len(ran) > 1:
-        raise ValueError(f"The adapters {', '.join(ran)} are active; choose one with adapter=...")
-    if adapter is not None and adapter not in ran:
+    if adapter_name is None and len(ran) > 1:
+        raise ValueError(f"The adapters {', '.join(ran)} are active; choose one with adapter_name=...")
+    if adapter_name is not None and adapter_name not in ran:
         raise ValueError(
-            f"adapter='{adapter}' is not active ({', '.join(ran)} is); call model.set_adapter('{adapter}') first."
+            f"adapter_name='{adapter_name}' is not active ({', '.join(ran)} is); call "
+            f"model.set_adapter('{adapter_name}') first."
         )
-    return adapter or ran[0]
+    return adapter_name or ran[0]
 
 
 def _by_layer(used: list[LayerRouting], num_tokens: int) -> tuple[dict[str, list[list[float]]], dict[str, list[int]]]:

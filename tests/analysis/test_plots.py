@@ -208,12 +208,12 @@ def test_curves_differ_in_colour_or_marker():
 @pytest.mark.parametrize("plot", OF_STATISTICS)
 def test_one_of_several_adapters_is_drawn(tmp_path, plot):
     both = joined(statistics("a"), statistics("b", layers=["layers.7.fc1"], names=None))
-    figure = plot(both, tmp_path / "router.png", adapter="b")
+    figure = plot(both, tmp_path / "router.png", adapter_name="b")
     assert figure.axes[0].get_title() == "fc1"
     with pytest.raises(ValueError, match="contain the adapters a, b; choose one with adapter"):
         plot(both, tmp_path / "router.png")
-    with pytest.raises(ValueError, match="adapter='c' is unknown; the statistics contain a, b"):
-        plot(both, tmp_path / "router.png", adapter="c")
+    with pytest.raises(ValueError, match="adapter_name='c' is unknown; the statistics contain a, b"):
+        plot(both, tmp_path / "router.png", adapter_name="c")
 
 
 @pytest.mark.parametrize("plot", OF_STATISTICS)

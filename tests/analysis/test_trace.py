@@ -88,7 +88,7 @@ def test_dropout_is_off_and_the_mode_is_restored():
 def test_one_of_several_active_adapters_is_chosen_by_name():
     model = two_adapters()
     model.base_model.set_adapter(["default", "other"])
-    found = trace(model, adapter="other")
+    found = trace(model, adapter_name="other")
     assert found.adapter == "other" and set(map(tuple, found.expert_groups.values())) == {(1, 2)}
 
 
@@ -161,9 +161,9 @@ def test_several_active_adapters_are_refused_without_a_name():
 @pytest.mark.parametrize("adapter", ["other", "missing", ""])
 def test_an_adapter_that_is_not_active_is_refused(adapter):
     with pytest.raises(
-        ValueError, match=rf"adapter='{adapter}' is not active .default is.*set_adapter\('{adapter}'\)"
+        ValueError, match=rf"adapter_name='{adapter}' is not active .default is.*set_adapter\('{adapter}'\)"
     ):
-        trace(two_adapters(), adapter=adapter)
+        trace(two_adapters(), adapter_name=adapter)
 
 
 def test_disabled_adapters_are_refused():

@@ -40,7 +40,7 @@ class _Adapter:
 
 
 def plot_group_weights(
-    statistics: RouterStatistics, path: str | os.PathLike[str], adapter: str | None = None
+    statistics: RouterStatistics, path: str | os.PathLike[str], adapter_name: str | None = None
 ) -> Figure:
     """Plot the mean router weight of each expert group by depth, as in the LoRAMoE paper.
 
@@ -49,7 +49,7 @@ def plot_group_weights(
     Args:
         statistics: result of `router_statistics`.
         path: file to write, .png, .svg or .pdf.
-        adapter: name of the adapter; None for the only one.
+        adapter_name: name of the adapter; None for the only one.
 
     Returns:
         The matplotlib figure.
@@ -64,7 +64,7 @@ def plot_group_weights(
         >>> statistics = router_statistics(tiny_model(), [{"input_ids": torch.tensor([[3, 4, 5]])}])
         >>> figure = plot_group_weights(statistics, "groups.png")
     """
-    chosen = _choose(statistics, adapter)
+    chosen = _choose(statistics, adapter_name)
     records = group_weights(chosen.statistics.experts, per_layer=True)
     weights = {(record["layer"], record["task_type"], record["group"]): record["weight"] for record in records}
     with _panels(path, chosen, len(chosen.task_types), row_height=1.9) as (figure, axes):
@@ -81,7 +81,7 @@ def plot_group_weights(
     return figure
 
 
-def plot_load(statistics: RouterStatistics, path: str | os.PathLike[str], adapter: str | None = None) -> Figure:
+def plot_load(statistics: RouterStatistics, path: str | os.PathLike[str], adapter_name: str | None = None) -> Figure:
     """Plot the mean router weight of every expert as a heat map by depth.
 
     White lines separate the expert groups, which are labeled at their first expert. Dead and dominating experts (see
@@ -91,7 +91,7 @@ def plot_load(statistics: RouterStatistics, path: str | os.PathLike[str], adapte
     Args:
         statistics: result of `router_statistics`.
         path: file to write, .png, .svg or .pdf.
-        adapter: name of the adapter; None for the only one.
+        adapter_name: name of the adapter; None for the only one.
 
     Returns:
         The matplotlib figure.
@@ -106,7 +106,7 @@ def plot_load(statistics: RouterStatistics, path: str | os.PathLike[str], adapte
         >>> statistics = router_statistics(tiny_model(), [{"input_ids": torch.tensor([[3, 4, 5]])}])
         >>> figure = plot_load(statistics, "load.png")
     """
-    chosen = _choose(statistics, adapter)
+    chosen = _choose(statistics, adapter_name)
     slots = {layer: _slots(sizes) for layer, sizes in chosen.group_sizes.items()}
     weights, marks = {}, {}
     for record in chosen.statistics.experts:
@@ -144,7 +144,9 @@ def plot_load(statistics: RouterStatistics, path: str | os.PathLike[str], adapte
     return figure
 
 
-def plot_entropy(statistics: RouterStatistics, path: str | os.PathLike[str], adapter: str | None = None) -> Figure:
+def plot_entropy(
+    statistics: RouterStatistics, path: str | os.PathLike[str], adapter_name: str | None = None
+) -> Figure:
     """Plot the entropy of the routers by depth, with a curve for each task type and a panel for each kind of linear.
 
     Solid lines show the mean entropy of a token's router probabilities, dashed lines the entropy of the mean
@@ -154,7 +156,7 @@ def plot_entropy(statistics: RouterStatistics, path: str | os.PathLike[str], ada
     Args:
         statistics: result of `router_statistics`.
         path: file to write, .png, .svg or .pdf.
-        adapter: name of the adapter; None for the only one.
+        adapter_name: name of the adapter; None for the only one.
 
     Returns:
         The matplotlib figure.
@@ -169,7 +171,7 @@ def plot_entropy(statistics: RouterStatistics, path: str | os.PathLike[str], ada
         >>> statistics = router_statistics(tiny_model(), [{"input_ids": torch.tensor([[3, 4, 5]])}])
         >>> figure = plot_entropy(statistics, "entropy.png")
     """
-    chosen = _choose(statistics, adapter)
+    chosen = _choose(statistics, adapter_name)
     records = {(record["layer"], record["task_type"]): record for record in chosen.statistics.layers}
     with _panels(path, chosen, 1, row_height=2.4) as (figure, axes):
         for panel, blocks in zip(axes[0], chosen.kinds.values()):
@@ -188,15 +190,17 @@ def plot_entropy(statistics: RouterStatistics, path: str | os.PathLike[str], ada
     return figure
 
 
-def _choose(statistics: RouterStatistics, adapter: str | None) -> _Adapter:
+def _choose(statistics: RouterStatistics, adapter_name: str | None) -> _Adapter:
     adapters = list(dict.fromkeys(record["adapter"] for record in statistics.experts))
     if not adapters:
         raise ValueError("The statistics have no records; there is nothing to plot.")
-    if adapter is None and len(adapters) > 1:
-        raise ValueError(f"The statistics contain the adapters {', '.join(adapters)}; choose one with adapter=...")
-    if adapter is not None and adapter not in adapters:
-        raise ValueError(f"adapter='{adapter}' is unknown; the statistics contain {', '.join(adapters)}.")
-    adapter = str(adapters[0]) if adapter is None else adapter
+    if adapter_name is None and len(adapters) > 1:
+        raise ValueError(
+            f"The statistics contain the adapters {', '.join(adapters)}; choose one with adapter_name=..."
+        )
+    if adapter_name is not None and adapter_name not in adapters:
+        raise ValueError(f"adapter_name='{adapter_name}' is unknown; the statistics contain {', '.join(adapters)}.")
+    adapter = str(adapters[0]) if adapter_name is None else adapter_name
     experts = [record for record in statistics.experts if record["adapter"] == adapter]
     layers = [record for record in statistics.layers if record["adapter"] == adapter]
     groups = {(record["layer"], record["expert"]): record["group"] for record in experts}
