@@ -191,7 +191,10 @@ def add_arguments(parser: Parser) -> None:
         shown = "not on CPUs, many of which are slow in it" if default is None else _shown(default)
         training.add_argument(f"--{flag}", default=default, help=f"{text} (default: {shown})", **parse)
     training.add_argument(
-        "--loraplus-ratio", type=positive_number, metavar="N", help="B learns this many times faster than A (LoRA+)"
+        "--loraplus-lr-ratio",
+        type=positive_number,
+        metavar="N",
+        help="B learns this many times faster than A (LoRA+)",
     )
     training.add_argument(
         "--resume", action="store_true", help="continue from the last complete checkpoint in --output-dir"

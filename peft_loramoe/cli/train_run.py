@@ -172,7 +172,7 @@ def build(options: Namespace) -> tuple[LoRAMoESFTTrainer, dict[str, Any]]:
         eval_dataset=eval_datasets or None,
         processing_class=tokenizer,
         peft_config=config,
-        loraplus_lr_ratio=options.loraplus_ratio,
+        loraplus_lr_ratio=options.loraplus_lr_ratio,
         callbacks=[RouterCallback() if training.report_to else RouterCallback(layer_groups=0)],
         **anchor_options(options, kept),
     )

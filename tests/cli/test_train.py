@@ -384,7 +384,7 @@ def test_checkpointing_that_zero_3_would_make_reentrant_is_refused(trainer, monk
 
 
 def test_router_and_b_may_learn_at_their_own_rates(trainer):
-    rates = ("--router-lr-multiplier", 50, "--loraplus-ratio", 8, "--learning-rate", 0.01, "--weight-decay", 0.1)
+    rates = ("--router-lr-multiplier", 50, "--loraplus-lr-ratio", 8, "--learning-rate", 0.01, "--weight-decay", 0.1)
     built = trainer(*rates)
     names = {id(parameter): name.rpartition(".")[2] for name, parameter in built.model.named_parameters()}
     groups = built.create_optimizer().param_groups
