@@ -16,6 +16,13 @@ from ..version import needs
 from . import tables
 from .models import ADAPTER, SavedAdapter, read_batches
 
+# Options of `train` that are about --dataset alone, and what to do in their place with --train-file.
+OF_DATASET = {
+    "dataset_config": "leave it out",
+    "train_split": "leave it out",
+    "eval_split": "with --train-file, give --eval-file",
+}
+
 
 def inspect(options: Namespace) -> None:
     """Print a summary of an adapter."""
@@ -142,15 +149,14 @@ def train(options: Namespace) -> None:
     """Train an adapter and save it."""
     if missing := [name for name in ("accelerate", "datasets", "trl") if find_spec(name) is None]:
         raise ImportError(needs("train", ", ".join(missing), "train"))
-    from .train_run import run
-
     if (options.train_file is None) == (options.dataset is None):
         raise ValueError("give either --train-file or --dataset.")
-    if options.eval_split and options.dataset is None:
-        raise ValueError(
-            f"--eval-split {options.eval_split} is a split of --dataset; with --train-file, give --eval-file."
-        )
+    for name, fix in OF_DATASET.items():
+        if (value := getattr(options, name)) is not None and options.dataset is None:
+            raise ValueError(f"--{name.replace('_', '-')} {value} has no effect without --dataset; {fix}.")
     for name in ("anchor_loss_weight", "anchor_kl_weight", "anchors_per_batch", "anchors_every"):
         if getattr(options, name) is not None and options.anchors is None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} has no effect without --anchors.")
+    from .train_run import run
+
     run(options)

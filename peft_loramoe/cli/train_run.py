@@ -109,14 +109,20 @@ def checkpoint_to_resume(options: Namespace) -> str | None:
     """The checkpoint to go on from, if that is wanted; an earlier run's results are not overwritten.
 
     Raises:
-        ValueError: the output folder holds results of an earlier run, and --resume is not given.
+        ValueError: the output folder holds results of an earlier run, and --resume is not given or has no complete
+            checkpoint to go on from.
     """
     checkpoint = last_complete_checkpoint(options.output_dir)
-    found = Path(checkpoint).name if checkpoint else ADAPTER_FILE
-    if not options.resume and (checkpoint or (options.output_dir / ADAPTER_FILE).exists()):
-        fix = "continue it with --resume, or " if checkpoint else ""
+    finished = (options.output_dir / ADAPTER_FILE).exists()
+    if finished and checkpoint is None:
+        none = ", and no complete checkpoint to resume from" if options.resume else ""
         raise ValueError(
-            f"--output-dir {options.output_dir} holds {found} of an earlier run; {fix}give another folder."
+            f"--output-dir {options.output_dir} holds {ADAPTER_FILE} of an earlier run{none}; give another folder."
+        )
+    if checkpoint is not None and not options.resume:
+        raise ValueError(
+            f"--output-dir {options.output_dir} holds {Path(checkpoint).name} of an earlier run; continue it with "
+            "--resume, or give another folder."
         )
     if options.resume:
         where = (
@@ -188,7 +194,7 @@ def build(options: Namespace) -> tuple[LoRAMoESFTTrainer, dict[str, Any]]:
 def read_data(options: Namespace, config: LoRAMoEConfig) -> tuple[list[Record], dict[str, list[Record]]]:
     """The records to train on, and those to evaluate on by name."""
     if options.dataset:
-        train = read_split(options, options.train_split, config)
+        train = read_split(options, options.train_split or "train", config)
     else:
         train = [record for path in options.train_file for record in read_records(path, config)]
     evaluation = {options.eval_split: read_split(options, options.eval_split, config)} if options.eval_split else {}

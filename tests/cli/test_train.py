@@ -156,7 +156,15 @@ def test_wrong_trainer_args_are_named(text, message):
         (["--train-file", "t.json", "--dataset", "d"], "give either --train-file or --dataset"),
         (
             ["--train-file", "t.json", "--eval-split", "test"],
-            "--eval-split test is a split of --dataset; with --train-file",
+            "--eval-split test has no effect without --dataset; with --train-file, give --eval-file",
+        ),
+        (
+            ["--train-file", "t.json", "--train-split", "train"],
+            "--train-split train has no effect without --dataset; leave it out",
+        ),
+        (
+            ["--train-file", "t.json", "--dataset-config", "en"],
+            "--dataset-config en has no effect without --dataset; leave it out",
         ),
         (["--train-file", "t.json", "--anchors-every", "2"], "--anchors-every 2 has no effect without --anchors"),
     ],
@@ -451,10 +459,18 @@ def test_resuming_without_a_checkpoint_starts_afresh_aloud(tmp_path, capsys):
     assert f"no complete checkpoint in {tmp_path}: starting afresh" in capsys.readouterr().out
 
 
-def test_an_adapter_is_not_overwritten(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "holds adapter_model.safetensors of an earlier run; give another folder"),
+        (["--resume"], "of an earlier run, and no complete checkpoint to resume from; give another folder"),
+    ],
+)
+def test_an_adapter_is_not_overwritten(options, message, tmp_path):
     (tmp_path / "adapter_model.safetensors").touch()
-    with pytest.raises(ValueError, match=r"holds adapter_model.safetensors of an earlier run; give another folder"):
-        checkpoint_to_resume(parse("--output-dir", str(tmp_path)))
+    (tmp_path / "checkpoint-2").mkdir()  # torn
+    with pytest.warns(UserWarning, match="checkpoint-2"), pytest.raises(ValueError, match=message):
+        checkpoint_to_resume(parse(*options, "--output-dir", str(tmp_path)))
 
 
 def test_anchors_train_and_a_tenth_measures(arguments, tmp_path, capsys):
