@@ -331,13 +331,7 @@ def load_model(base: BaseModel, attention: str | None = None) -> nn.Module:
     # The trainer places the model, but not one in 4 bits.
     placed = {} if base.load_in_4bit and not sharded else {"device_map": None}
     base = replace(base, device=str(PartialState().device))
-    model = base.load(sharded=sharded, attn_implementation=attention, **placed)
-    for module in model.modules():
-        # On a CPU with AVX512-BF16, bitsandbytes repacks weights when first evaluated; they pass no gradient after
-        # that.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
+    return base.load(sharded=sharded, attn_implementation=attention, **placed)
 
 
 def check_checkpointing(training: SFTConfig, config: LoRAMoEConfig) -> None:

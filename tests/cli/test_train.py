@@ -414,6 +414,17 @@ def test_adapter_of_a_quantised_model_stays_float32(trainer):
     assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
 
 
+@pytest.mark.parametrize("options", [[], ["--preset", "plain", "--balance-loss-weight", "0"]], ids=["retain", "plain"])
+def test_weights_in_4_bits_are_not_packed_for_inference(options, trainer, monkeypatch):
+    """As bitsandbytes does on a CPU with AVX512-BF16, after which they pass no gradient."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    built = trainer("--load-in-4bit", "--no-bf16", *options)
+    linears = [m for m in built.model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert linears and not any(linear.support_avx512bf16_for_cpu for linear in linears)
+    assert built.evaluate(built.train_dataset)["eval_loss"] > 0
+    assert not any(getattr(linear.weight.quant_state, "packing_format_for_cpu", False) for linear in linears)
+
+
 def test_packed_training_saves_an_adapter_that_loads(arguments, tmp_path, toy_folder, capsys):
     records = [{**RECORD, "task_type": name, "output": f"Paris {n}"} for n in range(8) for name in NAMES]
     evaluation = [str(write_lines(tmp_path / f"{name}.jsonl", *records[:3])) for name in ("old", "new")]
