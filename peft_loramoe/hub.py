@@ -50,6 +50,31 @@ def check_source(name: str, file: str, revision: str | None = None, repo_type: s
         raise FileNotFoundError(f"{begin}{error}") from error
 
 
+def parse_dataset(source: str, what: str, prefix: str = "") -> tuple[str, str | None, str | None]:
+    """Take apart how a data set of the Hub is named on the command line, NAME[:CONFIG[:SPLIT]].
+
+    Args:
+        source: what is to be taken apart.
+        what: begins the message: the option or argument that names the data set.
+        prefix: what stands before NAME there, for the message.
+
+    Returns:
+        The name, the configuration and the split; None for what is left out.
+
+    Raises:
+        ValueError: there is no name, or there are more than three parts.
+
+    Example:
+        >>> parse_dataset("allenai/c4:en", "--dataset allenai/c4:en")
+        ('allenai/c4', 'en', None)
+    """
+    name, *rest = source.split(":")
+    if not name.strip("/") or len(rest) > 2:
+        raise ValueError(f"{what} must have the form {prefix}NAME[:CONFIG[:SPLIT]].")
+    config, split = (part or None for part in (*rest, "", "")[:2])
+    return name, config, split
+
+
 @lru_cache
 def _ask_the_hub(name: str, file: str, revision: str | None, repo_type: str) -> None:
     if try_to_load_from_cache(name, file, revision=revision, repo_type=repo_type) is not None:

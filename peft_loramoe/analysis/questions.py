@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..hub import check_source
+from ..hub import check_source, parse_dataset
 from ..reading import read_json, read_json_lines
 from ..version import needs
 
@@ -137,12 +137,9 @@ def _hub_records(source: str) -> Iterator[tuple[str, Any]]:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(needs(source, "datasets", "train")) from error
-    name, *rest = source.removeprefix(HUB).split(":")
-    if not name or len(rest) > 2:
-        raise ValueError(f"{source} must have the form {HUB}NAME[:CONFIG[:SPLIT]].")
-    config, split = rest + ["", ""][len(rest) :]
+    name, config, split = parse_dataset(source.removeprefix(HUB), source, HUB)
     check_source(name, "README.md", repo_type="dataset", what=source)
-    rows = load_dataset(name, config or None, split=split or "validation")
+    rows = load_dataset(name, config, split=split or "validation")
     columns = [
         column for column in rows.column_names if column in ("question", "answer")
     ]  # other columns may be large

@@ -16,11 +16,12 @@ from ..reading import read_json
 from . import tables
 from .commands import load_with_texts, print_json
 from .models import SavedAdapter
+from .options import check_output
 
 
 def analyze(options: Namespace) -> None:
     """Measure how the routers of an adapter use its experts."""
-    _require_folder(options.output)
+    check_output(options.output)
     model, batches = load_with_texts(options)
     statistics = analysis.router_statistics(model, tqdm(batches, desc="batches", leave=False, disable=None))
     usage, similarity = analysis.expert_usage(statistics), analysis.expert_similarity(model)
@@ -37,7 +38,7 @@ def analyze(options: Namespace) -> None:
 
 def trace(options: Namespace) -> None:
     """Show the router weights for each token of a text."""
-    _require_folder(options.output)
+    check_output(options.output)
     adapter = SavedAdapter.read(options.adapter, options)
     tokenizer = adapter.tokenizer()
     traced = analysis.router_trace(adapter.load(), tokenizer, options.text)
@@ -93,19 +94,13 @@ def _plot_statistics(options: Namespace, draw: Callable[..., Any]) -> None:
 def _check_figures(options: Namespace) -> None:
     for path in options.output:
         check_suffix(path)
-        _require_folder(path)
+        check_output(path)
 
 
 def _draw(options: Namespace, draw: Callable[[Path], Any]) -> None:
     for path in options.output:
         draw(path)
         _print_written(path)
-
-
-def _require_folder(file: Path | None) -> None:
-    """Check, before the work begins, that the file can be written."""
-    if file is not None and not file.parent.is_dir():
-        raise FileNotFoundError(f"The folder of '{file}' does not exist; create it first.")
 
 
 def _print_written(file: Path | None) -> None:

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..hub import check_source
+from ..hub import check_source, parse_dataset
 from ..reading import read_json_lines, read_text
 from ..training import anchors_from_texts, sample_anchors, write_anchors
 from ..training.anchors import KINDS
@@ -22,7 +22,7 @@ READ = 20_000  # records of a data set on the Hub that anchors are chosen from
 
 def anchors(options: argparse.Namespace) -> None:
     """Write a file of anchors."""
-    check_output("--output", options.output)
+    check_output(options.output)
     base = BaseModel.of(options, options.model)
     if options.texts is None and options.dataset is None:
         tokenizer = base.tokenizer()
@@ -65,12 +65,9 @@ def _texts_of_dataset(source: str) -> Iterator[str]:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(needs(f"--dataset {source}", "datasets", "train")) from error
-    name, _, rest = source.partition(":")
-    if not name.strip("/"):
-        raise ValueError(f"--dataset {source!r} names no data set; write NAME[:CONFIG[:SPLIT]].")
-    config, _, split = rest.partition(":")
+    name, config, split = parse_dataset(source, f"--dataset {source!r}")
     check_source(name, "README.md", repo_type="dataset", what=f"--dataset {source}")
-    records = load_dataset(name, config or None, split=split or "train", streaming=True)
+    records = load_dataset(name, config, split=split or "train", streaming=True)
     return (_text_of(record, f"{source}, record {i}") for i, record in enumerate(islice(records, READ), start=1))
 
 

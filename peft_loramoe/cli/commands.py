@@ -15,6 +15,7 @@ from ..interop.inspect import inspect_adapter
 from ..version import needs
 from . import tables
 from .models import ADAPTER, SavedAdapter, read_batches
+from .options import json_value
 
 # Options of `train` that are about --dataset alone, and what to do in their place with --train-file.
 OF_DATASET = {
@@ -135,14 +136,11 @@ def print_json(value: Any) -> None:
 
 
 def _option(text: str) -> tuple[str, Any]:
-    """Parse OPTION=VALUE, with the value as JSON or, if that fails, as a string."""
+    """Parse OPTION=VALUE."""
     name, separator, value = text.partition("=")
     if not separator:
         raise ValueError(f"--set {text}: must be OPTION=VALUE.")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+    return name, json_value(value)
 
 
 def train(options: Namespace) -> None:

@@ -25,6 +25,7 @@ from ..hub import check_source
 from ..writing import write_whole
 from . import tables
 from .base_model import BaseModel
+from .options import check_output
 
 
 # Option -> its default and the option that it requires.
@@ -50,8 +51,7 @@ class QuestionSet:
 def evaluate(options: Namespace) -> None:
     """Evaluate a model with and without adapters, print tables or JSON, and write JSON."""
     _check_options(options)
-    if options.output is not None:  # before hours of work
-        _check_output(options.output)
+    check_output(options.output)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name, revision = _base_model(options.model, options.adapter)
     base = BaseModel.of(options, name, revision=revision)
@@ -114,13 +114,6 @@ def _check_options(options: Namespace) -> None:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _check_output(file: Path) -> None:
-    if file.is_dir():
-        raise IsADirectoryError(f"The output file '{file}' cannot be written: it is a folder.")
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"The output file '{file}' cannot be written: there is no folder '{file.parent}'.")
 
 
 def _base_model(model: str | None, adapters: list[str]) -> tuple[str, str]:

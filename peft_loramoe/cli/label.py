@@ -26,7 +26,7 @@ def label(options: argparse.Namespace) -> None:
     """Write the records with a column `task_type`, and show how their losses are distributed."""
     if options.output.exists():
         raise FileExistsError(f"The file '{options.output}' exists already. Remove it, or choose another one.")
-    check_output("--output", options.output)
+    check_output(options.output)
     if not options.max_loss >= 0:
         raise ValueError(f"--max-loss {options.max_loss} must be zero or more.")
     records = _read(options.data)

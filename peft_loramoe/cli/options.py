@@ -221,12 +221,18 @@ def steps(text: str) -> int:
     return -1 if text == "-1" else positive(text)
 
 
-def check_output(flag: str, file: Path) -> None:
+def check_output(file: Path | None, flag: str = "--output") -> None:
     """Check, before the work begins, that a file can be written.
+
+    Args:
+        file: the file, which may exist; None if none is to be written.
+        flag: the option that names it, for messages.
 
     Raises:
         ValueError: it cannot.
     """
+    if file is None:
+        return
     if file.is_dir():
         raise ValueError(f"{flag} {file}: is a folder; name a file.")
     if not file.parent.is_dir():

@@ -135,7 +135,7 @@ def test_bad_files(name, content, message, tmp_path):
         read_questions(file)
 
 
-@pytest.mark.parametrize("source", ["hub:", "hub:a:b:c:d"])
+@pytest.mark.parametrize("source", ["hub:", "hub:/", "hub:a:b:c:d"])
 def test_bad_names_of_data_sets(source):
     with pytest.raises(ValueError, match=rf"{source} must have the form hub:NAME\[:CONFIG\[:SPLIT\]\]"):
         read_questions(source)

@@ -600,6 +600,7 @@ BAD = {
     "no text to trace": ("trace {adapter}", "arguments are required: --text"),
     "an empty text": ("trace {adapter} --text=", "--text '' has no tokens"),
     "a classifier's trace": ("trace {classifier} --text w3", "Texts need a causal language model"),
+    "statistics in a folder's place": ("analyze {adapter} --data {texts} -o {empty}", "is a folder; name a file"),
     "a trace without a folder": ("trace {adapter} --text w3 -o {out}/t.json", "does not exist; create it first"),
     "no kind of figure": ("plot", "arguments are required: KIND"),
     "no figure": ("plot load {nothing}", "arguments are required: -o/--output"),

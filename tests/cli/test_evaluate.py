@@ -371,11 +371,11 @@ BAD = {
     "no such questions": ("--model {base} --questions {nowhere}.json", "No such file or directory"),
     "the output is a folder": (
         "--model {base} --questions {questions} -o {base}",
-        "'{base}' cannot be written: it is a folder",
+        "--output {base}: is a folder; name a file",
     ),
     "the output has no folder": (
         "--model {base} --questions {questions} -o {nowhere}/a.json",
-        "there is no folder '{nowhere}'",
+        "--output {nowhere}/a.json: the folder {nowhere} does not exist; create it first",
     ),
     "too few examples": (
         "--model {base} --questions {questions} --shots 31",
