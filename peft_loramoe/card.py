@@ -60,10 +60,11 @@ def loading_snippet(adapter: str, options: Mapping[str, Any], gguf_file: str | N
     """
     auto_class = AUTO_CLASSES.get(options.get("task_type") or "", "AutoModel")
     base_model = options.get("base_model_name_or_path") or "BASE_MODEL"
-    file = "" if gguf_file is None else f", gguf_file={_literal(gguf_file)}"
+    given = {"revision": options.get("revision"), "gguf_file": gguf_file}
+    more = "".join(f", {name}={_literal(value)}" for name, value in given.items() if value is not None)
     return (
         "import peft_loramoe  # registers LORAMOE with PEFT\nfrom peft import PeftModel\nfrom transformers import "
-        f"{auto_class}\n\nbase_model = {auto_class}.from_pretrained({_literal(base_model)}{file})\nmodel = "
+        f"{auto_class}\n\nbase_model = {auto_class}.from_pretrained({_literal(base_model)}{more})\nmodel = "
         f"PeftModel.from_pretrained(base_model, {_literal(adapter)})"
     )
 

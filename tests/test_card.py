@@ -44,6 +44,13 @@ def test_the_snippet_loads_the_class_of_the_task_type():
     assert 'PeftModel.from_pretrained(base_model, "me/adapter")' in snippet
 
 
+def test_the_snippet_loads_the_revision_that_was_trained_on():
+    config = LoRAMoEConfig(task_type="CAUSAL_LM", base_model_name_or_path="base", revision="v2")
+    assert 'AutoModelForCausalLM.from_pretrained("base", revision="v2")' in loading_snippet("a", config.to_dict())
+    snippet = loading_snippet("a", config.to_dict(), gguf_file="q4.gguf")
+    assert 'AutoModelForCausalLM.from_pretrained("base", revision="v2", gguf_file="q4.gguf")' in snippet
+
+
 def test_a_local_base_model_is_not_named_to_the_hub(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"---\nbase_model: {tmp_path}\ntags:\n- base_model:adapter:{tmp_path}\n- lora\n---\n\nText.\n")
@@ -119,6 +126,7 @@ def test_names_of_others_stay_data(name, place, tmp_path):
 def test_the_snippet_is_five_statements_whatever_the_names(name):
     for snippet in (
         loading_snippet("a", LoRAMoEConfig(base_model_name_or_path=name or "x").to_dict()),
+        loading_snippet("a", LoRAMoEConfig(revision=name).to_dict()),
         loading_snippet(name, LoRAMoEConfig().to_dict()),
     ):
         assert len(snippet.splitlines()) == 6

@@ -24,6 +24,11 @@ from ..hub import check_source
 from ..version import needs
 
 
+def same_model(first: str, second: str) -> bool:
+    """Whether two names, folders or Hub ids, are those of one model."""
+    return first == second or (Path(first).is_dir() and Path(first).resolve() == Path(second).resolve())
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """A base model, and how it is to be loaded.

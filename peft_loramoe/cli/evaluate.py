@@ -24,7 +24,7 @@ from ..analysis import ClosedBookResult, Question, answer_questions, compare_res
 from ..hub import check_source
 from ..writing import write_whole
 from . import tables
-from .base_model import BaseModel
+from .base_model import BaseModel, same_model
 from .options import check_output
 
 
@@ -129,19 +129,21 @@ def _base_model(model: str | None, adapters: list[str]) -> tuple[str, str]:
         base = config.base_model_name_or_path
         if base:
             named.add((base, config.revision or "main"))
-        if model and base and not _same_model(base, model):
+        if model and base and not same_model(base, model):
             warnings.warn(f"'{adapter}' names '{base}' as its base model; it is evaluated on '{model}'.")
-    if model:
-        return model, "main"
-    if len(named) != 1:
-        several = " and ".join(f"'{base}' ({revision})" for base, revision in sorted(named))
-        found = f"the adapters name {several}" if named else "no adapter names one"
-        raise ValueError(f"Name the base model with --model: {found}.")
-    return named.pop()
-
-
-def _same_model(first: str, second: str) -> bool:
-    return first == second or (Path(first).is_dir() and Path(first).resolve() == Path(second).resolve())
+    if model is None:
+        bases = sorted({base for base, _ in named})
+        if len(bases) != 1:
+            found = "the adapters name " + " and ".join(map(repr, bases)) if bases else "no adapter names one"
+            raise ValueError(f"Name the base model with --model: {found}.")
+        model = bases[0]
+    revisions = sorted({revision for base, revision in named if same_model(base, model)}) or ["main"]
+    if len(revisions) > 1:
+        raise ValueError(
+            f"The adapters name the revisions {' and '.join(map(repr, revisions))} of '{model}'; evaluate those of "
+            "each revision in a run of their own."
+        )
+    return model, revisions[0]
 
 
 def _question_set(source: str, options: Namespace) -> QuestionSet:

@@ -21,7 +21,7 @@ from ..interop import read_adapter
 from ..interop.files import EXPERT_KEY, experts_by_module
 from ..interop.inspect import loramoe_config
 from ..reading import read_json_lines
-from .base_model import BaseModel
+from .base_model import BaseModel, same_model
 
 
 ADAPTER = "default"  # name of the loaded adapter
@@ -51,10 +51,15 @@ class SavedAdapter:
         options, tensors = read_adapter(source)
         config = loramoe_config(source, options)
         experts_by_module(tensors)
-        base = command.base_model or config.base_model_name_or_path
+        named = config.base_model_name_or_path
+        base = command.base_model or named
         if not base:
             raise ValueError(f"'{source}' does not name its base model; pass it as --base-model.")
-        return cls(source, config, tensors, BaseModel.of(command, base, flag="--base-model"))
+        if not (named and same_model(base, named)):
+            config.revision = None  # it is the other model's
+        config.base_model_name_or_path = base
+        model = BaseModel.of(command, base, flag="--base-model", revision=config.revision or "main")
+        return cls(source, config, tensors, model)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer.
@@ -70,8 +75,7 @@ class SavedAdapter:
     def load(self) -> PeftModel:
         """Load the base model with the adapter in eval mode."""
         model = PeftModel.from_pretrained(self.base.load(self._auto_class), self.source, ADAPTER)
-        model.peft_config[ADAPTER].base_model_name_or_path = self.base.name
-        return model.eval()
+        return self._on_base_model(model)
 
     def load_without_base(self) -> PeftModel:
         """Load without the base model's weights, unless the adapter trains some of them.
@@ -90,7 +94,12 @@ class SavedAdapter:
             key.replace(".loramoe_experts.", f".loramoe_experts.{ADAPTER}."): t for key, t in self.tensors.items()
         }
         model.load_state_dict(named, strict=False, assign=True)
-        model.peft_config[ADAPTER].base_model_name_or_path = self.base.name
+        return self._on_base_model(model)
+
+    def _on_base_model(self, model: PeftModel) -> PeftModel:
+        """The model in eval mode, with the base model that was loaded in its configuration."""
+        config = model.peft_config[ADAPTER]
+        config.base_model_name_or_path, config.revision = self.config.base_model_name_or_path, self.config.revision
         return model.eval()
 
     @property

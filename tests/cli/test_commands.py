@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
@@ -67,6 +69,21 @@ def twelve(base):
     """An adapter like those of `LoRAMoEConfig.retain`: twelve experts, half of them null."""
     names = ["knowledge", "tasks"]
     return saved(base.parent / "twelve", base, num_experts=12, null_groups=[0], task_type_names=names)
+
+
+@pytest.fixture
+def revisions(monkeypatch):
+    """Filled with the names and revisions of the models, tokenizers and configurations that are loaded."""
+    asked = []
+    for name in ("AutoModelForCausalLM", "AutoTokenizer", "AutoConfig"):
+        read = getattr(transformers, name).from_pretrained
+
+        def from_pretrained(source, *args, read=read, revision="main", **options):
+            asked.append((str(source), revision))
+            return read(source, *args, revision=revision, **options)
+
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", from_pretrained)
+    return asked
 
 
 @pytest.fixture(scope="module")
@@ -485,6 +502,34 @@ def test_the_dtype_stays(tmp_path, adapter):
     changed_copy(adapter, tmp_path / "half", halve)
     call("surgery", "reorder", tmp_path / "half", "-o", tmp_path / "new", "--order", 0, 1, 2, 3)
     assert {tensor.dtype for tensor in load_file(tmp_path / "new" / WEIGHTS).values()} == {torch.bfloat16}
+
+
+ON_REVISIONS = {
+    "analyze": "analyze {adapter} --data {texts}",
+    "trace": "trace {adapter} --text w3",
+    "export": "export-lora {adapter} -o {out} --calibration {texts}",
+    "export without texts": "export-lora {adapter} -o {out}",
+    "surgery": "surgery reorder {adapter} -o {out} --order 1 0 2 3",
+}
+
+
+@pytest.mark.parametrize("words", ON_REVISIONS.values(), ids=ON_REVISIONS)
+@pytest.mark.parametrize("other", [False, True], ids=["the adapter's model", "another model"])
+def test_the_revision_is_that_of_the_adapters_model(other, words, tmp_path, base, adapter, calibration, revisions):
+    pinned, out = tmp_path / "pinned", tmp_path / "out"
+    shutil.copytree(adapter, pinned)
+    config = json.loads((pinned / "adapter_config.json").read_text())
+    (pinned / "adapter_config.json").write_text(json.dumps({**config, "revision": "v2"}))
+    words, model, revision = words.format(adapter=pinned, texts=calibration, out=out).split(), base, "v2"
+    if other:
+        model, revision = tmp_path / "copy", "main"
+        shutil.copytree(base, model)
+        words += ["--base-model", model]
+    call(*words)
+    assert set(revisions) == {(str(model), revision)}
+    if out.exists():
+        written = json.loads((out / "adapter_config.json").read_text())
+        assert (written["base_model_name_or_path"], written["revision"]) == (str(model), None if other else "v2")
 
 
 def test_what_belongs_to_no_expert_stays(tmp_path, base):

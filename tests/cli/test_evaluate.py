@@ -247,11 +247,18 @@ def test_a_tokenizer_of_choice(base, questions, tmp_path, capsys):
     assert found["options"]["tokenizer"] == str(tmp_path / "tokenizer")
 
 
-REVISIONS = {"the adapter's": ([], "v2"), "with --model": (["--model", "{base}"], "main")}
+REVISIONS = {
+    "the adapter's": ([], "v2"),
+    "with --model": (["--model", "{base}"], "v2"),
+    "another folder's": (["--model", "{link}"], "v2"),
+    "another model": (["--model", "{copy}"], "main"),
+}
 
 
 @pytest.mark.parametrize("words, expected", REVISIONS.values(), ids=REVISIONS)
-def test_the_revision_of_the_base_model(words, expected, base, paths, questions, capsys, monkeypatch):
+def test_the_revision_of_the_base_model(words, expected, base, paths, questions, tmp_path, capsys, monkeypatch):
+    (tmp_path / "link").symlink_to(base)
+    shutil.copytree(base, tmp_path / "copy")
     asked = []
     for name in ("AutoModelForCausalLM", "AutoTokenizer"):
         read = getattr(base_model, name).from_pretrained
@@ -261,9 +268,9 @@ def test_the_revision_of_the_base_model(words, expected, base, paths, questions,
             return read(source, **options)
 
         monkeypatch.setattr(getattr(base_model, name), "from_pretrained", from_pretrained)
-    words = [word.format(base=base) for word in words]
+    words = [word.format(base=base, link=tmp_path / "link", copy=tmp_path / "copy") for word in words]
     found = report(capsys, "--adapter", paths["revision"], *words, "--questions", questions, "--limit", 1, *ASK)
-    assert asked == [(str(base), expected)] * 3 and found["options"]["revision"] == expected
+    assert asked == [(words[-1] if words else str(base), expected)] * 3 and found["options"]["revision"] == expected
 
 
 def test_logits_that_are_not_finite_are_an_error(base, questions, tmp_path, capsys):
@@ -359,9 +366,16 @@ BAD = {
     "an adapter without a base model": ("--adapter {homeless} --questions {questions}", "no adapter names one"),
     "two base models": (
         "--adapter {lora} {elsewhere} --questions {questions}",
-        "--model: the adapters name '{base}' (main) and 'gpt2' (main)",
+        "--model: the adapters name '{base}' and 'gpt2'",
     ),
-    "two revisions": ("--adapter {lora} {revision} --questions {questions}", "name '{base}' (main) and '{base}' (v2)"),
+    "two revisions": (
+        "--adapter {lora} {revision} --questions {questions}",
+        "The adapters name the revisions 'main' and 'v2' of '{base}'; evaluate those of each revision",
+    ),
+    "two revisions of the model": (
+        "--model {base} --adapter {lora} {revision} --questions {questions}",
+        "The adapters name the revisions 'main' and 'v2' of '{base}'; evaluate those of each revision",
+    ),
     "no adapter": ("--model {base} --adapter {nowhere} --questions {questions}", "nowhere"),
     "a classifier": (
         "--adapter {classifier} --questions {questions}",
