@@ -17,6 +17,7 @@ from . import tables
 from .models import ADAPTER, SavedAdapter, read_batches
 from .options import json_value
 
+
 # Options of `train` that are about --dataset alone, and what to do in their place with --train-file.
 OF_DATASET = {
     "dataset_config": "leave it out",
@@ -152,9 +153,6 @@ def train(options: Namespace) -> None:
     for name, fix in OF_DATASET.items():
         if (value := getattr(options, name)) is not None and options.dataset is None:
             raise ValueError(f"--{name.replace('_', '-')} {value} has no effect without --dataset; {fix}.")
-    for name in ("anchor_loss_weight", "anchor_kl_weight", "anchors_per_batch", "anchors_every"):
-        if getattr(options, name) is not None and options.anchors is None:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} has no effect without --anchors.")
     from .train_run import run
 
     run(options)

@@ -145,9 +145,7 @@ def add_arguments(parser: Parser) -> None:
     data.add_argument("--train-file", type=Path, nargs="+", metavar="FILE", help="JSON or JSON lines")
     data.add_argument("--dataset", metavar="ID", help="Hub id or folder of a data set with these columns, instead")
     data.add_argument("--dataset-config", metavar="NAME", help="configuration of --dataset, if it has several")
-    data.add_argument(
-        "--train-split", metavar="NAME", help="split of --dataset to train on (default: train)"
-    )
+    data.add_argument("--train-split", metavar="NAME", help="split of --dataset to train on (default: train)")
     data.add_argument(
         "--eval-file", type=Path, nargs="+", metavar="FILE", help="each file's loss is reported by its name"
     )

@@ -29,6 +29,7 @@ from ..config import LoRAMoEConfig
 from ..hub import check_source
 from ..reading import read_text
 from ..training import RouterCallback, last_complete_checkpoint, read_anchors
+from ..training.anchor_pass import ANCHOR_OPTIONS, check_anchor_options, tokenize_anchors
 from ..training.collator import COLUMN
 from ..training.records import Record, Tokenized, check_records, read_records, tokenize_records
 from ..training.retention import Retention, measure_retention
@@ -136,7 +137,7 @@ def checkpoint_to_resume(options: Namespace) -> str | None:
 
 def build(options: Namespace) -> tuple[LoRAMoESFTTrainer, dict[str, Any]]:
     """The trainer, up to the first step, and the data sets that the comparison at the end reads, by name."""
-    config = adapter_config(options)
+    config, of_anchors = adapter_config(options), anchor_options(options)
     evaluate = bool(options.eval_file or options.eval_split) and options.eval_steps
     training = training_config(options, eval_strategy="steps" if evaluate else "no")
     base = base_model(options)
@@ -180,7 +181,8 @@ def build(options: Namespace) -> tuple[LoRAMoESFTTrainer, dict[str, Any]]:
         peft_config=config,
         loraplus_lr_ratio=options.loraplus_lr_ratio,
         callbacks=[RouterCallback() if training.report_to else RouterCallback(layer_groups=0)],
-        **anchor_options(options, kept),
+        anchors=kept or None,
+        **of_anchors,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -241,14 +243,9 @@ def marked_template(records: Iterable[Record], tokenizer: Any) -> str | None:
 
 
 def tokenize_texts(anchors: list[dict[str, str]], tokenizer: Any, max_length: int | None) -> Dataset:
-    """Anchors as the trainer reads them: one that begins with a special token gets no further ones."""
-    special, rows = tuple(tokenizer.all_special_tokens), []
-    for anchor in anchors:
-        ids = tokenizer(anchor["text"], add_special_tokens=not anchor["text"].startswith(special))["input_ids"][
-            :max_length
-        ]
-        rows.append({"input_ids": ids, "labels": ids})
-    return Dataset.from_list(rows)
+    """Anchors as rows of a data set."""
+    rows = tokenize_anchors([anchor["text"] for anchor in anchors], tokenizer, max_length)
+    return Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in rows])
 
 
 def by_type(dataset: Dataset) -> dict[int, Dataset]:
@@ -345,13 +342,15 @@ def check_checkpointing(training: SFTConfig, config: LoRAMoEConfig) -> None:
         )
 
 
-def anchor_options(options: Namespace, anchors: list[dict[str, str]]) -> dict[str, Any]:
-    """What the trainer needs to know about anchors."""
-    if not anchors:
-        return {}
-    names = ("anchor_loss_weight", "anchor_kl_weight", "anchors_per_batch", "anchors_every")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return {"anchors": anchors, **given}
+def anchor_options(options: Namespace) -> dict[str, Any]:
+    """The trainer's options about anchors.
+
+    Raises:
+        ValueError: one is out of its range, or is given without --anchors.
+    """
+    given = {name: getattr(options, name) for name in ANCHOR_OPTIONS}
+    check_anchor_options(options.anchors is not None, **given)
+    return given
 
 
 # --- what is shown

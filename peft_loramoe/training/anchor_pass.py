@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from ..balance.samples import number_of_rows
 from ..config import LoRAMoEConfig
 from ..modes import base_model, switchable
-from .anchors import check_anchor, check_counts, comparable, read_anchors
+from ..options import Kind, number, shown
+from .anchors import COUNT, check_anchor, comparable, read_anchors
 
 
 # How special tokens look: <|im_start|>, the same with DeepSeek's wide bars, <start_of_turn>, <bos>; <s> and </s> at
@@ -32,22 +33,46 @@ SPECIAL = re.compile(
 KEEPING = (True, False, "gaussian", "eva", "orthogonal")
 
 
+@dataclass(frozen=True)
+class AnchorOptions:
+    """How anchors are trained on.
+
+    Attributes:
+        loss_weight: weight of the language-modelling loss.
+        kl_weight: weight of the divergence from the base model.
+        per_batch: anchors of a micro-batch; None for a tenth of its samples, at least one.
+        every: draw anchors for every n-th micro-batch only.
+    """
+
+    loss_weight: float
+    kl_weight: float
+    per_batch: int | None
+    every: int
+
+
+# The mixin's names of these, in this order: what each takes, and the default.
+ANCHOR_OPTIONS: dict[str, tuple[Kind, Any]] = {
+    "anchor_loss_weight": (number(0, 1e6), 0.0),
+    "anchor_kl_weight": (number(0, 1e6), 0.3),
+    "anchors_per_batch": (COUNT, None),
+    "anchors_every": (COUNT, 1),
+}
+
+
 class AnchorBatches:
     """Anchors, tokenized once.
 
     Args:
         anchors: texts or records with a `text`: a JSONL file of them, a data set with a column `text`, or any
             iterable.
-        tokenizer: the model's tokenizer. A text that begins with one of its special tokens, as those of chat templates
-            do, is given no further ones.
+        tokenizer: the model's tokenizer.
         max_length: the most tokens that an anchor may have; None for any number.
         seed: of the order.
 
     Raises:
         FileNotFoundError: the file does not exist.
         TypeError: the anchors are a mapping, such as a dictionary of splits.
-        ValueError: there is no anchor, all are the same, or one is empty, too short, too long, or has another
-            tokenizer's special tokens.
+        ValueError: there is no anchor, all are the same, one is empty, or `tokenize_anchors` refuses one.
     """
 
     def __init__(
@@ -73,25 +98,7 @@ class AnchorBatches:
             raise ValueError(f"All {len(texts)} anchors are the same text, {texts[0][:60]!r}; sample distinct ones.")
         if len(distinct) < len(texts):
             warnings.warn(f"{len(texts) - len(distinct)} of {len(texts)} anchors repeat another one and are left out.")
-        _check_special_tokens(distinct, tokenizer)
-        special = tuple(_special_tokens(tokenizer))
-        rows = [tokenizer(text, add_special_tokens=not text.startswith(special))["input_ids"] for text in distinct]
-        for text, row in zip(distinct, rows):
-            if len(row) < 2:
-                raise ValueError(
-                    f"The anchor {text!r} has {len(row)} token; an anchor needs two or more to be learned from."
-                )
-            if 2 * row.count(tokenizer.unk_token_id) > len(row):
-                raise ValueError(
-                    f"More than half of the tokens of the anchor {text[:60]!r} are unknown to the tokenizer; sample "
-                    "anchors from this model."
-                )
-            if max_length is not None and len(row) > max_length:
-                raise ValueError(
-                    f"The anchor {text[:60]!r}... has {len(row)} tokens, more than max_length={max_length}: shorten "
-                    "it (anchors_from_texts cuts texts), or raise max_length."
-                )
-        self._rows = [torch.tensor(row) for row in rows]
+        self._rows = [torch.tensor(row) for row in tokenize_anchors(distinct, tokenizer, max_length)]
         self._seed = seed
 
     def __len__(self) -> int:
@@ -120,6 +127,41 @@ class AnchorBatches:
         }
 
 
+def tokenize_anchors(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> list[list[int]]:
+    """Token ids of anchors, of those to train on and of those to measure on.
+
+    Args:
+        texts: the anchors.
+        tokenizer: the model's tokenizer. A text that begins with one of its special tokens, as those of chat templates
+            do, is given no further ones.
+        max_length: the most tokens that an anchor may have; None for any number.
+
+    Raises:
+        ValueError: an anchor is too short, too long, or has another tokenizer's special tokens.
+    """
+    _check_special_tokens(texts, tokenizer)
+    special = tuple(_special_tokens(tokenizer))
+    rows = [tokenizer(text, add_special_tokens=not text.startswith(special))["input_ids"] for text in texts]
+    for text, row in zip(texts, rows):
+        if len(row) < 2:
+            raise ValueError(
+                f"The anchor {text!r} has {len(row)} token; an anchor needs two or more to be learned from."
+            )
+        if 2 * row.count(tokenizer.unk_token_id) > len(row):
+            raise ValueError(
+                f"More than half of the tokens of the anchor {text[:60]!r} are unknown to the tokenizer; sample "
+                "anchors from this model."
+            )
+        if max_length is not None and len(row) > max_length:
+            raise ValueError(
+                f"The anchor {text[:60]!r}... has {len(row)} tokens, more than max_length={max_length}: shorten it "
+                "(anchors_from_texts cuts texts), or raise max_length."
+            )
+    return rows
+
+
 class AnchorPass:
     """Draws anchors for the micro-batches of a trainer and runs the model on them.
 
@@ -130,10 +172,7 @@ class AnchorPass:
         trainer: the trainer, initialised.
         config: of the model's adapter; None for a model without LoRAMoE layers.
         anchors: what `AnchorBatches` takes.
-        loss_weight: weight of the language-modelling loss.
-        kl_weight: weight of the divergence from the base model.
-        per_batch: anchors of a micro-batch; None for a tenth of its samples, at least one.
-        every: draw anchors for every n-th micro-batch only.
+        options: how they are trained on.
 
     Raises:
         ValueError: the trainer has no tokenizer, the model is of a kind that anchors are not for, or it has no adapter
@@ -145,14 +184,13 @@ class AnchorPass:
         trainer: Trainer,
         config: LoRAMoEConfig | None,
         anchors: str | Path | Iterable[str | Mapping[str, Any]],
-        loss_weight: float,
-        kl_weight: float,
-        per_batch: int | None,
-        every: int,
+        options: AnchorOptions,
     ) -> None:
         self._trainer = trainer
         self._typed = config is not None
-        self._loss_weight, self._kl_weight, self._per_batch, self._every = loss_weight, kl_weight, per_batch, every
+        loss_weight, kl_weight = options.loss_weight, options.kl_weight
+        self._loss_weight, self._kl_weight = loss_weight, kl_weight
+        self._per_batch, self._every = options.per_batch, options.every
         self._state: TrainerState | None = None  # of the run, which each call of `train` begins anew
         self._step, self._micro_batches = -1, 0  # the optimizer step, and how many of its micro-batches had their turn
         self._losses: dict[str, list[Tensor]] = {}  # unweighted, by their names in the log, since they were taken
@@ -323,28 +361,24 @@ def _check_base_model(model: nn.Module, kl_weight: float) -> None:
             )
 
 
-def check_anchor_options(given: bool, loss_weight: float, kl_weight: float, per_batch: int | None, every: int) -> None:
-    """Check the mixin's options.
+def check_anchor_options(given: bool, **options: Any) -> AnchorOptions:
+    """Check the mixin's options about anchors, and put in what None stands for.
 
     Args:
         given: whether there are anchors.
-        loss_weight: `anchor_loss_weight`.
-        kl_weight: `anchor_kl_weight`.
-        per_batch: `anchors_per_batch`.
-        every: `anchors_every`.
+        **options: those of `ANCHOR_OPTIONS`; None for the default.
 
     Raises:
         TypeError: an option is not a number.
-        ValueError: an option is out of its range, or has no effect.
+        ValueError: an option is out of its range, or is given without anchors.
     """
-    for name, weight in (("anchor_loss_weight", loss_weight), ("anchor_kl_weight", kl_weight)):
-        if not isinstance(weight, (int, float)) or isinstance(weight, bool):
-            raise TypeError(f"{name}={weight!r} must be a number.")
-        if not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"{name}={weight} must be zero or more.")
-    check_counts(anchors_every=every, **({} if per_batch is None else {"anchors_per_batch": per_batch}))
-    if not given and (per_batch is not None or every > 1):
-        raise ValueError(f"anchors_per_batch={per_batch}, anchors_every={every} have no effect without anchors.")
+    values = {}
+    for name, (kind, default) in ANCHOR_OPTIONS.items():
+        value = options.get(name)
+        if value is not None and not given:
+            raise ValueError(f"{name}={shown(value)} has no effect without anchors; give some, or leave it out.")
+        values[name] = default if value is None else kind(name, value)
+    return AnchorOptions(*values.values())
 
 
 def _number_of_samples(inputs: Mapping[str, Any]) -> int:
@@ -361,7 +395,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
 
 
-def _check_special_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_special_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
     vocabulary = tokenizer.get_vocab()
     for text in texts:
         if foreign := sorted({token for token in SPECIAL.findall(text) if token not in vocabulary}):

@@ -16,11 +16,15 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
+from .. import options
 from ..modes import base_model
 from ..reading import read_json_lines
 
 
 KINDS = ("prose", "chat")
+MAX_COUNT = 2**31 - 1
+COUNT = options.integer(1, MAX_COUNT)
+SEED = options.integer(0, 2**32 - 1)  # as of transformers' `set_seed`
 # Openings of a text. A model without a BOS token needs one to start from.
 PREFIXES = (
     *("The", "In", "A", "It", "He", "She", "They", "This", "There", "When", "One", "For", "Many", "Some", "At", "As"),
@@ -78,6 +82,7 @@ def sample_anchors(
 
     Raises:
         TypeError: an option is not of its type.
+        FileNotFoundError: there is no folder for `path`.
         ValueError: an option is out of its range, `chat` is positive for a tokenizer without a chat template, `path`
             holds more anchors of a kind than asked for, or the model writes too few distinct texts.
         RuntimeError: another process writes to `path`.
@@ -86,11 +91,15 @@ def sample_anchors(
         >>> anchors = sample_anchors(model, tokenizer, 400, path="anchors.jsonl")  # doctest: +SKIP
         >>> trainer = LoRAMoESFTTrainer(model=model, anchors=anchors, ...)  # doctest: +SKIP
     """
-    check_counts(number=number, max_tokens=max_tokens, batch_size=batch_size)
-    if not 0 < top_p <= 1 or not temperature > 0:
-        raise ValueError(f"top_p={top_p} must be above 0 and at most 1, and temperature={temperature} positive.")
-    if max_tokens < 4:
-        raise ValueError(f"max_tokens={max_tokens} is too short for a text; ask for 4 or more.")
+    number, batch_size = COUNT("number", number), COUNT("batch_size", batch_size)
+    max_tokens, seed = options.integer(4, MAX_COUNT)("max_tokens", max_tokens), SEED("seed", seed)
+    chat = options.optional(options.number(0, 1, why=": the share of chats"))("chat", chat)
+    temperature = options.number(0, 1e6, open_minimum=True)("temperature", temperature)
+    top_p = options.number(0, 1, open_minimum=True)("top_p", top_p)
+    prefixes = options.list_of(_opening, "openings of texts", container=tuple)("prefixes", prefixes)
+    progress = options.boolean("progress", progress)
+    if path is not None:
+        _check_folder(Path(path))
     processor: Any = tokenizer if hasattr(tokenizer, "tokenizer") else None
     template = None if processor is None else processor.chat_template
     wanted = _numbers(number, chat, tokenizer)
@@ -154,17 +163,22 @@ def anchors_from_texts(
         `number` records `{"text": ..., "kind": "prose"}`, distinct.
 
     Raises:
-        TypeError: an option is not an integer.
-        ValueError: an option is not positive, or there are fewer distinct texts.
+        TypeError: an option is not an integer, or `texts` is not a list of strings.
+        ValueError: an option is out of its range, or there are fewer distinct texts.
 
     Example:
         >>> anchors_from_texts(["w3 w4 w5", "w6 w7 w8"], tiny_tokenizer(), number=1, max_tokens=2, seed=0)[0]["kind"]
         'prose'
     """
-    check_counts(number=number, max_tokens=max_tokens)
+    number, seed = COUNT("number", number), SEED("seed", seed)
+    max_tokens = options.integer(2, MAX_COUNT)("max_tokens", max_tokens)
+    if isinstance(texts, (str, Mapping)):  # its letters or keys are no texts
+        raise TypeError(f"texts={options.shown(texts)} must be a list of texts.")
     distinct: dict[str, str] = {}
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_tokens)["input_ids"]
+    for i, given in enumerate(texts):
+        ids = tokenizer(
+            options.text(f"texts[{i}]", given), add_special_tokens=False, truncation=True, max_length=max_tokens
+        )["input_ids"]
         cut = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip().rstrip("\ufffd")
         if len(ids) > 1 and cut:
             distinct.setdefault(comparable(cut), cut)
@@ -188,6 +202,7 @@ def read_anchors(path: str | Path, *, torn: bool = False) -> list[dict[str, str]
 
     Raises:
         FileNotFoundError: the file does not exist.
+        TypeError: `torn` is not True or False.
         ValueError: a line is not such a record, or there is none.
 
     Example:
@@ -195,6 +210,7 @@ def read_anchors(path: str | Path, *, torn: bool = False) -> list[dict[str, str]
         >>> read_anchors("anchors.jsonl")
         [{'text': 'The sky is blue.', 'kind': 'prose'}]
     """
+    torn = options.boolean("torn", torn)
     anchors = [check_anchor(record, place) for place, record in read_json_lines(path, torn=torn)]
     if not anchors and not torn:
         raise ValueError(f"{path} holds no anchor; write some with `peft-loramoe anchors` or sample_anchors.")
@@ -211,7 +227,7 @@ def write_anchors(path: str | Path, anchors: Iterable[str | Mapping[str, Any]], 
 
     Raises:
         FileExistsError: the file exists, and `append` is False.
-        TypeError: `anchors` is one text, not a list of them.
+        TypeError: `anchors` is one anchor, not a list of them, or `append` is not True or False.
         ValueError: an anchor is no text and no such record.
 
     Example:
@@ -219,8 +235,9 @@ def write_anchors(path: str | Path, anchors: Iterable[str | Mapping[str, Any]], 
         >>> len(read_anchors("more.jsonl"))
         2
     """
-    if isinstance(anchors, str):  # each of its letters would be an anchor
-        raise TypeError(f"anchors={anchors[:60]!r} is one text; give a list of texts.")
+    append = options.boolean("append", append)
+    if isinstance(anchors, (str, Mapping)):  # its letters or keys are no anchors
+        raise TypeError(f"anchors={options.shown(anchors)} must be a list of texts or records.")
     lines = [
         json.dumps(check_anchor(anchor, f"anchors[{i}]"), ensure_ascii=False) + "\n"
         for i, anchor in enumerate(anchors)
@@ -246,9 +263,11 @@ def check_anchor(anchor: Any, place: str) -> dict[str, str]:
         raise ValueError(
             f'{place}: must be a record like {{"text": "...", "kind": "prose"}}; text is missing or empty.'
         )
-    if (kind := record.get("kind") or KINDS[0]) not in KINDS:
+    if (kind := record.get("kind")) is None:
+        kind = KINDS[0]
+    if kind not in KINDS:
         raise ValueError(f"{place}: kind={kind!r} must be one of {', '.join(KINDS)}.")
-    return {"text": record["text"], "kind": kind}
+    return {"text": options.text(f"{place}: text", record["text"]), "kind": kind}
 
 
 def comparable(text: str) -> str:
@@ -256,13 +275,17 @@ def comparable(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def check_counts(**options: Any) -> None:
-    """Raise unless the options are positive integers."""
-    for name, value in options.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}={value!r} must be an integer.")
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
+def _opening(name: str, value: Any) -> str:
+    """A kind of option: a text that is not blank."""
+    if not options.text(name, value).strip():
+        raise ValueError(f"{name}={value!r} is blank; leave it out.")
+    return value
+
+
+def _check_folder(file: Path) -> None:
+    """Check, before the work begins, that there is a folder for the file."""
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"path={str(file)!r}: the folder {file.parent} does not exist; create it first.")
 
 
 def _size(path: str | Path) -> int:
@@ -405,12 +428,9 @@ def _distinct(
 def _numbers(number: int, chat: float | None, tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> dict[str, int]:
     """How many anchors of each kind."""
     has_template = bool(getattr(tokenizer, "chat_template", None))
-    share = (0.5 if has_template else 0.0) if chat is None else float(chat)
-    if not 0 <= share <= 1:
-        raise ValueError(f"chat={chat} must be a share from 0 to 1.")
-    if share and not has_template:
+    if chat and not has_template:
         raise ValueError(f"chat={chat} needs a chat template, which the tokenizer does not have: set chat=0.")
-    chats = round(number * share)
+    chats = round(number * ((0.5 if has_template else 0.0) if chat is None else chat))
     return {"prose": number - chats, "chat": chats}
 
 

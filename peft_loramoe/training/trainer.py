@@ -76,12 +76,12 @@ class LoRAMoETrainerMixin(_Trainer):
         *args: those of the trainer.
         anchors: texts, or records with a `text`: a JSONL file of them, a data set with a column `text`, or a list.
             Needs a tokenizer as `processing_class`.
-        anchor_loss_weight: weight of the language-modelling loss on the anchors.
-        anchor_kl_weight: weight of the divergence from the base model on the anchors, in nats. Costs another forward
-            pass of the anchors, with the adapters disabled; a model without an adapter, or whose base model is trained
-            too (as by `bias="all"`), needs 0.
+        anchor_loss_weight: weight of the language-modelling loss on the anchors; None for 0.
+        anchor_kl_weight: weight of the divergence from the base model on the anchors, in nats; None for 0.3. Costs
+            another forward pass of the anchors, with the adapters disabled; a model without an adapter, or whose base
+            model is trained too (as by `bias="all"`), needs 0.
         anchors_per_batch: anchors of each micro-batch; None for a tenth of its samples, at least one.
-        anchors_every: draw anchors for every n-th micro-batch only.
+        anchors_every: draw anchors for every n-th micro-batch only; None for 1.
         **kwargs: those of the trainer.
 
     The routers learn at `router_lr_multiplier` (of the config) times `learning_rate`, with any `optim` of the training
@@ -115,13 +115,20 @@ class LoRAMoETrainerMixin(_Trainer):
         self,
         *args: Any,
         anchors: str | Path | Iterable[str | Mapping[str, Any]] | None = None,
-        anchor_loss_weight: float = 0.0,
-        anchor_kl_weight: float = 0.3,
+        anchor_loss_weight: float | None = None,
+        anchor_kl_weight: float | None = None,
         anchors_per_batch: int | None = None,
-        anchors_every: int = 1,
+        anchors_every: int | None = None,
         **kwargs: Any,
     ) -> None:
         _refuse_vllm(type(self).__name__, args, kwargs)
+        anchor_options = check_anchor_options(
+            anchors is not None,
+            anchor_loss_weight=anchor_loss_weight,
+            anchor_kl_weight=anchor_kl_weight,
+            anchors_per_batch=anchors_per_batch,
+            anchors_every=anchors_every,
+        )
         super().__init__(*args, **kwargs)
         self._added, self._steps_added = {}, 0.0  # to the trainer's loss since it logged, over so many optimizer steps
         config = active_config(self.model)
@@ -129,11 +136,9 @@ class LoRAMoETrainerMixin(_Trainer):
             _check_parallelism(self.accelerator)
             if _has_router_rates(self.model):
                 self._check_optimizer()
-        weights = (anchor_loss_weight, anchor_kl_weight)
-        check_anchor_options(anchors is not None, *weights, anchors_per_batch, anchors_every)
         self._anchors: AnchorPass | None = None
         if anchors is not None:
-            self._anchors = AnchorPass(self, config, anchors, *weights, anchors_per_batch, anchors_every)
+            self._anchors = AnchorPass(self, config, anchors, anchor_options)
 
     def compute_loss(
         self,

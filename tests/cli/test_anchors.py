@@ -74,7 +74,7 @@ WRONG = {
     "too few": (["--texts", "texts.jsonl", "--number", "3"], "fewer than --number 3"),
     "no text": (["--texts", "other.jsonl", "--number", "1"], "line 1: must have a text"),
     "chat": (["--texts", "texts.jsonl", "--number", "1", "--chat", "1"], "--chat 1.0 has no effect with texts"),
-    "a share": (["--number", "1", "--chat", "2"], "error: --chat 2.0 must be a share from 0 to 1"),
+    "a share": (["--number", "1", "--chat", "2"], "error: --chat 2.0 must be in [0, 1]: the share of chats"),
     "no device": (["--number", "1", "--device", "gpu"], "--device gpu: write cpu, cuda"),
     "no memory": (["--number", "1", "--device", "meta"], "--device meta has no memory for weights"),
     "no data set": (["--dataset", "", "--number", "1"], "--dataset '' must have the form NAME[:CONFIG[:SPLIT]]"),

@@ -1,4 +1,3 @@
-import inspect
 import json
 import os
 import shutil
@@ -22,10 +21,10 @@ from peft_loramoe import LoRAMoEConfig
 from peft_loramoe.cli import main
 from peft_loramoe.cli.arguments import build_parser
 from peft_loramoe.cli.train import adapter_config, config_fields, training_config
-from peft_loramoe.cli.train_run import base_model, checkpoint_to_resume, read_data, split_anchors
+from peft_loramoe.cli.train_run import base_model, checkpoint_to_resume, read_data, split_anchors, tokenize_texts
 from peft_loramoe.cli.train_run import build as build_run
 from peft_loramoe.fields import PRESETS
-from peft_loramoe.training import LoRAMoETrainerMixin
+from peft_loramoe.training.anchor_pass import ANCHOR_OPTIONS, AnchorBatches
 
 
 NAMES = ["facts", "skills"]
@@ -86,10 +85,10 @@ def test_help_of_anchor_options_has_the_defaults_of_the_mixin(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    parameters = inspect.signature(LoRAMoETrainerMixin.__init__).parameters
-    for name in ("anchor_loss_weight", "anchor_kl_weight", "anchors_every"):
+    for name, (_, default) in ANCHOR_OPTIONS.items():
         shown = text[text.rindex(f"--{name.replace('_', '-')} N") :]
-        assert f"(default: {parameters[name].default:g})" in shown[:200]
+        value = "a tenth of its samples" if default is None else f"{default:g}"
+        assert f"(default: {value})" in shown[:200]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +165,11 @@ def test_wrong_trainer_args_are_named(text, message):
             ["--train-file", "t.json", "--dataset-config", "en"],
             "--dataset-config en has no effect without --dataset; leave it out",
         ),
-        (["--train-file", "t.json", "--anchors-every", "2"], "--anchors-every 2 has no effect without --anchors"),
+        (["--train-file", "t.json", "--anchors-every", "1"], "--anchors-every 1 has no effect without anchors; give"),
+        (
+            ["--train-file", "t.json", "--anchor-kl-weight", "7"],
+            "--anchor-kl-weight 7.0 has no effect without anchors; give some, or leave it out",
+        ),
     ],
 )
 def test_options_that_exclude_each_other(capsys, options, message):
@@ -498,8 +501,28 @@ def test_anchors_train_and_a_tenth_measures(arguments, tmp_path, capsys):
 
 def test_anchors_reach_the_trainer(trainer, tmp_path):
     anchors = write_lines(tmp_path / "anchors.jsonl", *({"text": f"Paris {n}"} for n in range(20)))
-    with pytest.raises(ValueError, match="anchor_loss_weight=-1.0 must be zero or more"):
-        trainer("--anchors", anchors, "--anchor-loss-weight", -1)
+    built = trainer("--anchors", anchors, "--anchor-loss-weight", 0.25, "--anchors-per-batch", 3, "--anchors-every", 2)
+    given = built._anchors
+    assert (given._loss_weight, given._kl_weight, given._per_batch, given._every) == (0.25, 0.3, 3, 2)
+    assert len(given._batches) == 18
+
+
+def test_anchor_options_are_checked_before_anything_is_read(arguments, capsys):
+    assert main(arguments("--anchors", "missing.jsonl", "--anchor-loss-weight", -1, "--model", "no/such")) == 2
+    assert "error: --anchor-loss-weight -1.0 must be in [0, 1e+06]" in capsys.readouterr().err
+
+
+def test_anchors_held_back_are_tokenized_as_those_trained_on(toy_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(toy_folder)
+    tokenizer.add_tokens(["<|turn|>"], special_tokens=True)
+    assert "<|turn|>" not in tokenizer.all_special_tokens
+    (row,) = tokenize_texts([{"text": "<|turn|>Paris"}], tokenizer, None)
+    assert row["input_ids"] == AnchorBatches(["<|turn|>Paris"], tokenizer)._rows[0].tolist() == row["labels"]
+
+
+def test_an_anchor_held_back_may_not_be_too_long(toy_folder):
+    with pytest.raises(ValueError, match="more than max_length=8"):
+        tokenize_texts([{"text": "Paris " * 9}], AutoTokenizer.from_pretrained(toy_folder), 8)
 
 
 def test_few_anchors_are_all_trained_on(tmp_path):

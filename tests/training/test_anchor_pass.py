@@ -60,7 +60,7 @@ def build(tmp_path, columns=COLUMNS, model=None, kind=BalancedTrainer, balance_l
         "callbacks",
         "processing_class",
     )
-    given = {"anchor_loss_weight": 0.4, "anchor_kl_weight": 0.0} if "anchors" in options else {}
+    given = {"anchor_loss_weight": 0.4, "anchor_kl_weight": 0.0} if options.get("anchors") else {}
     given |= {name: options.pop(name) for name in names if name in options}
     tokenizer = given.pop("processing_class", tiny_tokenizer())
     return kind(
@@ -348,12 +348,12 @@ def test_anchors_of_accumulated_batches_are_those_of_the_whole(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [BalancedTrainer, MeanTrainer])
-@pytest.mark.parametrize("anchors", [None, ANCHORS], ids=["no anchors", "anchors"])
+@pytest.mark.parametrize("anchors", [{}, {"anchors": ANCHORS, "anchor_loss_weight": 0}], ids=["no anchors", "anchors"])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing_factor": 0.1}], ids=["cross-entropy", "smoothed"])
 def test_batches_without_labels_train_the_routers(kind, anchors, options, tmp_path):
     columns = {**MASKED, "task_type": [0, 1, 1, 0]}
     accumulation = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-    trainer = build(tmp_path, columns, kind=kind, anchors=anchors, anchor_loss_weight=0, **accumulation, **options)
+    trainer = build(tmp_path, columns, kind=kind, **anchors, **accumulation, **options)
     gradient = update(trainer)
     assert all(value.isfinite().all() for value in gradient.values())
     assert all(value.abs().max() > 1e-6 for name, value in gradient.items() if "router" in name)
@@ -510,13 +510,12 @@ def test_repeated_anchors_are_left_out_with_a_warning():
 
 
 WRONG_OPTIONS = {
-    "weight": ({"anchor_loss_weight": -1.0}, ValueError, "anchor_loss_weight=-1.0 must be zero or more"),
-    "kl weight": ({"anchor_kl_weight": float("nan")}, ValueError, "anchor_kl_weight=nan must be zero or more"),
+    "weight": ({"anchor_loss_weight": -1.0}, ValueError, r"anchor_loss_weight=-1.0 must be in \[0, "),
+    "kl weight": ({"anchor_kl_weight": float("nan")}, ValueError, r"anchor_kl_weight=nan must be in \[0, "),
     "kind of kl weight": ({"anchor_kl_weight": True}, TypeError, "anchor_kl_weight=True must be a number"),
     "kind of weight": ({"anchor_loss_weight": "0.4"}, TypeError, "anchor_loss_weight='0.4' must be a number"),
     "number": ({"anchors_per_batch": 0}, ValueError, "anchors_per_batch=0 must be at least 1"),
     "kind of number": ({"anchors_every": 1.5}, TypeError, "anchors_every=1.5 must be an integer"),
-    "no anchors": ({"anchors": None, "anchors_per_batch": 2}, ValueError, "have no effect without anchors"),
     "no tokenizer": ({"processing_class": None}, ValueError, "pass the model's tokenizer"),
 }
 
@@ -525,6 +524,20 @@ WRONG_OPTIONS = {
 def test_wrong_options_are_refused(options, kind, message, tmp_path):
     with pytest.raises(kind, match=message):
         build(tmp_path, **{"anchors": ANCHORS, **options})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("anchor_loss_weight", 5.0), ("anchor_kl_weight", 0.0), ("anchors_per_batch", 2), ("anchors_every", 1)],
+)
+def test_options_without_anchors_are_refused(option, value, tmp_path):
+    with pytest.raises(ValueError, match=f"{option}={value} has no effect without anchors; give some, or leave it"):
+        build(tmp_path, **{option: value})
+
+
+def test_what_options_are_by_default(tmp_path):
+    given = build(tmp_path, anchors=ANCHORS, anchor_loss_weight=None, anchor_kl_weight=None)._anchors
+    assert (given._loss_weight, given._kl_weight, given._per_batch, given._every) == (0.0, 0.3, None, 1)
 
 
 def test_anchors_without_effect_give_a_warning(tmp_path):

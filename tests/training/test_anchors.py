@@ -165,6 +165,7 @@ BAD_FILES = {
     "no text": ('{"words": "a"}', "line 1: must be a record like"),
     "no record": ("[1]", "line 1: must be a record like"),
     "kind": ('{"text": "a", "kind": "song"}', "line 1: kind='song' must be one of prose, chat"),
+    "no kind": ('{"text": "a", "kind": ""}', "line 1: kind='' must be one of prose, chat"),
 }
 
 
@@ -190,10 +191,20 @@ def test_texts_of_ones_own():
 WRONG = {
     "number": ({"number": 0}, ValueError, "number=0 must be at least 1"),
     "kind of number": ({"number": 2.5}, TypeError, "number=2.5 must be an integer"),
-    "tokens": ({"max_tokens": 3}, ValueError, "max_tokens=3 is too short"),
+    "tokens": ({"max_tokens": 3}, ValueError, "max_tokens=3 must be at least 4"),
+    "size of batches": ({"batch_size": True}, TypeError, "batch_size=True must be an integer"),
+    "seed": ({"seed": "one"}, TypeError, "seed='one' must be an integer"),
     "chat without a template": ({"chat": 0.5}, ValueError, "chat=0.5 needs a chat template"),
-    "chat": ({"chat": 2}, ValueError, "chat=2 must be a share from 0 to 1"),
-    "top_p": ({"top_p": 0}, ValueError, "top_p=0 must be above 0"),
+    "chat": ({"chat": 2}, ValueError, r"chat=2 must be in \[0, 1\]: the share of chats"),
+    "kind of chat": ({"chat": True}, TypeError, r"chat=True must be a number in \[0, 1\]: the share of chats"),
+    "top_p": ({"top_p": 0}, ValueError, r"top_p=0 must be in \(0, 1\]"),
+    "temperature": ({"temperature": "hot"}, TypeError, r"temperature='hot' must be a number in \(0, "),
+    "no temperature": ({"temperature": float("nan")}, ValueError, r"temperature=nan must be in \(0, "),
+    "one prefix": ({"prefixes": "Once"}, TypeError, "prefixes='Once' must be a list of openings"),
+    "kind of prefix": ({"prefixes": ["w5", 6]}, TypeError, r"prefixes\[1\]=6 must be a string"),
+    "a blank prefix": ({"prefixes": ["w5", " "]}, ValueError, r"prefixes\[1\]=' ' is blank; leave it out"),
+    "progress": ({"progress": "no"}, TypeError, "progress='no' must be True or False"),
+    "no folder": ({"path": "none/a.jsonl"}, FileNotFoundError, "path='none/a.jsonl': the folder none does not exist"),
     "no start": ({"prefixes": ()}, ValueError, "give prefixes that prose starts from"),
 }
 
@@ -227,7 +238,31 @@ def test_a_model_that_repeats_itself_is_an_error(tmp_path):
     )
 
 
-def test_one_text_is_no_list_of_anchors(tmp_path):
-    with pytest.raises(TypeError, match="is one text; give a list"):
-        write_anchors(tmp_path / "anchors.jsonl", "The sky is blue.")
+@pytest.mark.parametrize("anchor", ["The sky is blue.", {"text": "The sky is blue."}], ids=["text", "record"])
+def test_one_anchor_is_no_list_of_anchors(anchor, tmp_path):
+    with pytest.raises(TypeError, match="anchors=.*The sky is blue.* must be a list of texts or records"):
+        write_anchors(tmp_path / "anchors.jsonl", anchor)
     assert not (tmp_path / "anchors.jsonl").exists()
+
+
+def test_a_word_is_no_switch(tmp_path):
+    write_anchors(tmp_path / "anchors.jsonl", ["The sky is blue."])
+    with pytest.raises(TypeError, match="append='no' must be True or False"):
+        write_anchors(tmp_path / "anchors.jsonl", ["The sky is grey."], append="no")
+    with pytest.raises(TypeError, match="torn='no' must be True or False"):
+        read_anchors(tmp_path / "anchors.jsonl", torn="no")
+
+
+WRONG_TEXTS = {
+    "one text": ("w20 w21 w22", {}, TypeError, "texts='w20 w21 w22' must be a list of texts"),
+    "splits": ({"train": ["w20 w21"]}, {}, TypeError, "texts=.*'train'.* must be a list of texts"),
+    "records": ([{"text": "w20 w21"}], {}, TypeError, r"texts\[0\]=.*'text'.* must be a string"),
+    "tokens": (["w20 w21"], {"max_tokens": 1}, ValueError, "max_tokens=1 must be at least 2"),
+    "seed": (["w20 w21"], {"seed": None}, TypeError, "seed=None must be an integer"),
+}
+
+
+@pytest.mark.parametrize(("given", "options", "kind", "message"), WRONG_TEXTS.values(), ids=WRONG_TEXTS)
+def test_wrong_texts_are_refused(given, options, kind, message):
+    with pytest.raises(kind, match=message):
+        anchors_from_texts(given, tiny_tokenizer(), 1, **options)
