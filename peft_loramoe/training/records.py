@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..config import LoRAMoEConfig
+from ..options import boolean, integer, optional, text
 from ..reading import parse_json, read_json_lines, read_text
 from .collator import COLUMN, default_task_type
 
@@ -31,6 +32,7 @@ FORMATS = {
 IMAGES = ("images", "image")  # columns that TRL's trainers read
 PLAIN_PROMPT = "### Instruction:\n{}\n\n### Response:\n"  # for tokenizers without a chat template
 IGNORED = -100  # label of tokens that are not learned
+MAX_LENGTH, TEXT = optional(integer(1, 2**31 - 1)), optional(text)
 
 Turns = list[dict[str, str]]
 
@@ -103,9 +105,9 @@ def read_records(path: str | Path, config: LoRAMoEConfig) -> list[Record]:
         >>> [(record.prompt, record.task_type) for record in read_records(path, LoRAMoEConfig.retain())]
         [('2 + 2 =', 1)]
     """
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        values = parse_json(text, str(path), first_line=1)
+    content = read_text(path)
+    if content.lstrip().startswith("["):
+        values = parse_json(content, str(path), first_line=1)
         placed = ((f"{path}, record {number}", value) for number, value in enumerate(values, start=1))
     else:
         placed = read_json_lines(path)
@@ -171,9 +173,14 @@ def tokenize_records(
         progress: what the progress bar says; None for no bar.
 
     Raises:
-        ValueError: the chat template refuses a conversation, or there is none and a record needs one.
+        TypeError: an option is not of its type.
+        ValueError: an option is out of its range, the chat template refuses a conversation, or there is none and a
+            record needs one, or no EOS token to end a text with.
     """
     from datasets import Dataset
+
+    answers_only, max_length = boolean("answers_only", answers_only), MAX_LENGTH("max_length", max_length)
+    marked_template, progress = TEXT("marked_template", marked_template), TEXT("progress", progress)
 
     rows, cut = [], 0
     for record in tqdm(records, desc=progress, leave=False, disable=None if progress else True):
@@ -229,8 +236,8 @@ def _check_record(place: str, value: Any, typed: str | None, config: LoRAMoEConf
         prompt, completion = "", _check_text(given["text"], f"{place}: text")
     else:
         names = ("instruction", "input", "output")
-        instruction, extra, output = (_check_text(given.get(name) or "", f"{place}: {name}") for name in names)
-        prompt = [{"role": "user", "content": "\n".join(text for text in (instruction, extra) if text)}]
+        instruction, extra, output = (_check_text(given.get(name, ""), f"{place}: {name}") for name in names)
+        prompt = [{"role": "user", "content": "\n".join(part for part in (instruction, extra) if part)}]
         completion = [{"role": "assistant", "content": output}]
     _check_answer(prompt, completion, f"{place}: {columns[-1]}")
     return Record(place, prompt, completion, _check_task_type(value, place, config))
@@ -293,7 +300,7 @@ def _tokens(
     """Token ids of a record, and which of them belong to an answer."""
     # Both are texts, or both are turns.
     if isinstance(record.prompt, str):
-        return _text_tokens(record.prompt, cast("str", record.completion), tokenizer)
+        return _text_tokens(record, record.prompt, cast("str", record.completion), tokenizer)
     turns = [*record.prompt, *cast("Turns", record.completion)]
     if not tokenizer.chat_template:
         if [turn["role"] for turn in turns] != ["user", "assistant"]:
@@ -301,7 +308,7 @@ def _tokens(
                 f"{record.place}: the tokenizer has no chat template, without which a conversation can be one "
                 "question and its answer only; give it one (--chat-template)."
             )
-        return _text_tokens(PLAIN_PROMPT.format(turns[0]["content"]), turns[1]["content"], tokenizer)
+        return _text_tokens(record, PLAIN_PROMPT.format(turns[0]["content"]), turns[1]["content"], tokenizer)
     marked = record.earlier_answers and marked_template is not None
     template = marked_template if marked else None  # None: the tokenizer's own
     with refusals_of_template(record.place):
@@ -313,7 +320,12 @@ def _tokens(
     return ids, [position >= start or bool(mark) for position, mark in enumerate(marks)]
 
 
-def _text_tokens(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
+def _text_tokens(record: Record, prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    if not tokenizer.eos_token:
+        raise ValueError(
+            f"{record.place}: the tokenizer has no EOS token to end this text with; set tokenizer.eos_token, or "
+            '"eos_token" in its tokenizer_config.json.'
+        )
     ending = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
     ids = tokenizer(prompt + completion + ending)["input_ids"]
     start = _common_length(tokenizer(prompt)["input_ids"], ids) if prompt else 0

@@ -70,6 +70,8 @@ def chat(*turns):
         ),
         (json.dumps({"prompt": "x", "task_type": 0}), "line 1: the column 'completion' is missing"),
         (json.dumps({**RECORD, "output": 42}), "line 1: output is 42; write it as a string"),
+        (json.dumps({**RECORD, "input": 0}), "line 1: input is 0; write it as a string"),
+        (json.dumps({**RECORD, "instruction": False}), "line 1: instruction is False; write it as a string"),
         (json.dumps({**RECORD, "output": " "}), "line 1: output is ' '; give the answer"),
         (json.dumps({"text": "\n", "task_type": 0}), "line 1: text is .*; give the answer"),
         (json.dumps({**TEXT, "completion": ""}), "line 1: completion is ''; give the answer"),
@@ -189,6 +191,28 @@ def test_conversations_need_a_chat_template(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="record 0: the tokenizer has no chat template"):
         tokenized(tokenizer, {"messages": TWO_ANSWERS, "task_type": 0})
+
+
+@pytest.mark.parametrize("record", [TEXT, {"text": "Paris"}, RECORD], ids=["prompt", "text", "plain prompt"])
+def test_texts_need_an_eos_token(record, tokenizer):
+    tokenizer.chat_template = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="record 0: the tokenizer has no EOS token .* set tokenizer.eos_token"):
+        tokenized(tokenizer, record)
+
+
+WRONG_OPTIONS = {
+    "length": ({"max_length": -1}, ValueError, "max_length=-1 must be at least 1"),
+    "kind of length": ({"max_length": 2.5}, TypeError, "max_length=2.5 must be an integer"),
+    "answers": ({"answers_only": "no"}, TypeError, "answers_only='no' must be True or False"),
+    "template": ({"marked_template": True}, TypeError, "marked_template=True must be a string"),
+    "progress": ({"progress": True}, TypeError, "progress=True must be a string"),
+}
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), WRONG_OPTIONS.values(), ids=WRONG_OPTIONS)
+def test_wrong_options_are_refused(options, kind, message, tokenizer):
+    with pytest.raises(kind, match=message):
+        tokenized(tokenizer, RECORD, **options)
 
 
 def test_a_conversation_that_the_template_refuses_is_named(tokenizer):
