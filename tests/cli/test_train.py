@@ -12,6 +12,7 @@ import trl
 from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
@@ -514,10 +515,15 @@ def test_anchor_options_are_checked_before_anything_is_read(arguments, capsys):
 
 def test_anchors_held_back_are_tokenized_as_those_trained_on(toy_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(toy_folder)
+    begin = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
     tokenizer.add_tokens(["<|turn|>"], special_tokens=True)
     assert "<|turn|>" not in tokenizer.all_special_tokens
-    (row,) = tokenize_texts([{"text": "<|turn|>Paris"}], tokenizer, None)
-    assert row["input_ids"] == AnchorBatches(["<|turn|>Paris"], tokenizer)._rows[0].tolist() == row["labels"]
+    texts = ["<|turn|>Paris", "Paris in"]
+    rows = tokenize_texts([{"text": text} for text in texts], tokenizer, None)
+    assert rows["input_ids"][0][0] != begin[1] == rows["input_ids"][1][0]
+    trained_on = [row.tolist() for row in AnchorBatches(texts, tokenizer)._rows]
+    assert list(rows["input_ids"]) == list(rows["labels"]) == trained_on
 
 
 def test_an_anchor_held_back_may_not_be_too_long(toy_folder):
