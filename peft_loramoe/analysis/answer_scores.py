@@ -39,7 +39,7 @@ def score_answers(
     answers: Sequence[str],
     batch_size: int = 64,
     add_special_tokens: bool = True,
-    show: bool = False,
+    progress: bool = False,
 ) -> list[AnswerScore]:
     """Score given answers from a single forward pass per text, without generation.
 
@@ -57,7 +57,7 @@ def score_answers(
         batch_size: number of texts per forward pass.
         add_special_tokens: whether the tokenizer adds its special tokens, but never a second BOS. Set it to False if
             the prompts contain them already, as those of chat templates do.
-        show: show a progress bar if the standard error output is a terminal.
+        progress: show a progress bar if the standard error output is a terminal.
 
     Returns:
         The n scores, in the order of the prompts.
@@ -77,12 +77,12 @@ def score_answers(
         raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers: each prompt needs one answer.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
-    texts = _encode(tokenizer, prompts, answers, add_special_tokens)
+    texts = _encode_answers(tokenizer, prompts, answers, add_special_tokens)
     # Batch texts of similar length: less padding, fewer logits. The longest come first, so that running out of memory
     # shows at once.
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i].ids), texts[i].start), reverse=True)
     scores: dict[int, AnswerScore] = {}
-    bar = tqdm(total=len(order), desc="Scoring answers", leave=False, disable=None if show else True)
+    bar = tqdm(total=len(order), desc="Scoring answers", leave=False, disable=None if progress else True)
     with evaluation_mode(model), bar:
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
@@ -137,7 +137,9 @@ class _Text:
     start: int
 
 
-def _encode(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], add_special_tokens: bool) -> list[_Text]:
+def _encode_answers(
+    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], add_special_tokens: bool
+) -> list[_Text]:
     markers = tuple(tokenizer.get_added_vocab())
     texts, starts = [], []
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):

@@ -9,9 +9,8 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..modes import evaluation_mode
@@ -87,7 +86,7 @@ def answer_questions(
     chat: bool = False,
     max_new_tokens: int = 32,
     batch_size: int = 16,
-    show: bool = False,
+    progress: bool = False,
 ) -> ClosedBookResult:
     """Generate answers to questions by greedy decoding and score them.
 
@@ -107,7 +106,7 @@ def answer_questions(
         chat: format questions and answers as a conversation with the tokenizer's chat template.
         max_new_tokens: maximum length of an answer, in tokens.
         batch_size: number of questions per batch.
-        show: show a progress bar if the standard error output is a terminal.
+        progress: show a progress bar if the standard error output is a terminal.
 
     Returns:
         The responses, in the order of the questions.
@@ -137,9 +136,9 @@ def answer_questions(
     special = not chat  # chat templates contain them
     # Scoring is faster and checks more, so it comes first.
     scores = score_answers(
-        model, tokenizer, prompts, [question.answers[0] for question in questions], batch_size, special, show
+        model, tokenizer, prompts, [question.answers[0] for question in questions], batch_size, special, progress
     )
-    given = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, special, show)
+    given = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size, special, progress)
     return ClosedBookResult(
         [
             Response(q.question, q.answers[0], text, exact_match=q.exact_match(text), f1=q.f1(text), loss=score.loss)
@@ -206,7 +205,7 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     add_special_tokens: bool = True,
-    show: bool = False,
+    progress: bool = False,
 ) -> list[str]:
     """The first line that greedy decoding generates after each prompt, stripped."""
     ids = [_without_end(*encoded) for encoded in encode(tokenizer, prompts, add_special_tokens)]
@@ -218,10 +217,8 @@ def generate_answers(
             batches.append([])
         batches[-1].append(i)
     answers: dict[int, str] = {}
-    console = Console(stderr=True)
-    hidden = not (show and console.is_terminal)  # elsewhere rich prints an empty line
     with evaluation_mode(model):
-        for batch in track(batches, "Answering", console=console, transient=True, disable=hidden):
+        for batch in tqdm(batches, "Answering", leave=False, disable=None if progress else True):
             answers.update(zip(batch, _generate(model, tokenizer, [ids[i] for i in batch], max_new_tokens)))
     return [answers[i] for i in range(len(ids))]
 

@@ -175,7 +175,7 @@ def _ask(
         chat=options.chat,
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
-        show=not options.json,
+        progress=not options.json,
     )
 
 

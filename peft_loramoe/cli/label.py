@@ -44,7 +44,7 @@ def label(options: argparse.Namespace) -> None:
             if (not isinstance(r.prompt, str) and bool(tokenizer.chat_template)) is rendered
         ]
         prompts, answers = [pairs[i][0] for i in rows], [pairs[i][1] for i in rows]
-        found = score_answers(model, tokenizer, prompts, answers, options.batch_size, not rendered, show=True)
+        found = score_answers(model, tokenizer, prompts, answers, options.batch_size, not rendered, progress=True)
         scores.update(zip(rows, found))
     _write_and_show(records, checked, [scores[i] for i in range(len(records))], options)
 

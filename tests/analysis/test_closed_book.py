@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
@@ -189,10 +191,10 @@ def test_a_disabled_adapter_leaves_the_base_model(build, tokenizer):
 
 
 def test_a_progress_bar_on_demand(tokenizer, capfd, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     answer_questions(tiny_llama(), tokenizer, QUESTIONS, max_new_tokens=1)
     assert capfd.readouterr() == ("", "")
-    answer_questions(tiny_llama(), tokenizer, QUESTIONS, max_new_tokens=1, show=True)
+    answer_questions(tiny_llama(), tokenizer, QUESTIONS, max_new_tokens=1, progress=True)
     output, errors = capfd.readouterr()
     assert output == "" and "Answering" in errors
 
