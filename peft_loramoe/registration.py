@@ -23,6 +23,7 @@ from .peft_api import SELECT_STATE_DICT, select_state_dict
 
 
 PEFT_TYPE = "LORAMOE"
+PATCHED = "_patched_by_loramoe"  # an attribute of PeftModel, which outlives a second import of this package
 
 
 def register() -> None:
@@ -43,10 +44,11 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = LoRAMoEConfig
     PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = LoRAMoEModel
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = LoRAMoEModel.prefix
-    if not hasattr(PeftModel.create_or_update_model_card, "__wrapped__"):
+    if not hasattr(PeftModel, PATCHED):
         _keep_model_card()
         _load_all_or_nothing()
         _select_tensors_exactly()
+        setattr(PeftModel, PATCHED, True)
 
 
 def _peft_type_member() -> PeftType:
@@ -74,8 +76,8 @@ def _reduce(protocol: int) -> tuple[Any, ...]:
 def _select_tensors_exactly() -> None:
     """Save all tensors of a LoRAMoE adapter, whatever other adapters are called.
 
-    PEFT leaves out every name that ends with or contains that of another adapter: beside an adapter "A" all matrices
-        A.
+    PEFT leaves out every name that ends with or contains that of another adapter: an adapter named "A" would cost
+    every other adapter its parameter `A`.
     """
     default = select_state_dict
     prefixes = [prefix for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix != LoRAMoEModel.prefix]

@@ -41,6 +41,38 @@ def test_registering_again_and_reloading_change_nothing():
     assert list(PeftType) == members
 
 
+WRAPPED_BY_ANOTHER_LIBRARY = """
+import functools, sys
+from pathlib import Path
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+
+def wrapped(method):
+    @functools.wraps(method)
+    def wrapper(*args, **kwargs):
+        return method(*args, **kwargs)
+    return wrapper
+
+for name in ("create_or_update_model_card", "_upload_modified_files", "load_adapter"):
+    setattr(PeftModel, name, wrapped(getattr(PeftModel, name)))
+
+import peft_loramoe
+base = nn.Sequential(nn.Linear(4, 4))
+get_peft_model(base, peft_loramoe.LoRAMoEConfig(target_modules=["0"])).save_pretrained(sys.argv[1])
+save_file({}, Path(sys.argv[1], "adapter_model.safetensors"))
+PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_incomplete_files_are_refused_where_another_library_wrapped_pefts_methods_before(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", WRAPPED_BY_ANOTHER_LIBRARY, str(tmp_path)], capture_output=True, text=True
+    )
+    assert "RuntimeError: The checkpoint does not fit the LoRAMoE layers" in result.stderr
+
+
 # PEFT itself imports bitsandbytes where it is installed.
 IMPORTED = """
 import json, sys, peft, peft.mapping, transformers.loss.loss_utils

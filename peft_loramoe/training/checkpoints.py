@@ -157,9 +157,9 @@ def _is_whole(path: Path) -> bool:
 
 
 def _is_whole_safetensors(path: Path) -> bool:
-    """Whether the tensors of the header follow each other to the end of the file: 8 bytes, its length; JSON.
+    """Whether the tensors of a safetensors file fill the rest of it.
 
-    Their bytes.
+    It is eight bytes (the header's length), the JSON header and the tensors, one after the other.
     """
     with path.open("rb") as file:
         length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
