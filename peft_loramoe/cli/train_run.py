@@ -33,7 +33,7 @@ from ..training.anchor_pass import ANCHOR_OPTIONS, check_anchor_options, tokeniz
 from ..training.collator import COLUMN
 from ..training.records import Record, Tokenized, check_records, read_records, tokenize_records
 from ..training.retention import Retention, measure_retention
-from ..training.sft import LoRAMoESFTTrainer, marked_chat_template
+from ..training.sft import REENTRANT, LoRAMoESFTTrainer, checkpointing_is_reentrant, marked_chat_template
 from . import tables
 from .base_model import BaseModel
 from .train import adapter_config, in_bfloat16, training_config
@@ -332,12 +332,10 @@ def load_model(base: BaseModel, attention: str | None = None) -> nn.Module:
 
 
 def check_checkpointing(training: SFTConfig, config: LoRAMoEConfig) -> None:
-    """Refuse what SFTTrainer would make reentrant."""
-    zero_3 = training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3
-    if zero_3 and training.gradient_checkpointing and config.balance_loss_weight:
+    """Refuse what SFTTrainer would make reentrant, before the model is loaded."""
+    if checkpointing_is_reentrant(training, config):
         raise ValueError(
-            "--gradient-checkpointing: with DeepSpeed ZeRO-3, SFTTrainer makes it reentrant, which gives the balance "
-            "term no gradient; use ZeRO-2 or FSDP, or --no-gradient-checkpointing, or "
+            f"--gradient-checkpointing: {REENTRANT}, or --no-gradient-checkpointing, or "
             "--preset plain --balance-loss-weight 0."
         )
 

@@ -7,13 +7,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 from trl import SFTTrainer, get_training_chat_template
 
+from ..config import LoRAMoEConfig
+from ..options import number, optional
+from .callback import active_config
 from .optimizer import optimizer_groups
 from .trainer import LoRAMoETrainerMixin
 
 
 GENERATION = re.compile(r"\{%-?\s*generation\b")
+REENTRANT = (
+    "with DeepSpeed ZeRO-3, SFTTrainer makes it reentrant, which gives the balance term no gradient; use ZeRO-2 or "
+    "FSDP"
+)
+LORAPLUS_RATIO = optional(number(0, 1e6, open_minimum=True, why="; with 1, B learns at the rate of A"))
 
 
 class LoRAMoESFTTrainer(LoRAMoETrainerMixin, SFTTrainer):
@@ -29,12 +38,26 @@ class LoRAMoESFTTrainer(LoRAMoETrainerMixin, SFTTrainer):
         **kwargs: those of `LoRAMoETrainerMixin` and `SFTTrainer`.
 
     Raises:
-        ValueError: gradient checkpointing with DeepSpeed ZeRO-3, or what the mixin refuses.
+        TypeError: `loraplus_lr_ratio` is not a number, or what the mixin refuses.
+        ValueError: `loraplus_lr_ratio` is out of its range or given with an optimizer, gradient checkpointing with
+            DeepSpeed ZeRO-3 and a balance term, or what the mixin refuses.
     """
 
     def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **kwargs: Any) -> None:
+        self.loraplus_lr_ratio = LORAPLUS_RATIO("loraplus_lr_ratio", loraplus_lr_ratio)
         super().__init__(*args, **kwargs)
-        self.loraplus_lr_ratio = loraplus_lr_ratio
+        if loraplus_lr_ratio is not None:
+            given = {"optimizers": self.optimizer, "optimizer_cls_and_kwargs": self.optimizer_cls_and_kwargs}
+            for name in (name for name, value in given.items() if value is not None):
+                raise ValueError(
+                    f"loraplus_lr_ratio={loraplus_lr_ratio} has no effect with {name}: pass optimizer_groups(model, "
+                    f"lr, loraplus_lr_ratio={loraplus_lr_ratio}) to the optimizer instead."
+                )
+        if (config := active_config(self.model)) is not None and checkpointing_is_reentrant(self.args, config):
+            raise ValueError(
+                f"gradient_checkpointing=True: {REENTRANT}, or set gradient_checkpointing=False, or "
+                "balance_loss_weight=0 in the adapter's configuration."
+            )
         if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
@@ -54,6 +77,13 @@ class LoRAMoESFTTrainer(LoRAMoETrainerMixin, SFTTrainer):
             )
             self.optimizer_cls_and_kwargs = (kind, options)
         return super().create_optimizer(*model)
+
+
+def checkpointing_is_reentrant(args: TrainingArguments, config: LoRAMoEConfig) -> bool:
+    """Whether SFTTrainer makes checkpointing reentrant, and the adapter has a balance term, which that would stop."""
+    plugin = args.deepspeed_plugin
+    zero_3 = plugin is not None and plugin.zero_stage == 3
+    return zero_3 and args.gradient_checkpointing and bool(config.balance_loss_weight)
 
 
 def marked_chat_template(tokenizer: Any) -> str | None:
