@@ -11,7 +11,8 @@ class VLLMRollouts:
     """A `rollout_func` for TRL's `GRPOTrainer`.
 
     TRL's own `use_vllm=True` sends vLLM weights with the adapter merged into them, which a mixture cannot be. This
-    sends the adapter instead: it is saved and loaded into a LoRA slot whenever the trainer has made a step.
+    sends the adapter instead: it is saved and loaded into a LoRA slot whenever the trainer has made a step, and for
+    each call outside of training.
 
     Args:
         engine: a `vllm.LLM` of the base model in this process, with `enable_lora=True` and `logprobs_mode=
@@ -27,6 +28,7 @@ class VLLMRollouts:
     def __init__(self, engine: Any, **sampling: Any) -> None:
         self.engine, self.sampling = engine, sampling
         self._request: Any = None
+        self._state: Any = None  # of the run, which each call of `train` begins anew
         self._step: int | None = None
         self._number = 10**6  # users count their adapters from 1
 
@@ -51,9 +53,11 @@ class VLLMRollouts:
                 f"VLLMRollouts runs in one process, and there are {trainer.accelerator.num_processes}. Leave "
                 "rollout_func out, so that the model itself generates."
             )
-        if trainer.state.global_step != self._step:
+        state, step = trainer.state, trainer.state.global_step
+        # Outside of training nothing tells whether the adapter has changed, as it does with load_best_model_at_end.
+        if state is not self._state or step != self._step or not trainer.is_in_train:
             self._load(trainer)
-            self._step = trainer.state.global_step
+            self._state, self._step = state, step
         sampling = {
             "temperature": args.temperature,
             "top_p": args.top_p,
