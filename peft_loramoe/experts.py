@@ -85,8 +85,7 @@ class LoRAExperts(nn.Module):
         Args:
             init_weights: True for PEFT LoRA's start (A uniform, B zero, so the mixture adds nothing), "gaussian" for a
                 normal A with standard deviation 1/r and B zero, False for random A and B.
-            router_init: "kaiming_uniform" (what `nn.Linear` does), "normal" (standard deviation 0.02) or "zeros"
-                (uniform routing).
+            router_init: as in `initialise_router`.
         """
         if init_weights == "gaussian":
             nn.init.normal_(self.A, std=1 / self.r)
@@ -97,12 +96,7 @@ class LoRAExperts(nn.Module):
             nn.init.uniform_(self.B, -1 / math.sqrt(self.r), 1 / math.sqrt(self.r))
         else:
             nn.init.zeros_(self.B)
-        if router_init == "kaiming_uniform":
-            nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
-        elif router_init == "normal":
-            nn.init.normal_(self.router, std=0.02)
-        else:
-            nn.init.zeros_(self.router)
+        initialise_router(self.router, router_init)
 
     def forward(
         self,
@@ -134,3 +128,19 @@ class LoRAExperts(nn.Module):
         out_features, in_features = self.B.shape[0], self.A.shape[1]
         text = f"in_features={in_features}, out_features={out_features}, r={self.r}, groups={list(self.groups.sizes)}"
         return text + (f", null_groups={list(self.groups.null)}" if self.groups.null else "")
+
+
+def initialise_router(router: Tensor, router_init: str) -> None:
+    """Initialise the rows of a router in place.
+
+    Args:
+        router: shape (num_experts, in_features).
+        router_init: "kaiming_uniform" (what `nn.Linear` does), "normal" (standard deviation 0.02) or "zeros" (uniform
+            routing).
+    """
+    if router_init == "kaiming_uniform":
+        nn.init.kaiming_uniform_(router, a=math.sqrt(5))
+    elif router_init == "normal":
+        nn.init.normal_(router, std=0.02)
+    else:
+        nn.init.zeros_(router)

@@ -10,6 +10,11 @@ import torch
 from torch import nn
 
 
+# Values of LoRA's init_lora_weights that leave the base model's weights as they are. The others (PiSSA, OLoRA, CorDA,
+# LoftQ, LoRA-GA, ...) change them.
+INITS_THAT_KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Generator[None]:
     """Temporarily switch to evaluation mode without gradients; afterwards every module is in its former mode.

@@ -39,7 +39,8 @@ def list_experts(
     Returns:
         One record per layer and expert: `layer` (str), `expert` (int, the index that the other functions take),
         `group` (int), `task_type` (name of the group, or None), `null` (bool) and `load` (mean router probability over
-        the real tokens, or None). Loads sum to 1 over a layer's experts.
+        the real tokens, before `top_k`, or None; `RouterStatistics` calls it `weight`). Loads sum to 1 over a layer's
+        experts.
 
     Raises:
         ValueError: there is no such adapter, or the load is to be measured and it is not the only active one.
@@ -125,7 +126,8 @@ def add_experts(
         ([2, 2, 4], True)
     """
     adapter = find_adapter(model, adapter_name)
-    _check_addition(adapter, count, group, name, start, calibration is not None)
+    _check_start(start, count, fill_with_null, calibration is not None)
+    _check_new_group(adapter, group, name)
     groups, null_groups = adapter.config.num_groups, adapter.config.groups_of().null
     target = groups if group is None else group
     null_target = max(null_groups, default=groups + 1)
@@ -251,10 +253,10 @@ def merge_experts(
     """Merge two experts of a group into one that takes the place of the first.
 
     The merged matrix is the best rank-r approximation of the weighted mean of both, and the merged router row is the
-    weighted mean of their rows. The weights are their loads on the calibration data, or equal without data. Since no
-    single row reproduces the sum of both gates, the B of every expert is rescaled: by least squares on the calibration
-    data, or without data by the factors that are right for equal gates (not at all with `top_k`). The merge is exact
-    only if all gates are equal and the mean has rank r.
+    weighted mean of their rows. The weights are their mean gates on the calibration data, after `top_k`, or equal
+    without data. Since no single row reproduces the sum of both gates, the B of every expert is rescaled: by least
+    squares on the calibration data, or without data by the factors that are right for equal gates (not at all with
+    `top_k`). The merge is exact only if all gates are equal and the mean has rank r.
 
     Args:
         model: the adapted model.
@@ -289,11 +291,11 @@ def merge_experts(
                 f"Experts {first} and {second} of layer '{layer.name}' belong to different groups, {old[first].group} "
                 f"and {old[second].group}; only experts of the same group can be merged."
             )
-    loads = mean_gates(model, adapter, batches, description="Measuring loads") if batches else {}
+    gates = mean_gates(model, adapter, batches, description="Measuring gates") if batches else {}
     layers = {}
     for layer in adapter.layers:
         old = read_experts(layer.loramoe_experts[adapter.name])
-        pair = loads[layer.name][[first, second]] if batches else torch.ones(2)
+        pair = gates[layer.name][[first, second]] if batches else torch.ones(2)
         share = float(pair[0] / pair.sum()) if pair.sum() else 0.5
         uniform = not batches and adapter.config.top_k is None
         others = (len(old) - 1) / len(old) if uniform else 1.0
@@ -304,17 +306,28 @@ def merge_experts(
     return restructure(model, adapter, layers, batches, fit=bool(batches))
 
 
-def _check_addition(
-    adapter: Adapter, count: int | None, group: int | None, name: str | None, start: str, calibrated: bool
-) -> None:
+def _check_start(start: str, count: int | None, fill_with_null: bool, calibrated: bool) -> None:
     if start not in STARTS:
         raise ValueError(f"start={start!r} is not one of {', '.join(map(repr, STARTS))}.")
     if start == "nearest" and count is None:
         raise ValueError("start='nearest' needs count, the number of experts to add.")
     if start == "nearest" and not calibrated:
         raise ValueError("start='nearest' needs calibration data to rescale the old experts and measure the error.")
+    if start == "nearest" and fill_with_null:
+        raise ValueError(
+            "fill_with_null=True has no effect with start='nearest', which adds exactly count experts: leave it out, "
+            "or set start='exact'."
+        )
+    if count is None and fill_with_null:
+        raise ValueError(
+            "fill_with_null=True has no effect without count: as many experts as there are router outputs need no "
+            "null experts. Set count, or leave it out."
+        )
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise ValueError(f"count={count!r} must be a positive integer.")
+
+
+def _check_new_group(adapter: Adapter, group: int | None, name: str | None) -> None:
     config = adapter.config
     lora_groups = [g for g in range(config.num_groups) if g not in config.groups_of().null]
     if group is not None and group not in lora_groups:

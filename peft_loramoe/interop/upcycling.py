@@ -14,7 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..config import LoRAMoEConfig
+from ..experts import initialise_router
 from ..groups import ExpertGroups
+from ..modes import INITS_THAT_KEEP_BASE
 from ..peft_api import get_pattern_key
 from .files import PREFIX, abbreviate, expert_keys, new_folder, read_adapter, write_adapter
 
@@ -40,8 +42,6 @@ UNDERSTOOD = {
         "runtime_config",
     ),
 }
-# Other initializations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, ...) change the weights of the base model.
-HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 DECIDED = (
     *(
         "r",
@@ -55,11 +55,6 @@ DECIDED = (
     ),
     *("init_weights", "bias", "modules_to_save", "trainable_token_indices", "inference_mode", "peft_type"),
 )
-ROUTERS = {
-    "zeros": nn.init.zeros_,
-    "normal": lambda router: nn.init.normal_(router, std=0.02),
-    "kaiming_uniform": lambda router: nn.init.kaiming_uniform_(router, a=math.sqrt(5)),
-}
 
 
 class Lora(NamedTuple):
@@ -99,7 +94,7 @@ def upcycle(
         output: folder to create.
         model: a model with the adapters loaded.
         num_experts: number of LoRA experts. Required for one source; for several, it must be their number.
-        method: how to distribute one source, "replicate" or "split".
+        method: how to distribute one source, "replicate" or "split". Several sources are not split.
         **options: other options of LoRAMoEConfig, such as `expert_groups` (default: one group), `null_groups` (whose
             experts are additional), `freeze_experts`, `router_init` and `balance_loss_weight`. By default,
             `lora_dropout`, `task_type` and `base_model_name_or_path` come from the sources, which must agree.
@@ -138,7 +133,8 @@ def upcycle(
             experts = [lora.weights[module] for lora in loras]
             if len(loras) == 1:
                 experts = _distribute(module, *experts[0], count, total, method)
-            router = ROUTERS[config.router_init](torch.empty(total, experts[0][0].shape[1]))
+            router = torch.empty(total, experts[0][0].shape[1])
+            initialise_router(router, config.router_init)
             tensors |= expert_keys(module, *_stack(experts), router)
         _set_ranks(
             config,
@@ -168,6 +164,11 @@ def _check_options(names: list[str | Path], num_experts: int | None, method: str
         if num_experts not in (None, len(names)):
             raise ValueError(
                 f"num_experts={num_experts}, but there are {len(names)} sources, which become one expert each."
+            )
+        if method == "split":
+            raise ValueError(
+                f"method='split' has no effect with {len(names)} sources, which become one expert each: leave it out, "
+                "or give one source and num_experts."
             )
         return
     if num_experts is None:
@@ -240,7 +241,7 @@ def _check_understood(name: str, config: Mapping[str, Any]) -> None:
     for option, value in config.items():
         if option not in UNDERSTOOD and value and value != defaults.get(option):
             raise ValueError(f"'{name}' has {option}={value!r}, which experts cannot represent.")
-    if (init := config.get("init_lora_weights")) not in HARMLESS_INITS:
+    if (init := config.get("init_lora_weights", True)) not in INITS_THAT_KEEP_BASE:
         raise ValueError(
             f"'{name}' has init_lora_weights={init!r}, with which PEFT changes the weights of the base model. Save it "
             "with path_initial_model_for_weight_conversion first, to get a plain LoRA for the original base model."

@@ -400,6 +400,13 @@ ERRORS = [
         dict(count=4),
         "count=4 with top_k=1: the layers differ",
     ),
+    (
+        dict(),
+        add_experts,
+        dict(count=1, start="nearest", fill_with_null=True, calibration=CALIBRATION),
+        "fill_with_null=True has no effect with start='nearest'.*leave it out, or set start='exact'",
+    ),
+    (dict(), add_experts, dict(fill_with_null=True), "fill_with_null=True has no effect without count.*Set count"),
     (dict(), remove_experts, dict(experts=[4]), "Expert 4 is unknown; layer '.*' has the experts 0 to 3"),
     (dict(), remove_experts, dict(experts=[-1]), "Expert -1 is unknown"),
     (dict(), remove_experts, dict(experts=[]), "experts is empty"),

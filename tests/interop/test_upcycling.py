@@ -325,6 +325,11 @@ def test_numbers_of_sources(tmp_path, sources):
         upcycle(sources, tmp_path / "moe", num_experts=2)
 
 
+def test_several_sources_are_not_split(tmp_path, sources):
+    with pytest.raises(ValueError, match="method='split' has no effect with 3 sources.*leave it out, or give one source"):
+        upcycle(sources, tmp_path / "moe", method="split")
+
+
 def test_models_without_the_adapter(tmp_path):
     with pytest.raises(ValueError, match="The model has no adapter 'other'; it has 'default'"):
         upcycle("other", tmp_path / "moe", model=lora(1), num_experts=2)
