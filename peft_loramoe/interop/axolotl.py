@@ -46,7 +46,8 @@ class LoRAMoEPlugin(BasePlugin):
         """Check the file before anything is loaded.
 
         Raises:
-            ValueError: a key has no effect with this adapter, or an option is out of its range.
+            ValueError: a key has no effect with this adapter, an option is out of its range, or the adapter of
+                `lora_model_dir` is no LoRAMoE adapter or has another value of an option in the section.
             TypeError: an option is unknown or of the wrong type.
         """
         if cfg.get("adapter") != ADAPTER:
@@ -60,7 +61,9 @@ class LoRAMoEPlugin(BasePlugin):
                     f"{key}: {value} has no effect with adapter: {ADAPTER}; write the option of LoRAMoEConfig under "
                     f"`{ADAPTER}:`."
                 )
-        _options(cfg)
+        options = _options(cfg)
+        if folder := cfg.get("lora_model_dir"):
+            options.check_saved(folder)
 
     def get_input_args(self) -> str:
         """The class of the section that the plugin adds."""
@@ -76,10 +79,10 @@ class LoRAMoEPlugin(BasePlugin):
         """Attach a new adapter, or load that of `lora_model_dir`."""
         if cfg.get("adapter") != ADAPTER:
             return None
-        config = _options(cfg).config
+        folder, config = cfg.get("lora_model_dir"), _options(cfg).config
         if config_only:
-            return None, config
-        if folder := cfg.get("lora_model_dir"):
+            return None, PeftConfig.from_pretrained(folder) if folder else config
+        if folder:
             adapted = PeftModel.from_pretrained(model, folder, is_trainable=not inference)
         else:
             adapted = get_peft_model(model, config)

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from peft import PeftConfig, PeftType
+
 from ..config import LoRAMoEConfig
 from ..fields import PRESETS
+from ..options import shown
 
 
 ADAPTER = "loramoe"  # the name in the launchers' files
@@ -19,12 +22,14 @@ class LauncherOptions:
     """A section of a launcher's file.
 
     Attributes:
-        config: of the adapter.
+        config: of a new adapter.
         anchors: arguments of `LoRAMoETrainerMixin`.
+        given: the options of `config` that the section determines, itself or by its `preset`.
     """
 
     config: LoRAMoEConfig
     anchors: dict[str, Any]
+    given: tuple[str, ...]
 
     @classmethod
     def read(cls, section: Mapping[str, Any]) -> LauncherOptions:
@@ -36,7 +41,7 @@ class LauncherOptions:
 
         Raises:
             TypeError: there is no such option, or one has a value of the wrong type.
-            ValueError: an option has a value out of its range.
+            ValueError: an option has a value out of its range, or has no effect.
 
         Example:
             >>> options = LauncherOptions.read({"r": 8, "anchors": "anchors.jsonl"})
@@ -48,5 +53,33 @@ class LauncherOptions:
         if preset not in (*PRESETS, "plain"):
             raise ValueError(f"preset={preset!r} is not one of {', '.join(PRESETS)}, plain.")
         anchors = {name: options.pop(name) for name in ANCHORS if name in options}
+        if anchors.get("anchors") is None:
+            for name in (name for name, value in anchors.items() if value is not None):
+                raise ValueError(
+                    f"{name}={shown(anchors[name])} has no effect without anchors: set anchors, or leave it out."
+                )
         make = getattr(LoRAMoEConfig, preset) if preset in PRESETS else LoRAMoEConfig
-        return cls(make(**{"task_type": "CAUSAL_LM", **options}), anchors)
+        of_preset = PRESETS.get(preset, {}) if "preset" in section else {}
+        return cls(make(**{"task_type": "CAUSAL_LM", **options}), anchors, (*of_preset, *options))
+
+    def check_saved(self, source: str) -> None:
+        """Refuse options that training of a saved adapter would ignore, since its own configuration counts.
+
+        Args:
+            source: the adapter's folder or Hub id.
+
+        Raises:
+            ValueError: it is no LoRAMoE adapter, or was trained with another value of an option that is given.
+        """
+        saved = PeftConfig.from_pretrained(source)
+        if not isinstance(saved, LoRAMoEConfig):
+            peft_type = PeftType(saved.peft_type).value
+            raise ValueError(f"'{source}' has peft_type={peft_type!r}; give the folder of a LoRAMoE adapter.")
+        for name in self.given:
+            value, of_saved = getattr(self.config, name), getattr(saved, name)
+            # PEFT saves the names of the linears instead.
+            if value != of_saved and (name, value) != ("target_modules", "all-linear"):
+                raise ValueError(
+                    f"{name}={shown(value)} has no effect, since the adapter in '{source}' has {name}="
+                    f"{shown(of_saved)} and keeps it: leave {name} out, or train a new adapter."
+                )
