@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ def task_type_tensor(task_types: Any, num_groups: int, names: Sequence[str] | No
     """Check `task_types` as a user passed them, and turn names into group indices.
 
     Args:
-        task_types: an integer tensor, shape (batch,) or (batch, seq), or a (nested) list of integers or names.
+        task_types: an integer tensor, shape (batch,) or (batch, seq), or a (nested) list or an array of integers or
+            names.
         num_groups: number of expert groups; valid types are 0 to num_groups - 1, and -1 for unknown. Of single tokens,
             also -100 for padding.
         names: the config's `task_type_names`.
@@ -69,7 +71,8 @@ def _names_to_indices(task_types: Any, names: Sequence[str] | None) -> Any:
     if task_types is None:
         raise TypeError("task_types contains None; pass -1 where a sample's type is unknown.")
     if not isinstance(task_types, str):
-        return task_types
+        is_of_names = getattr(getattr(task_types, "dtype", None), "kind", "") in ("O", "T", "U")  # an array
+        return _names_to_indices(task_types.tolist(), names) if is_of_names else task_types
     if names is None:
         raise ValueError(
             f"task_types contains the name '{task_types}', but the config has no task_type_names; set them."
@@ -79,22 +82,32 @@ def _names_to_indices(task_types: Any, names: Sequence[str] | None) -> Any:
     return list(names).index(task_types)
 
 
+def is_of_all_rows(task_types: Any) -> bool:
+    """Whether this is one task type, an integer or a name, and not one for each row."""
+    if isinstance(task_types, Tensor):
+        return task_types.dim() == 0
+    return isinstance(task_types, (str, Integral)) or getattr(task_types, "shape", None) == ()
+
+
 def repeat_for_rows(task_types: Any, rows: int) -> Any:
     """Repeat the task types of a batch for a call that has its rows several times over (chosen, then rejected
     answers).
 
     Args:
-        task_types: those of the batch, or an integer, the type of all its samples.
+        task_types: those of the batch, as `task_type_tensor` takes them, or one integer or name, the type of all its
+            samples.
         rows: number of rows of the call.
     """
-    if isinstance(task_types, int):
-        return [task_types] * rows
+    if not isinstance(task_types, Tensor) and hasattr(task_types, "tolist"):
+        task_types = task_types.tolist()  # of an array, which * would multiply
+    if is_of_all_rows(task_types):
+        return task_types.repeat(rows) if isinstance(task_types, Tensor) else [task_types] * rows
+    if not isinstance(task_types, (Tensor, Sequence)):
+        return task_types  # the check of types says so
     given = len(task_types)
     if given == 0 or rows <= given or rows % given:
         return task_types  # where they do not fit, the check of shapes says so
     times = rows // given  # torch.compile does not know divmod of symbolic sizes
-    return (
-        task_types.repeat(times, *(1 for _ in task_types.shape[1:]))
-        if isinstance(task_types, Tensor)
-        else task_types * times
-    )
+    if isinstance(task_types, Tensor):
+        return task_types.repeat(times, *(1 for _ in task_types.shape[1:]))
+    return [*task_types] * times

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from peft_loramoe.balance.task_types import INTEGERS, task_type_tensor
+from peft_loramoe import balance_loss, collect_balance
+from peft_loramoe.balance.task_types import INTEGERS, is_of_all_rows, repeat_for_rows, task_type_tensor
+from tiny import loramoe
 
 
 pytestmark = pytest.mark.version_independent
@@ -16,6 +18,8 @@ def test_integer_types(given):
 
 def test_names_are_turned_into_indices():
     assert task_type_tensor(["math", "facts", -1], 2, ["facts", "math"]).tolist() == [1, 0, -1]
+    assert task_type_tensor(np.array(["math", "facts"]), 2, ["facts", "math"]).tolist() == [1, 0]
+    assert task_type_tensor(np.array(["math", -1], dtype=object), 2, ["facts", "math"]).tolist() == [1, -1]
     assert task_type_tensor([["math", "facts"]], 2, ["facts", "math"]).tolist() == [[1, 0]]
 
 
@@ -60,7 +64,7 @@ def test_an_unknown_type_cannot_wrap_around(dtype):
         ([[0], [1, 0]], r"\[\[0\], \[1, 0\]\] is no list of integers, all rows of one length"),
         ([10**30], "is no list of integers"),
         ({"a": 1}, "is no list of integers"),
-        (np.array([None]), "is no list of integers"),
+        (np.array([None]), "contains None"),
         ([0, 1.5], "dtype torch.float32"),
         (torch.ones(2, dtype=torch.complex64), "dtype torch.complex64"),
         (torch.ones(2, dtype=torch.bool), "dtype torch.bool"),
@@ -71,3 +75,54 @@ def test_an_unknown_type_cannot_wrap_around(dtype):
 def test_what_holds_no_integers_is_refused(given, message):
     with pytest.raises(TypeError, match=f"task_types.*{message}"):
         task_type_tensor(given, 2, ["a", "b"])
+
+
+OF_ALL_ROWS = [1, np.int64(1), np.array(1), torch.tensor(1), "tasks", np.str_("tasks")]
+OF_EACH_ROW = [
+    torch.tensor([0, 1]),
+    [0, 1],
+    (0, 1),
+    range(2),
+    np.array([0, 1]),
+    np.array([0, 1], dtype=np.uint8),
+    ["facts", "tasks"],
+    np.array(["facts", "tasks"]),
+    np.array(["facts", 1], dtype=object),
+    [np.int64(0), torch.tensor(1)],
+]
+
+
+@pytest.mark.parametrize("given", OF_ALL_ROWS, ids=repr)
+def test_one_type_is_that_of_all_rows(given):
+    assert is_of_all_rows(given)
+    assert task_type_tensor(repeat_for_rows(given, 4), 2, ["facts", "tasks"]).tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("rows", [2, 6])
+@pytest.mark.parametrize("given", OF_EACH_ROW, ids=repr)
+def test_types_of_the_rows_are_repeated_in_blocks(given, rows):
+    assert not is_of_all_rows(given)
+    repeated = task_type_tensor(repeat_for_rows(given, rows), 2, ["facts", "tasks"])
+    assert repeated.tolist() == [0, 1] * (rows // 2)
+
+
+@pytest.mark.parametrize("given", [torch.tensor([[0, 1, 1]]), [[0, 1, 1]], np.array([[0, 1, 1]])], ids=repr)
+def test_types_of_tokens_are_repeated_by_rows(given):
+    assert task_type_tensor(repeat_for_rows(given, 2), 2, None).tolist() == [[0, 1, 1]] * 2
+
+
+@pytest.mark.parametrize("given", [{0: 1}, {0, 1}, 1.5, True, iter([0, 1])], ids=repr)
+def test_what_is_no_task_type_is_refused_by_the_check_of_types(given):
+    with pytest.raises(TypeError, match="task_types"):
+        task_type_tensor(repeat_for_rows(given, 4), 2, None)
+
+
+@pytest.mark.parametrize("given", [1, "tasks", np.int64(1), np.array([1, 1]), [1, 1]], ids=repr)
+def test_collected_calls_take_them(given):
+    model = loramoe(task_type_names=["facts", "tasks"]).train()
+    ids = torch.tensor([[5, 6, 7]] * 4)
+    with collect_balance(model, given):
+        model(input_ids=ids)
+    term = balance_loss(model).item()
+    model(input_ids=ids, task_types=[1] * 4)
+    assert term == pytest.approx(balance_loss(model).item(), rel=1e-6)
