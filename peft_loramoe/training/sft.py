@@ -83,7 +83,7 @@ def checkpointing_is_reentrant(args: TrainingArguments, config: LoRAMoEConfig) -
     """Whether SFTTrainer makes checkpointing reentrant, and the adapter has a balance term, which that would stop."""
     plugin = args.deepspeed_plugin
     zero_3 = plugin is not None and plugin.zero_stage == 3
-    return zero_3 and args.gradient_checkpointing and bool(config.balance_loss_weight)
+    return zero_3 and bool(args.gradient_checkpointing and config.balance_loss_weight)
 
 
 def marked_chat_template(tokenizer: Any) -> str | None:

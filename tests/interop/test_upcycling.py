@@ -326,7 +326,9 @@ def test_numbers_of_sources(tmp_path, sources):
 
 
 def test_several_sources_are_not_split(tmp_path, sources):
-    with pytest.raises(ValueError, match="method='split' has no effect with 3 sources.*leave it out, or give one source"):
+    with pytest.raises(
+        ValueError, match="method='split' has no effect with 3 sources.*leave it out, or give one source"
+    ):
         upcycle(sources, tmp_path / "moe", method="split")
 
 
