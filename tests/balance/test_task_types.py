@@ -111,7 +111,7 @@ def test_types_of_tokens_are_repeated_by_rows(given):
     assert task_type_tensor(repeat_for_rows(given, 2), 2, None).tolist() == [[0, 1, 1]] * 2
 
 
-@pytest.mark.parametrize("given", [{0: 1}, {0, 1}, 1.5, True, iter([0, 1])], ids=repr)
+@pytest.mark.parametrize("given", [{0: 1}, {0, 1}, 1.5, True, iter([0, 1])], ids=lambda given: type(given).__name__)
 def test_what_is_no_task_type_is_refused_by_the_check_of_types(given):
     with pytest.raises(TypeError, match="task_types"):
         task_type_tensor(repeat_for_rows(given, 4), 2, None)

@@ -27,12 +27,12 @@ class Engine:
         return []
 
 
-def trainer(step=0, state=None, training=True):
+def trainer(state=None, training=True):
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length")
     return SimpleNamespace(
         args=SimpleNamespace(generation_kwargs=None, **dict.fromkeys(names)),
         accelerator=SimpleNamespace(num_processes=1, unwrap_model=lambda model: model),
-        state=TrainerState(global_step=step) if state is None else state,
+        state=TrainerState() if state is None else state,
         is_in_train=training,
         model=loramoe(),
     )
@@ -48,20 +48,20 @@ def engine(monkeypatch):
     return Engine()
 
 
-STATE = TrainerState(global_step=3)
+SAME_RUN = {"state": TrainerState(global_step=3)}
 CALLS = {
-    "the same step": (trainer(state=STATE), trainer(state=STATE), 1),
-    "another trainer or run at the same step": (trainer(step=0), trainer(step=0), 2),
-    "outside of training": (trainer(state=STATE), trainer(state=STATE, training=False), 2),
-    "twice outside of training": (trainer(state=STATE, training=False), trainer(state=STATE, training=False), 2),
+    "the same step": (SAME_RUN, SAME_RUN, 1),
+    "another trainer or run at the same step": ({}, {}, 2),
+    "outside of training": (SAME_RUN, {**SAME_RUN, "training": False}, 2),
+    "twice outside of training": ({**SAME_RUN, "training": False}, {**SAME_RUN, "training": False}, 2),
 }
 
 
 @pytest.mark.parametrize(("first", "second", "sent"), CALLS.values(), ids=CALLS)
 def test_the_adapter_is_sent_again_where_it_may_have_changed(first, second, sent, engine):
     rollouts = VLLMRollouts(engine)
-    rollouts([], first)
-    rollouts([], second)
+    rollouts([], trainer(**first))
+    rollouts([], trainer(**second))
     assert (engine.sent, len(engine.slots)) == (sent, 1)
 
 
