@@ -11,10 +11,11 @@ from peft import PeftConfig, PeftType
 from ..config import LoRAMoEConfig
 from ..fields import PRESETS
 from ..options import shown
+from ..training.anchor_pass import ANCHOR_OPTIONS, check_anchor_options
 
 
 ADAPTER = "loramoe"  # the name in the launchers' files
-ANCHORS = ("anchors", "anchor_loss_weight", "anchor_kl_weight", "anchors_per_batch", "anchors_every")
+ANCHORS = ("anchors", *ANCHOR_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,10 @@ class LauncherOptions:
         if preset not in (*PRESETS, "plain"):
             raise ValueError(f"preset={preset!r} is not one of {', '.join(PRESETS)}, plain.")
         anchors = {name: options.pop(name) for name in ANCHORS if name in options}
-        if anchors.get("anchors") is None:
-            for name in (name for name, value in anchors.items() if value is not None):
-                raise ValueError(
-                    f"{name}={shown(anchors[name])} has no effect without anchors: set anchors, or leave it out."
-                )
+        check_anchor_options(
+            anchors.get("anchors") is not None,
+            **{name: value for name, value in anchors.items() if name != "anchors"},
+        )
         make = getattr(LoRAMoEConfig, preset) if preset in PRESETS else LoRAMoEConfig
         of_preset = PRESETS.get(preset, {}) if "preset" in section else {}
         return cls(make(**{"task_type": "CAUSAL_LM", **options}), anchors, (*of_preset, *options))

@@ -90,9 +90,10 @@ def test_anchor_options_are_the_trainers():
         ({"rank": 3}, "rank"),
         ({"anchor_kl_weight": 50}, "anchor_kl_weight=50 has no effect without anchors"),
         ({"anchors": None, "anchors_every": 2}, "anchors_every=2 has no effect without anchors"),
+        ({"anchors": "anchors.jsonl", "anchors_every": 0}, "anchors_every=0 must be"),
     ],
 )
-def test_unknown_options_and_those_without_effect_are_refused(section, message):
+def test_bad_options_and_those_without_effect_are_refused(section, message):
     with pytest.raises((TypeError, ValueError), match=message):
         LauncherOptions.read(section)
 
