@@ -281,7 +281,7 @@ def test_a_launcher_trains_with_anchors_and_balance_term(package, files, command
     for name, text in files.items():
         (folder / name).write_text(text)
     printed, adapter = launch(folder, *command)
-    assert "anchor_loss" in printed and "balance_loss" in printed
+    assert "anchor_kl" in printed and "balance_loss" in printed
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["null_groups"]) == ("LORAMOE", 3, [0])
     tensors = load_file(adapter / "adapter_model.safetensors")
