@@ -12,7 +12,7 @@ from torch import nn
 
 # Values of LoRA's init_lora_weights that leave the base model's weights as they are. The others (PiSSA, OLoRA, CorDA,
 # LoftQ, LoRA-GA, ...) change them.
-INITS_THAT_KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+INITS_THAT_KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from ..groups import ExpertGroups
 from ..streams import MEDIA, Streams, streams_of
 from .recording import Record, Recording
 from .samples import Batch, label_tokens, number_of_rows
-from .task_types import repeat_for_rows
+from .task_types import is_of_all_rows, repeat_for_rows
 from .terms import Terms, compute_terms, deleted_adapter
 
 
@@ -444,7 +444,7 @@ def _thread_ident() -> int:
 
 
 def _check_rows(task_types: Any, rows: int) -> None:
-    if not isinstance(task_types, int) and len(task_types) != rows:
+    if not is_of_all_rows(task_types) and len(task_types) != rows:
         raise ValueError(
             f"The model was called with {rows} rows, but the batch has {len(task_types)} task types, and nothing "
             "tells which row is of which type. Have compute_loss call the model with the rows of the batch. If it "

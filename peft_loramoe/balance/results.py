@@ -75,8 +75,9 @@ def collect_balance(model: nn.Module, task_types: Any = None) -> Generator[None]
 
     Args:
         model: the adapted model, wrapped in whatever way.
-        task_types: for calls that are not given any, as the model takes them, or one integer for all samples; a call
-            that has the batch's rows several times over (first all chosen, then all rejected answers) repeats them.
+        task_types: for calls that are not given any, as the model takes them, or one integer or name for all samples;
+            a call that has the batch's rows several times over (first all chosen, then all rejected answers) repeats
+            them.
 
     Raises:
         ValueError: the model has no LoRAMoE layers.

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 
 from ..balance.samples import number_of_rows
 from ..config import LoRAMoEConfig
-from ..modes import base_model, switchable
+from ..modes import INITS_THAT_KEEP_BASE, base_model, switchable
 from ..options import Kind, number, shown
 from .anchors import COUNT, check_anchor, comparable, read_anchors
 
@@ -28,9 +28,6 @@ from .anchors import COUNT, check_anchor, comparable, read_anchors
 SPECIAL = re.compile(
     "<\\|[^|<>\\s]+\\|>|<\uff5c[^\uff5c<>\\s]+\uff5c>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|^<s>|</s>$"
 )
-
-# Values of LoRA's init_lora_weights that leave the base model's weights as they are.
-KEEPING = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -342,7 +339,7 @@ def _check_base_model(model: nn.Module, kl_weight: float) -> None:
             "disabled: give it one with get_peft_model, or set anchor_kl_weight=0."
         )
     for name, config in getattr(model, "peft_config", {}).items():
-        if (kind := getattr(config, "init_lora_weights", True)) not in KEEPING:
+        if (kind := getattr(config, "init_lora_weights", True)) not in INITS_THAT_KEEP_BASE:
             raise ValueError(
                 f"anchor_kl_weight={kl_weight} compares the model with its base model, whose weights "
                 f"init_lora_weights={kind!r} of the adapter '{name}' may have changed: choose "

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..balance import balance_loss, balance_terms, layer_routing
 from ..balance.results import configs_of
-from ..balance.task_types import task_type_tensor
+from ..balance.task_types import repeat_for_rows, task_type_tensor
 from ..config import LoRAMoEConfig
 from ..layer import adapted_layers, first_layer
 
@@ -89,13 +89,13 @@ class RouterCallback(TrainerCallback):
         """Note which task types a micro-batch has: the last pass of a logged step need not have all of them.
 
         Args:
-            task_types: as the model takes them, or an integer, the type of all samples; None where nobody knows.
+            task_types: as the model takes them, or one integer or name, the type of all samples; None where nobody
+                knows.
             config: of the adapter.
         """
         if task_types is None or not config.null_groups:
             return
-        given = [task_types] if isinstance(task_types, int) else task_types
-        types = task_type_tensor(given, config.num_groups, config.task_type_names)
+        types = task_type_tensor(repeat_for_rows(task_types, 1), config.num_groups, config.task_type_names)
         seen = (types.flatten() == torch.arange(config.num_groups, device=types.device)[:, None]).any(1)
         self._seen = seen if self._seen is None else self._seen | seen.to(self._seen.device)
 

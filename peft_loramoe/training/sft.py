@@ -48,11 +48,12 @@ class LoRAMoESFTTrainer(LoRAMoETrainerMixin, SFTTrainer):
         super().__init__(*args, **kwargs)
         if loraplus_lr_ratio is not None:
             given = {"optimizers": self.optimizer, "optimizer_cls_and_kwargs": self.optimizer_cls_and_kwargs}
-            for name in (name for name, value in given.items() if value is not None):
+            if name := next((name for name, value in given.items() if value is not None), None):
                 raise ValueError(
                     f"loraplus_lr_ratio={loraplus_lr_ratio} has no effect with {name}: pass optimizer_groups(model, "
                     f"lr, loraplus_lr_ratio={loraplus_lr_ratio}) to the optimizer instead."
                 )
+            self._check_one_rate("leave loraplus_lr_ratio out")
         if (config := active_config(self.model)) is not None and checkpointing_is_reentrant(self.args, config):
             raise ValueError(
                 f"gradient_checkpointing=True: {REENTRANT}, or set gradient_checkpointing=False, or "

@@ -135,7 +135,7 @@ class LoRAMoETrainerMixin(_Trainer):
         if config is not None:
             _check_parallelism(self.accelerator)
             if _has_router_rates(self.model):
-                self._check_optimizer()
+                self._check_one_rate("set router_lr_multiplier=1")
         self._anchors: AnchorPass | None = None
         if anchors is not None:
             self._anchors = AnchorPass(self, config, anchors, anchor_options)
@@ -255,13 +255,14 @@ class LoRAMoETrainerMixin(_Trainer):
         with self._task_types_collated():
             return super().get_test_dataloader(*args, **kwargs)
 
-    def _check_optimizer(self) -> None:
+    def _check_one_rate(self, remedy: str) -> None:
+        """Refuse optimizers that know one learning rate; `remedy` is what to do without another."""
         name = getattr(self.args.optim, "value", self.args.optim)
         own_rate = "lomo" in name or name.endswith("layerwise")
         if own_rate and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             raise ValueError(
                 f"optim='{name}' updates all parameters with one learning rate during the backward pass; choose "
-                "another, or set router_lr_multiplier=1."
+                f"another, or {remedy}."
             )
         if self.is_deepspeed_enabled:
             plugin: Any = self.accelerator.state.deepspeed_plugin
@@ -271,7 +272,7 @@ class LoRAMoETrainerMixin(_Trainer):
                     raise ValueError(
                         f"The DeepSpeed configuration has a section '{section}', which gives all parameters one "
                         "learning rate. Remove it, so that `optim` and `lr_scheduler_type` of the training arguments "
-                        "count, or set router_lr_multiplier=1."
+                        f"count, or {remedy}."
                     )
 
     @contextmanager

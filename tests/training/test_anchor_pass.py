@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, VBLoRAConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from peft_loramoe import LoRAMoEConfig, balance_loss, collect_balance, layer_routing
@@ -189,6 +190,19 @@ def test_divergence_of_a_lora(tmp_path):
     trainer = build(tmp_path, anchors=ANCHORS, anchor_kl_weight=1.0, model=model)
     trainer.train()
     assert trainer.state.log_history[0]["anchor_kl"] > 0
+
+
+HAS_MICA = pytest.mark.skipif(not hasattr(LoraLayer, "mica_init"), reason="this PEFT has no MiCA")
+
+
+@pytest.mark.parametrize("kind", [True, "gaussian", "orthogonal", pytest.param("mica", marks=HAS_MICA)])
+def test_divergence_is_taken_where_the_base_weights_are_kept(tmp_path, kind):
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["up_proj"], init_lora_weights=kind)
+    model = get_peft_model(tiny_llama(), config)
+    of_base = {name.replace("base_layer.", ""): p for name, p in model.get_base_model().named_parameters()}
+    for name, parameter in tiny_llama().named_parameters():
+        assert torch.equal(of_base[name], parameter)
+    assert build(tmp_path, anchors=ANCHORS, anchor_kl_weight=1.0, model=model) is not None
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])

@@ -11,9 +11,15 @@ trl = pytest.importorskip("trl", reason="the extra trl is not installed")
 from peft_loramoe.training.sft import LoRAMoESFTTrainer  # noqa: E402
 
 
-def build(tmp_path, model=None, checkpointing=False, **options):
+def build(tmp_path, model=None, checkpointing=False, optim="adamw_torch", **options):
     args = trl.SFTConfig(
-        str(tmp_path), report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=checkpointing
+        str(tmp_path),
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=checkpointing,
+        optim=optim,
+        optim_target_modules=["down_proj"] if "galore" in optim else None,
     )
     data = Dataset.from_dict({"input_ids": [[5, 6, 7]], "task_type": [1]})
     model = loramoe() if model is None else model
@@ -46,6 +52,14 @@ def test_an_optimizer_without_a_ratio_is_taken(name, tmp_path):
 def test_a_bad_ratio_is_refused_by_the_constructor(ratio, error, tmp_path):
     with pytest.raises(error, match=f"loraplus_lr_ratio={ratio!r} must be"):
         build(tmp_path, loraplus_lr_ratio=ratio)
+
+
+@pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise"])
+def test_a_ratio_with_an_optimizer_of_one_rate_is_refused(optim, tmp_path):
+    model = loramoe(router_lr_multiplier=1.0)
+    with pytest.raises(ValueError, match=f"optim='{optim}' updates all parameters.*leave loraplus_lr_ratio out"):
+        build(tmp_path, model, loraplus_lr_ratio=8, optim=optim)
+    assert build(tmp_path, model, optim=optim) is not None
 
 
 @pytest.fixture
