@@ -59,14 +59,14 @@ def show_summary(summary: AdapterSummary, each_layer: bool) -> None:
         rows = [(short[layer.layer], *_shape(layer), _norms(layer), _largest([layer])) for layer in layers]
         print_table(_in("Linears", prefix), ("linear", *headers), rows)
         return
-    alike: dict[tuple[str, ...], list[LayerSummary]] = defaultdict(list)
+    by_shape: dict[tuple[str, ...], list[LayerSummary]] = defaultdict(list)
     of_name = {layer.layer: layer for layer in layers}
     for kind, names in by_kind(of_name).items():
         for name in names:
-            alike[(kind, *_shape(of_name[name]))].append(of_name[name])
+            by_shape[(kind, *_shape(of_name[name]))].append(of_name[name])
     rows = [
         (kind, str(len(same)), *shape, _range(layer.norms for layer in same), _largest(same))
-        for (kind, *shape), same in alike.items()
+        for (kind, *shape), same in by_shape.items()
     ]
     print_table("Linears by kind (each of them: --layers)", ("linear", "count", *headers), rows)
 
@@ -116,14 +116,14 @@ def show_change(change: Surgery, measurable: bool, each_layer: bool) -> None:
         ]
         print_table(_in("Experts now", prefix), ("linear", *headers), rows)
     else:
-        alike: dict[tuple[str, str], list[float | None]] = defaultdict(list)
+        by_shape: dict[tuple[str, str], list[float | None]] = defaultdict(list)
         of_name = {layer.layer: layer for layer in change.layers}
         for kind, names in by_kind(of_name).items():
             for name in names:
-                alike[kind, _sizes(of_name[name])].append(of_name[name].relative_error)
+                by_shape[kind, _sizes(of_name[name])].append(of_name[name].relative_error)
         rows = [
             (kind, str(len(errors)), sizes, *([_range([errors])] if measured else []))
-            for (kind, sizes), errors in alike.items()
+            for (kind, sizes), errors in by_shape.items()
         ]
         title = "Experts now, by kind of linear (each of them: --layers)"
         print_table(title, ("linear", "count", *headers), rows)
