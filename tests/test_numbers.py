@@ -465,8 +465,20 @@ CLAIMS = [
     ),
     (
         "docs/evidence.md",
-        "forget much more**: {} and {} (",
-        [retention("fifth", "text loss, rise", name) for name in ("osf (lr 3e-05)", "mica (lr 0.001)")],
+        "LoRA's rise is {}, the default's {}, and both solve {} % of the tasks (",
+        [
+            retention("frontier", "text loss, rise", "lora (samples 10240)"),
+            retention("frontier", "text loss, rise", "retain, kl (samples 10240, anchor_kl_weight 0.3)"),
+            retention("frontier", "tasks solved, %", "lora (samples 10240)"),
+        ],
+    ),
+    (
+        "docs/evidence.md",
+        "forget much more**: {} and {}; CorDA with the same anchors and divergence forgets {} (",
+        [
+            retention("fifth", "text loss, rise", name)
+            for name in ("osf (lr 3e-05)", "mica (lr 0.001)", "corda+kl (anchor_kl_weight 0.3)")
+        ],
     ),
     (
         "docs/evidence.md",
@@ -491,6 +503,15 @@ CLAIMS = [
                 "rise of text loss, difference",
                 "requests, ratio",
             )
+        ],
+    ),
+    (
+        "docs/evidence.md",
+        "is lower by {} ({} to {}), and it drifts {} ({} to {}) as far in chat, at {} points of the tasks ({} to +{}).",
+        [
+            without_sign(fifth_test("rise of text loss, difference", "corda+kl (anchor_kl_weight 0.3)")),
+            fifth_test("requests, ratio", "corda+kl (anchor_kl_weight 0.3)"),
+            fifth_test("tasks solved, difference", "corda+kl (anchor_kl_weight 0.3)"),
         ],
     ),
     (
