@@ -345,11 +345,12 @@ class Recorder:
         elif not calls:  # a call inside another one leaves no trace
             thread.recordings = [recording]
         self._warn_of_left_out(recording)
-        balanced = {r.adapter for r in recording.records if self.configs[r.adapter].balance_loss_weight > 0}
+        configs = self.configs
+        balanced = {r.adapter for r in recording.records if configs[r.adapter].balance_loss_weight > 0}
         if not recording.training or not balanced:
             return output
         untyped = recording.carries_gradient and recording.batch.task_types is None
-        if untyped and any(self.configs[name].num_groups > 1 for name in balanced):
+        if untyped and any(configs[name].num_groups > 1 for name in balanced):
             self._warn(
                 "balance_loss_weight > 0, but the model was called without task_types: every sample counts as of "
                 "unknown type, so the balance term only spreads the load evenly over the experts. Pass task_types "

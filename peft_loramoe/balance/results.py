@@ -80,7 +80,7 @@ def collect_balance(model: nn.Module, task_types: Any = None) -> Generator[None]
             them.
 
     Raises:
-        ValueError: the model has no LoRAMoE layers.
+        ValueError: `model` has no LoRAMoE layers, or holds several adapted models.
         RuntimeError: `collect_balance` is open already.
 
     Example:
